@@ -1,0 +1,137 @@
+"""Tokens to batches: the last step of the data path before the model, a pure function of (seed, step).
+
+An epoch is a no-repeat shuffled order of blocks of tokens; resuming needs no state but the step, and the order does not
+depend on how many devices share a batch. Before: `memmap.py`; after: `training/`.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from jgpt.config import UserError
+
+Made = TypeVar("Made")
+
+
+def _random(seed: int, epoch: int, n: int) -> np.ndarray:
+    # Raw Philox numbers under an explicit key are the same in every numpy; Generator.permutation need not be.
+    key = np.array([seed % (1 << 64), epoch], np.uint64)
+    return np.random.Philox(key=key).random_raw(n)
+
+
+@lru_cache(maxsize=2)
+def block_order(seed: int, epoch: int, n_blocks: int) -> np.ndarray:
+    """Return the order of the blocks in an epoch: a permutation of range(n_blocks), int64, read-only.
+
+    >>> block_order(1, 0, 6).tolist() == block_order(1, 1, 6).tolist(), sorted(block_order(1, 0, 6).tolist())
+    (False, [0, 1, 2, 3, 4, 5])
+    """
+    order = np.argsort(_random(seed, epoch, n_blocks + 1)[1:], kind="stable")
+    order.flags.writeable = False  # the cache hands out the array itself
+    return order
+
+
+@lru_cache(maxsize=2)
+def block_offset(seed: int, epoch: int, context_length: int) -> int:
+    """Return where an epoch's first block begins, in [0, context_length): each epoch sees other windows of the text."""
+    return int(_random(seed, epoch, 1)[0] % np.uint64(context_length))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The training batches over a 1-D array of tokens (T = context_length, G = global_batch_size)."""
+
+    tokens: np.ndarray
+    seed: int
+    global_batch_size: int
+    context_length: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if self.n_blocks < 1:
+            raise UserError(
+                f"model.context_length is {self.context_length} and the training text has {len(self.tokens):,} tokens. "
+                f"At least {2 * self.context_length:,} are needed. Shorten the context, or give more text."
+            )
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks in an epoch; one context is held back, as the epochs' offsets need room."""
+        return (len(self.tokens) - self.context_length) // self.context_length
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens that an epoch predicts."""
+        return self.n_blocks * self.context_length
+
+    def batch(self, step: int) -> np.ndarray:
+        """Return the batch of a step: int32 [G, T+1], inputs [:, :-1], targets [:, 1:].
+
+        Raises UserError when the tokens hold an id past the vocabulary.
+        """
+        first = step * self.global_batch_size
+        batch = np.stack([self._block(index) for index in range(first, first + self.global_batch_size)])
+        if (highest := int(batch.max())) >= self.vocab_size:  # on a device it would be clamped, and train on silently
+            raise UserError(
+                f"the training tokens hold the id {highest}, and the vocabulary ends at {self.vocab_size - 1}. They "
+                "are damaged or of another tokenizer. Delete the token directory; the next run makes it anew."
+            )
+        return batch.astype(np.int32)
+
+    def _block(self, index: int) -> np.ndarray:
+        epoch, position = divmod(index, self.n_blocks)
+        block = block_order(self.seed, epoch, self.n_blocks)[position]
+        start = block_offset(self.seed, epoch, self.context_length) + block * self.context_length
+        return self.tokens[start : start + self.context_length + 1]
+
+
+def validation_blocks(tokens: np.ndarray, context_length: int, max_sequences: int) -> np.ndarray:
+    """Return at most `max_sequences` blocks, spread evenly over the validation tokens: int32 [n, T+1].
+
+    Raises UserError when there is not even one.
+    """
+    n_blocks = (len(tokens) - 1) // context_length
+    if n_blocks < 1:
+        raise UserError(
+            f"model.context_length is {context_length} and the validation text has {len(tokens):,} tokens. At least "
+            f"{context_length + 1:,} are needed. Shorten the context, raise data.val_fraction, or give more text."
+        )
+    n = min(max_sequences, n_blocks)
+    starts = np.arange(n) * n_blocks // n * context_length
+    return np.stack([tokens[start : start + context_length + 1] for start in starts]).astype(np.int32)
+
+
+class Prefetcher(Generic[Made]):
+    """Make the next steps' batches in a background thread, while the device computes; holds nothing to resume."""
+
+    def __init__(self, make: Callable[[int], Made], first_step: int, depth: int = 2):
+        """`make` builds a step's batch and puts it on the devices; `depth` of them are ready or in the making."""
+        self._make = make
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._step = first_step  # the next one to hand out
+        self._ahead: deque[Future[Made]] = deque()
+        for step in range(first_step, first_step + depth):
+            self._ahead.append(self._thread.submit(make, step))
+
+    def next(self, step: int) -> Made:
+        """Return make(step); steps are asked for in order. Raises what `make` raised."""
+        assert step == self._step, f"step {step} asked for, {self._step} is next"
+        made = self._ahead.popleft().result()
+        self._step += 1
+        self._ahead.append(self._thread.submit(self._make, step + len(self._ahead) + 1))
+        return made
+
+    def close(self) -> None:
+        """Stop the thread, after the batch that it is making."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "Prefetcher[Made]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,266 @@
+"""Documents to token files, `train.bin` and `val.bin` (plain arrays of ids), written once and read as memmaps.
+
+Before in the data path: `corpus.py` and `tokenizer.py`; after: `batches.py`. A token directory is whole when its
+meta.json is there: that file is removed first and written last.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jgpt.config import UserError
+from jgpt.data.corpus import Corpus, Piece
+from jgpt.data.files import find_files
+from jgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, write_file
+
+FORMAT_VERSION = 1
+FILES = ("meta.json", "train.bin", "val.bin")  # meta.json: first to go, last to come
+BATCH_CHARACTERS = 1 << 22  # text that is tokenized at a time: enough pieces for all cores, little memory
+CHUNK_BYTES = 1 << 24
+log = logging.getLogger("jgpt")
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """A token directory, open: 1-D memmaps of ids, what meta.json says, and the tokenizer that made them."""
+
+    train: np.ndarray
+    val: np.ndarray
+    meta: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+def token_directory(config: ConfigDict) -> Path:
+    """Return where a config's token files live: data.cache_dir, or tokens/ in the run directory."""
+    return Path(config.data.cache_dir or f"{config.out_dir}/tokens").expanduser().absolute()
+
+
+def prepare(config: ConfigDict, tokenizer_dir: Path | None = None) -> TokenData:
+    """Return the tokens of a config's text: from the token directory when nothing has changed, else made anew.
+
+    `tokenizer_dir` holds the tokenizer of a run that goes on; without it the config's own is trained or loaded.
+    Raises UserError on bad text, an unwritable or full disk, and token files that are damaged.
+    """
+    directory = token_directory(config)
+    corpus = Corpus(find_files(config.data.text_glob), config.data.text_field, config.data.encoding_errors)
+    given = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
+    fingerprint = _fingerprint(config, corpus.files)
+    meta = _read_meta(directory)
+    # Tokens that a run made with a tokenizer of its own are that run's alone, also when the text is the same.
+    same_tokenizer = meta.get("tokenizer_sha256") == given.sha256 if given else not meta.get("tokenizer_given")
+    if meta.get("fingerprint") == fingerprint and same_tokenizer:
+        data = open_token_data(directory)
+        log.info("tokens: %s tokens in %s are up to date", f"{len(data.train) + len(data.val):,}", directory)
+        return data
+    with _storage(directory):
+        _check_directory(directory, corpus)
+        tokenizer = given or make_tokenizer(config.tokenizer, corpus)
+        for name in FILES:  # not before the tokenizer is there: a mistake in its name shall cost nothing
+            (directory / name).unlink(missing_ok=True)
+        tokenizer.save(directory / "tokenizer", config.model.context_length)
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": fingerprint,
+            "tokenizer_kind": config.tokenizer.kind,
+            "tokenizer_given": given is not None,
+            "tokenizer_sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "eot_id": tokenizer.eot_id,
+        } | _write_tokens(directory, corpus, tokenizer, config.data.val_fraction)
+        write_file(directory / "meta.json", json.dumps(meta, indent=2) + "\n")
+    return open_token_data(directory)
+
+
+def open_token_data(directory: Path) -> TokenData:
+    """Open a token directory; raise UserError when it is not whole or its ids are past the vocabulary."""
+    meta = _read_meta(directory)
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{directory} holds no whole token files: meta.json is missing, unreadable or of another version "
+            f"(needed: {FORMAT_VERSION}). Run python -m jgpt.prepare, or name another data.cache_dir."
+        )
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    if tokenizer.sha256 != meta["tokenizer_sha256"]:
+        raise UserError(
+            f"{directory / 'tokenizer'} is not the tokenizer that made the token files beside it. They must be of one "
+            f"piece. Delete {directory}; the next run makes it anew."
+        )
+    train, val = (_open_tokens(directory, split, meta) for split in ("train", "val"))
+    return TokenData(train, val, meta, tokenizer)
+
+
+def _open_tokens(directory: Path, split: str, meta: dict[str, Any]) -> np.ndarray:
+    path, dtype, n_tokens = directory / f"{split}.bin", np.dtype(meta["dtype"]), meta[f"{split}_tokens"]
+    found = path.stat().st_size if path.exists() else 0
+    if found != n_tokens * dtype.itemsize:
+        raise UserError(
+            f"{path} is damaged: it has {found:,} bytes, and {n_tokens * dtype.itemsize:,} are expected "
+            f"({n_tokens:,} tokens of {dtype}). Delete {directory}; the next run makes it anew."
+        )
+    if n_tokens == 0:
+        return np.zeros(0, dtype)  # an empty file cannot be mapped
+    tokens = np.memmap(path, dtype, mode="r")
+    # All of a small file; of a big one 16 places spread evenly, 64 MB in all, so that opening takes no time.
+    n_places, n_each = 16, (1 << 22) // dtype.itemsize
+    starts = range(0, n_tokens, n_each) if n_tokens <= n_places * n_each else range(0, n_tokens, n_tokens // n_places)
+    highest = max(int(tokens[start : start + n_each].max()) for start in starts)
+    if highest >= meta["vocab_size"]:
+        raise UserError(
+            f"{path} is damaged: it holds the id {highest}, and the vocabulary ends at {meta['vocab_size'] - 1}. "
+            f"Delete {directory}; the next run makes it anew."
+        )
+    return tokens
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+def _fingerprint(config: ConfigDict, files: list[Path]) -> str:
+    """Hash all that decides the token files: sources as the file system sees them, and the options that matter."""
+    kind, options = config.tokenizer.kind, config.tokenizer
+    matters = {"char": [], "bpe": [options.vocab_size, options.training_megabytes], "hf": [options.pretrained]}[kind]
+    sources = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    data = [config.data.text_field, config.data.val_fraction, config.data.encoding_errors]
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, sources, data, kind, matters]).encode()).hexdigest()
+
+
+@contextmanager
+def _storage(directory: Path) -> Iterator[None]:
+    """Turn what the file system answers into a UserError, and leave no temporary files behind."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise UserError(
+            f"the token directory {directory} {'has no space left' if full else 'cannot be written'}: {error}. It "
+            "takes 2 bytes a token. Free or mend it, or name another directory by --config.data.cache_dir=DIR."
+        ) from error
+    finally:
+        for name in FILES:
+            with suppress(OSError):
+                _temporary(directory / name).unlink()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _check_directory(directory: Path, corpus: Corpus) -> None:
+    """Refuse a directory with somebody else's token files, and one where even 8 bytes of text a token would not fit."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ours = (directory / "meta.json").exists() or (directory / "tokenizer").exists()
+    for name in FILES:
+        if (directory / name).exists() and not ours:
+            raise UserError(
+                f"{directory / name} is there already, and jgpt did not write it. A token directory must be new or "
+                "jgpt's own. Name another one by --config.data.cache_dir=DIR."
+            )
+    needed, free = corpus.n_bytes // 4, shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"at least {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+
+
+def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    n_characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        n_characters += len(piece.text)
+        if n_characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, n_characters = [], 0
+    yield batch
+
+
+def _write_tokens(directory: Path, corpus: Corpus, tokenizer: Tokenizer, val_fraction: float) -> dict[str, Any]:
+    """Tokenize a corpus into train.bin and val.bin; return what meta.json says of them."""
+    started = time.monotonic()
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    end_of_text = np.array([tokenizer.eot_id], dtype).tobytes()
+    period = max(2, round(1 / val_fraction)) if val_fraction else 0  # every so many documents one is for validation
+    n_documents, text_bytes, paths = 0, [0, 0], (directory / "train.bin", directory / "val.bin")
+    with _temporary(paths[0]).open("w+b") as train, _temporary(paths[1]).open("w+b") as val:
+        files = (train, val)
+        for batch in _batches(corpus.pieces("tokens")):
+            all_ids = tokenizer.encode_batch([piece.text for piece in batch])
+            for piece, ids in zip(batch, all_ids, strict=True):
+                assert ids.max(initial=0) < tokenizer.vocab_size
+                split = int(period > 0 and n_documents % period == period - 1)
+                files[split].write(ids.astype(dtype).tobytes() + end_of_text * piece.ends_document)
+                text_bytes[split] += len(piece.text.encode())
+                n_documents += piece.ends_document
+        n_tokens = [file.tell() // dtype.itemsize for file in files]
+        total, total_bytes = sum(n_tokens), sum(text_bytes)
+        if total == 0:
+            raise UserError(
+                f"the {len(corpus.files)} files that data.text_glob matches hold no text. Training needs some. "
+                "Pass --config.data.text_glob=GLOB with files that are not empty."
+            )
+        by_document = val_fraction / 2 <= n_tokens[1] / total <= val_fraction * 2
+        if not by_document:
+            n_tokens = [total - round(total * val_fraction), round(total * val_fraction)]
+            _split_by_position(train, val, n_tokens[0] * dtype.itemsize)
+            text_bytes[1] = _text_bytes(val, dtype, tokenizer)
+            text_bytes[0] = total_bytes - text_bytes[1]
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    for path in paths:
+        _temporary(path).replace(path)
+    with paths[0].open("rb") as written:
+        train_sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+    seconds = time.monotonic() - started
+    log.info(
+        "tokens: %d files, %s documents, %.1f MB at %.1f MB/s: %s tokens, %.2f bytes a token, %.1f s%s",
+        *(len(corpus.files), f"{n_documents:,}", total_bytes / 1e6, total_bytes / 1e6 / seconds, f"{total:,}"),
+        *(total_bytes / total, seconds, f", {corpus.replaced:,} characters replaced" if corpus.replaced else ""),
+    )
+    return {
+        "dtype": dtype.name,
+        "train_tokens": n_tokens[0],
+        "val_tokens": n_tokens[1],
+        "train_bytes": text_bytes[0],  # of text as UTF-8: what bits per byte counts by
+        "val_bytes": text_bytes[1],
+        "n_documents": n_documents,
+        "split": "document" if by_document else "position",
+        "replaced_characters": corpus.replaced,
+        "train_sha256": train_sha256,
+    }
+
+
+def _split_by_position(train: BinaryIO, val: BinaryIO, train_bytes: int) -> None:
+    """Join two files of tokens and cut them again, at `train_bytes`: few documents cannot be shared out fairly."""
+    val.seek(0)
+    shutil.copyfileobj(val, train, CHUNK_BYTES)
+    val.seek(0)
+    val.truncate()
+    train.seek(train_bytes)
+    shutil.copyfileobj(train, val, CHUNK_BYTES)
+    train.truncate(train_bytes)
+
+
+def _text_bytes(file: BinaryIO, dtype: np.dtype, tokenizer: Tokenizer) -> int:
+    """Count the UTF-8 bytes that the tokens of a file stand for, to a few bytes a chunk (characters that it cuts)."""
+    file.seek(0)
+    n_bytes = 0
+    while chunk := file.read(1 << 18):
+        ids = np.frombuffer(chunk, dtype)
+        n_bytes += len(tokenizer.decode(ids[ids != tokenizer.eot_id]).encode())
+    return n_bytes

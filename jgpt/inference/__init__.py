@@ -1,0 +1,1 @@
+"""From a trained model to text: sampling rules and KV-cached decoding."""

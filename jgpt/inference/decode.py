@@ -1,0 +1,192 @@
+"""Decoding: prompts of token ids in, their continuations out, through a cache of keys and values.
+
+In the data path: the last station, between a trained model and text; `inference/sampling.py` draws each token.
+
+A round is two compiled calls. The prefill runs each row's window (the end of its text) through the model at once and
+draws its first new token; one `lax.while_loop` then feeds each row its newest token and draws the next, until every
+row is done or has filled the context. Rows stand at positions of their own: prompts of any lengths share a batch.
+
+nanoGPT drops one token a step once the context is full, which moves every other token to another position, so that no
+key or value can be used again and each token costs a full forward pass. Here a full row drops the older half and the
+next round starts from the newer: one prefill each context_length / 2 tokens, and half a context is always in view.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jgpt.config import UserError
+from jgpt.inference.sampling import RULED_OUT, Sampling, sample
+from jgpt.model.gpt import GPT, unembedding
+from jgpt.model.kv_cache import KVCache, empty_cache
+from jgpt.model.precision import Policy
+
+SMALLEST_BUCKET = 16
+
+
+class NonFiniteLogits(UserError):
+    """The model answered with inf or NaN; no token can be drawn from that."""
+
+
+class Task(NamedTuple):
+    """What the rows of a round are to do; nothing in it is a shape, so a change of it compiles nothing anew."""
+
+    key: Array
+    start: Array  # int32 [B]: where in its whole text each row's window begins
+    stop: Array  # int32 [B]: the tokens in the window when enough are drawn
+    eot_id: Array  # int32: the token that ends a text
+    n_ids: Array  # int32: ids from here on are padding of the vocabulary
+
+
+class Rows(NamedTuple):
+    """The windows while they grow; S positions in the cache."""
+
+    tokens: Array  # int32 [B, S + 1]: the last may be drawn, though it can no longer be fed
+    length: Array  # int32 [B]: tokens so far, the newest not yet fed to the model
+    done: Array  # bool [B]: ended by eot_id, or as long as asked
+    finite: Array  # bool [B]: the row's logits have been, for as long as it was not done
+    cache: KVCache
+
+
+def generate(
+    model: GPT,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    eot_id: int,
+    n_ids: int,
+    seed: int,
+) -> list[list[int]]:
+    """Continue each prompt by up to `max_new_tokens` tokens and return what is new, without the end-of-text token.
+
+    An empty prompt begins a new document. Ids from `n_ids` on are never drawn. What row b draws depends on
+    (seed, b, place in the text) alone, not on the rows beside it. `params` may be the fp32 masters: the matrices
+    are cast to `model.dtype` once.
+
+    Raises:
+        UserError: an id of a prompt, `sampling` or `max_new_tokens` is out of range.
+        NonFiniteLogits: see there.
+    """
+    sampling.validate()
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens={max_new_tokens}. Allowed: 0 and above. Take 200.")
+    texts = [[int(i) for i in prompt] or [eot_id] for prompt in prompts]
+    if bad := [i for text in texts for i in text if not 0 <= i < n_ids]:
+        raise UserError(
+            f"a prompt holds the id {bad[0]}. Allowed: 0 to {n_ids - 1}. Encode it with the model's own tokenizer."
+        )
+    if not texts:
+        return []
+    params = jax.device_put(Policy(compute=model.dtype).cast_to_compute(params))
+    starts, wanted = [len(text) for text in texts], [len(text) + max_new_tokens for text in texts]
+    done = [max_new_tokens == 0] * len(texts)
+    most, keep = max(wanted), model.config.context_length
+    # A shorter cache makes each token cheaper; where it is shorter than the context, no row can fill it.
+    size = bucket(min(most, keep), keep)
+    while not all(done):
+        windows = [text[-1:] if finished else text[-keep:] for text, finished in zip(texts, done, strict=True)]
+        lengths = np.array([len(window) for window in windows], np.int32)
+        padded = np.zeros((len(texts), bucket(int(lengths.max()), size)), np.int32)
+        for row, window in zip(padded, windows, strict=True):
+            row[: len(window)] = window
+        start = np.array([len(text) for text in texts], np.int32) - lengths
+        stop = np.where(done, lengths, np.array(wanted, np.int32) - start)
+        task = Task(jax.random.key(seed), *map(jnp.asarray, (start, stop, np.int32(eot_id), np.int32(n_ids))))
+        rows = prefill(model, sampling, size, params, task, padded, lengths)
+        rows = decode(model, sampling, params, task, rows)
+        tokens, ends, done_now, finite = jax.device_get(rows[:4])
+        if not finite.all():
+            raise NonFiniteLogits(_advice(model))
+        for b, text in enumerate(texts):
+            text += tokens[b, lengths[b] : ends[b]].tolist()
+        done = done_now.tolist()
+        keep = max(1, model.config.context_length // 2)
+    new = [text[start:] for text, start in zip(texts, starts, strict=True)]
+    return [ids[:-1] if ids and ids[-1] == eot_id else ids for ids in new]
+
+
+def bucket(n: int, most: int) -> int:
+    """Round up to a power of two, at most `most`: few sizes, so few compilations.
+
+    >>> bucket(5, 1024), bucket(100, 1024), bucket(900, 1000)
+    (16, 128, 1000)
+    """
+    return min(most, max(SMALLEST_BUCKET, 1 << (n - 1).bit_length()))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def prefill(model: GPT, sampling: Sampling, size: int, params: Any, task: Task, tokens: Array, length: Array) -> Rows:
+    """Run the windows `tokens` int32 [B, P], each `length` [B] long, through the model and draw one token for each row.
+
+    The cache has `size` positions. What the padding on the right writes there is not seen before it is overwritten.
+    """
+    c, (batch, padded) = model.config, tokens.shape
+    rows = Rows(
+        tokens=jnp.pad(tokens, ((0, 0), (0, size + 1 - padded))),
+        length=length,
+        done=length >= task.stop,
+        finite=jnp.ones(batch, bool),
+        cache=empty_cache(c.n_layers, batch, size, c.n_kv_heads, c.d_head, model.dtype),
+    )
+    positions = jnp.arange(padded, dtype=jnp.int32)[None, :]
+    return _advance(model, sampling, params, task, rows, tokens, positions, length - 1)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def decode(model: GPT, sampling: Sampling, params: Any, task: Task, rows: Rows) -> Rows:
+    """Draw token after token until each row is done or full, or the logits of one are no longer finite."""
+    size = rows.tokens.shape[1] - 1
+
+    def go_on(rows: Rows) -> Array:
+        return jnp.any(~rows.done & (rows.length <= size)) & jnp.all(rows.finite)
+
+    def step(rows: Rows) -> Rows:
+        # A row that waits for the others is fed its last token again, to the same effect.
+        position = jnp.minimum(rows.length - 1, size - 1)[:, None]
+        newest = jnp.take_along_axis(rows.tokens, position, axis=1)
+        return _advance(model, sampling, params, task, rows, newest, position, jnp.zeros_like(rows.length))
+
+    return jax.lax.while_loop(go_on, step, rows)
+
+
+def _advance(
+    model: GPT, sampling: Sampling, params: Any, task: Task, rows: Rows, fed: Array, positions: Array, last: Array
+) -> Rows:
+    """Feed `fed` [B, T] at `positions`, and draw the token that follows the one in column `last` [B] of it."""
+    hidden, cache = model.apply({"params": params}, fed, positions, rows.cache)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    matrix = unembedding(params)
+    logits = jnp.einsum("BD,VD->BV", hidden.astype(matrix.dtype), matrix, preferred_element_type=jnp.float32)
+    going = ~rows.done & (rows.length < rows.tokens.shape[1])
+    real = (jnp.arange(logits.shape[1]) < task.n_ids)[None, :]
+    finite = rows.finite & (~going | jnp.all(jnp.isfinite(logits) | ~real, axis=1))
+    drawn = sample(_keys(task, rows.length), jnp.where(real, logits, RULED_OUT), sampling)
+
+    here = going[:, None] & (jnp.arange(rows.tokens.shape[1])[None, :] == rows.length[:, None])
+    length = rows.length + going
+    done = rows.done | (going & ((drawn == task.eot_id) | (length >= task.stop)))
+    return Rows(jnp.where(here, drawn[:, None], rows.tokens), length, done, finite, cache)
+
+
+def _keys(task: Task, length: Array) -> Array:
+    """Make each row's key, [B], from the row and the place in its whole text that is to be filled."""
+    by_row = jax.vmap(partial(jax.random.fold_in, task.key))(jnp.arange(length.shape[0]))
+    return jax.vmap(jax.random.fold_in)(by_row, task.start + length)
+
+
+def _advice(model: GPT) -> str:
+    given = (
+        f"the model's logits are inf or NaN (it computes in {jnp.dtype(model.dtype).name}). Allowed: finite numbers. "
+    )
+    if model.dtype == jnp.float32:
+        return given + "The parameters are broken, as after a diverged training: take an earlier checkpoint (--step)."
+    return (
+        given + "Compute in fp32, whose range is wider: precision.compute=fp32 in a config, --compute=fp32 in generate."
+    )

@@ -1,0 +1,110 @@
+"""Sampling: the logits of the next token in, its id out.
+
+In the data path: called by `inference/decode.py` for each new token, inside its compiled loop. Each filter is pure,
+takes fp32 logits [B, V] and returns them with the ruled-out ids at finfo.min; equal logits stay or go together.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jgpt.config import UserError
+
+RULED_OUT = jnp.finfo(jnp.float32).min
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; hashable, because each choice compiles its own program.
+
+    >>> Sampling(top_p=90).validate()
+    Traceback (most recent call last):
+    jgpt.config.UserError: top_p=90. Allowed: above 0, at most 1. 1 keeps all ids, 0.9 the likeliest that add up to 90%.
+    """
+
+    temperature: float = 0.8  # logits are divided by it; 0: always the likeliest id (greedy)
+    top_k: int = 50  # keep the k likeliest ids; 0: all
+    top_p: float = 1.0  # keep the fewest likeliest ids that add up to this probability; 1: all
+    min_p: float = 0.0  # keep the ids at least this share as likely as the likeliest; 0: all
+
+    def validate(self) -> None:
+        """Raise one UserError that names every field out of its range."""
+        problems = []
+        # A temperature that fp32 rounds to 0 would divide by it.
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            allowed = "0, or 0.000001 and above"
+            problems += [
+                f"temperature={self.temperature}. Allowed: {allowed}. 0 is greedy, 1 the model's own distribution."
+            ]
+        if self.top_k < 0:
+            problems += [f"top_k={self.top_k}. Allowed: 0 and above. 0 keeps all ids."]
+        if not 0 < self.top_p <= 1:
+            allowed = "above 0, at most 1"
+            problems += [
+                f"top_p={self.top_p}. Allowed: {allowed}. 1 keeps all ids, 0.9 the likeliest that add up to 90%."
+            ]
+        if not 0 <= self.min_p <= 1:
+            problems += [f"min_p={self.min_p}. Allowed: 0 to 1. 0 keeps all ids, 0.05 is a usual choice."]
+        if problems:
+            raise UserError("\n".join(problems))
+
+
+def keep_top_k(logits: Array, k: int) -> Array:
+    """Keep the `k` likeliest ids.
+
+    >>> keep_top_k(jnp.array([[1.0, 3.0, 2.0]]), 2) > RULED_OUT
+    Array([[False,  True,  True]], dtype=bool)
+    """
+    values, _ = jax.lax.top_k(logits, min(k, logits.shape[-1]))
+    return jnp.where(logits >= values[:, -1:], logits, RULED_OUT)
+
+
+def keep_top_p(logits: Array, p: float) -> Array:
+    """Keep the fewest likeliest ids that add up to probability `p`, at least one (Holtzman et al., arXiv 1904.09751).
+
+    >>> keep_top_p(jnp.log(jnp.array([[0.3, 0.1, 0.6]])), 0.8) > RULED_OUT
+    Array([[ True, False,  True]], dtype=bool)
+    """
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    likelier = jnp.cumsum(probabilities, axis=-1) - probabilities  # the probability of all ids ranked before
+    # The likeliest stays whatever p is: rounding could rule it out where p is tiny.
+    kept = (likelier < p).at[:, 0].set(True)
+    last = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= last, logits, RULED_OUT)
+
+
+def keep_min_p(logits: Array, p: float) -> Array:
+    """Keep the ids at least `p` times as likely as the likeliest (Nguyen et al., arXiv 2407.01082).
+
+    >>> keep_min_p(jnp.log(jnp.array([[0.3, 0.1, 0.6]])), 0.2) > RULED_OUT
+    Array([[ True, False,  True]], dtype=bool)
+    """
+    least = jnp.max(logits, axis=-1, keepdims=True) + math.log(p)
+    return jnp.where(logits >= least, logits, RULED_OUT)
+
+
+def sample(keys: Array, logits: Array, sampling: Sampling) -> Array:
+    """Draw one id for each row of fp32 `logits` [B, V] with its own key of `keys` [B]; int32 [B].
+
+    Temperature first, then top_k, top_p, min_p, each on what the one before left: the order of transformers. Filters
+    that keep everything cost nothing.
+
+    >>> logits = jnp.array([[1.0, 3.0, 2.0]])
+    >>> sample(jax.random.split(jax.random.key(0), 1), logits, Sampling(temperature=0))
+    Array([1], dtype=int32)
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # Less the maximum, a low temperature cannot overflow.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
+    if sampling.top_k > 0:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -1,0 +1,77 @@
+"""From a config to a model: the derived shapes, and what they cost.
+
+In the data path: between the tokenizer, which fixes the vocabulary, and the GPT.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jgpt.config import UserError
+from jgpt.model.gpt import GPT, ModelConfig
+
+
+def model_config(model: ConfigDict, n_ids: int) -> ModelConfig:
+    """Fill in the derived values (the zeros of the config); `n_ids` is the tokenizer's vocabulary.
+
+    Raises UserError when the model's vocabulary is smaller than the tokenizer's.
+
+    >>> from jgpt.config import default_config
+    >>> filled = model_config(default_config().model, n_ids=1000)
+    >>> filled.vocab_size, filled.d_head, filled.d_ff
+    (1024, 64, 1024)
+    """
+    if 0 < model.vocab_size < n_ids:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size}, and the tokenizer has {n_ids} ids: the model must have a row for each. Allowed: "
+            f"at least {n_ids}, or 0 for the tokenizer's own number. Set --config.model.vocab_size=0."
+        )
+    multiple = model.vocab_multiple_of
+    return ModelConfig(
+        vocab_size=model.vocab_size or math.ceil(n_ids / multiple) * multiple,
+        context_length=model.context_length,
+        n_layers=model.n_layers,
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads or model.n_heads,
+        d_model=model.d_model,
+        d_head=model.d_head or model.d_model // model.n_heads,
+        d_ff=model.d_ff or (4 * model.d_model if model.mlp == "gelu" else math.ceil(8 * model.d_model / 3 / 64) * 64),
+        dropout=model.dropout,
+        position=model.position,
+        norm=model.norm,
+        mlp=model.mlp,
+        bias=model.bias,
+        qkv_bias=model.qkv_bias,
+        qk_norm=model.qk_norm,
+        tie_embeddings=model.tie_embeddings,
+        rope_theta=model.rope_theta,
+        norm_eps=model.norm_eps,
+    )
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    """Return the parameter tree as shapes and dtypes, without making it."""
+    model = GPT(config)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Count the parameters, embeddings included."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """Return the model's floating-point operations for one token of training: forward, and backward at twice that.
+
+    6 for every parameter that takes part in a matrix product, and 12 L N H T for attention's two products over
+    all T positions (Chowdhery et al., arXiv 2204.02311, appendix B). Recomputation (remat) does not count, nor do skipped halves of
+    causal attention: the number says what the model needs, not what a program does.
+    """
+    lookups = config.context_length * config.d_model if config.position == "learned" else 0
+    if not config.tie_embeddings:
+        lookups += config.vocab_size * config.d_model
+    attention = 12 * config.n_layers * config.n_heads * config.d_head * config.context_length
+    return 6.0 * (count_parameters(config) - lookups) + attention

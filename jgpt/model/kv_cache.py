@@ -1,0 +1,38 @@
+"""The keys and values of the tokens so far, preallocated, so that a new token costs one token's work.
+
+In the data path: made by `inference/decode.py`, filled by the blocks of `model/gpt.py`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values: each [B, S, K, H], S the most tokens that it can hold."""
+
+    keys: Array
+    values: Array
+
+    def write(self, k: Array, v: Array, positions: Array) -> "LayerCache":
+        """Put `k` and `v` [B, T, K, H] at `positions` int32 [B or 1, T] of each row.
+
+        A position past the end is dropped. What a row holds at positions that it has not reached is garbage, which
+        no query sees: it is masked by position, and overwritten before it comes into view.
+        """
+        positions = jnp.broadcast_to(positions, k.shape[:2])
+        rows = jnp.arange(k.shape[0])[:, None]
+        return LayerCache(
+            self.keys.at[rows, positions].set(k.astype(self.keys.dtype), mode="drop"),
+            self.values.at[rows, positions].set(v.astype(self.values.dtype), mode="drop"),
+        )
+
+
+KVCache = tuple[LayerCache, ...]
+
+
+def empty_cache(n_layers: int, batch: int, length: int, n_kv_heads: int, d_head: int, dtype: Any) -> KVCache:
+    """Allocate a cache of `length` tokens for `batch` sequences."""
+    shape = (batch, length, n_kv_heads, d_head)
+    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_layers))

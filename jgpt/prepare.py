@@ -1,0 +1,32 @@
+"""Turn text into token files: the data step of training, alone.
+
+    python -m jgpt.prepare --config configs/quickstart.py --config.data.text_glob='texts/**/*.txt'
+
+Training does the same when the token directory is missing or out of date.
+"""
+
+from jgpt.cli import define_config, load_config, run
+from jgpt.data.memmap import prepare, token_directory
+
+PREVIEW_TOKENS = 200
+
+
+def main() -> None:
+    """Prepare the token directory that the config names, and say what is in it."""
+    config = load_config()
+    data = prepare(config)
+    meta = data.meta
+    n_tokens, n_bytes = len(data.train) + len(data.val), meta["train_bytes"] + meta["val_bytes"]
+    print(f"token directory   {token_directory(config)}")
+    print(f"documents         {meta['n_documents']:,} ({n_bytes / 1e6:.1f} MB of text)")
+    print(f"tokens            {len(data.train):,} train, {len(data.val):,} validation (split by {meta['split']})")
+    print(f"bytes per token   {n_bytes / n_tokens:.2f}")
+    print(f"vocabulary        {data.tokenizer.vocab_size:,} ids ({meta['tokenizer_kind']}), stored as {meta['dtype']}")
+    print("begins with")
+    for line in data.tokenizer.decode(data.train[:PREVIEW_TOKENS]).splitlines()[:3]:
+        print(f"    {line[:100]}")
+
+
+if __name__ == "__main__":
+    define_config()
+    run(main, __doc__ or "")

@@ -1,0 +1,195 @@
+"""Checkpoints: the whole training state on disk, saved in the background, verified before it is trusted.
+
+In the data path: from the step to the run directory, and back. Orbax writes the arrays to checkpoints/STEP/; when it is done, a
+sha256 manifest STEP.sha256 is written beside it (`sha256sum -c` reads it). Orbax does not notice a flipped bit and
+lists half-written steps, so a step counts as whole only when its manifest is there and every file in it agrees.
+"""
+
+import hashlib
+import logging
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from jgpt.config import UserError
+from jgpt.data.tokenizer import write_file
+from jgpt.training.step import TrainState
+
+log = logging.getLogger("jgpt")
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. `keep_last` whole ones are kept, and the best one where `keep_best`."""
+
+    def __init__(self, run_dir: Path, keep_last: int, keep_best: bool) -> None:
+        self.directory = run_dir.absolute() / "checkpoints"
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.save_seconds = 0.0  # the longest so far, for the deadline
+        self._finishing: threading.Thread | None = None
+        self._error: Exception | None = None
+        options = ocp.CheckpointManagerOptions(
+            create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=("params", "training", "meta")
+        )
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Begin to save `state` (numpy arrays that nothing else will change) with `meta` (JSON), and return.
+
+        Waits for the save before this one; raises UserError if that one failed (a full disk).
+        """
+        self.wait()
+        step, started = int(state.step), time.monotonic()
+        if self.manifest(step).exists():
+            return
+        if (self.directory / str(step)).exists():  # a save that was cut off before its manifest
+            self._manager.delete(step)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),  # pyright: ignore[reportCallIssue]
+                training=ocp.args.StandardSave(state._replace(params={})._asdict()),  # pyright: ignore[reportCallIssue]
+                meta=ocp.args.JsonSave(meta),  # pyright: ignore[reportCallIssue]
+            ),
+            force=True,
+        )
+        self._finishing = threading.Thread(target=self._finish, args=(step, started), name=f"save {step}")
+        self._finishing.start()
+
+    def _finish(self, step: int, started: float) -> None:
+        try:
+            self._manager.wait_until_finished()
+            write_file(self.manifest(step), digest(self.directory / str(step)))
+            self._prune()
+            self.save_seconds = max(self.save_seconds, time.monotonic() - started)
+        except Exception as error:  # told to whoever saves or waits next
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait until the save under way is whole on disk; raise UserError if it failed."""
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(self.directory).free / 1e9
+            raise UserError(
+                f"a checkpoint could not be written to {self.directory} ({free:.2f} GB free): {str(error).splitlines()[0][:300]}. Earlier "
+                "checkpoints are whole. Make room (a smaller --config.checkpoint.keep_last, another --config.out_dir), then "
+                "run the same command again."
+            ) from error
+
+    def close(self) -> None:
+        """Wait for the save under way and let go of the directory."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def manifest(self, step: int) -> Path:
+        """Return where a step's manifest is."""
+        return self.directory / f"{step}.sha256"
+
+    def steps(self) -> list[int]:
+        """List the steps that have a manifest, oldest first."""
+        return whole_steps(self.directory)
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        keep = set(steps[-self.keep_last :])
+        if self.keep_best:
+            losses = {step: read_meta(self.directory / str(step)).get("val_loss") for step in steps}
+            scored = [step for step in steps if losses[step] is not None]
+            keep |= {min(scored, key=lambda step: losses[step])} if scored else set()
+        cut_off = {step for step in self._manager.all_steps() if step < steps[-1]} - set(steps)
+        for step in (set(steps) - keep) | cut_off:
+            self.manifest(step).unlink(missing_ok=True)  # first: what is half deleted is never whole
+            self._manager.delete(step)
+
+    def restore(self, abstract: TrainState, device: jax.Device) -> tuple[TrainState, dict[str, Any]] | None:
+        """Return the newest whole state, its arrays on `device`, and its meta; None when there is no checkpoint at all.
+
+        A damaged one is named and passed over. Raises UserError when there are some and none is whole.
+        """
+        steps = self.steps()[::-1]
+        for step in steps:
+            damage = verify(self.directory, step)
+            if damage:
+                log.warning("checkpoint %d is damaged and passed over: %s", step, damage)
+                continue
+            on_device = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), abstract
+            )
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(on_device.params),  # pyright: ignore[reportCallIssue]
+                    training=ocp.args.StandardRestore(on_device._replace(params={})._asdict()),  # pyright: ignore[reportCallIssue]
+                    meta=ocp.args.JsonRestore(),
+                ),
+            )
+            state = TrainState(**restored.training)._replace(params=restored.params)
+            return state, restored.meta
+        if steps:
+            raise UserError(
+                f"{self.directory} holds checkpoints, and none is whole. Nothing was changed. Allowed: a run directory with a whole "
+                "checkpoint, or a new one. Copy an undamaged checkpoint there, or take another --config.out_dir."
+            )
+        return None
+
+
+def whole_steps(directory: Path) -> list[int]:
+    """List the steps that have a manifest and a directory, oldest first (their files are not read)."""
+    found = (path.stem for path in directory.glob("*.sha256"))
+    return sorted(int(stem) for stem in found if stem.isdigit() and (directory / stem).is_dir())
+
+
+def digest(directory: Path) -> str:
+    """Return a sha256sum listing of every file below `directory`, named from its parent."""
+    lines = []
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(directory.parent)}\n")
+    return "".join(lines)
+
+
+def verify(directory: Path, step: int) -> str:
+    """Compare a step with its manifest; return what is wrong with it, or ""."""
+    expected = set((directory / f"{step}.sha256").read_text().splitlines())
+    found = set(digest(directory / str(step)).splitlines())
+    wrong = sorted({line[66:] for line in expected ^ found})
+    return "" if not wrong else f"{len(wrong)} of its files changed or missing, such as {wrong[0]}"
+
+
+def read_meta(step_directory: Path) -> dict[str, Any]:
+    """Read the JSON that a checkpoint carries: step, tokens, val_loss and what the run was."""
+    handler = ocp.Checkpointer(ocp.JsonCheckpointHandler())
+    return handler.restore(step_directory / "meta")
+
+
+def restore_params(directory: Path, step: int, abstract: Any, device: jax.Device) -> Any:
+    """Restore the parameters of a step alone, verified, onto `device`."""
+    damage = verify(directory, step)
+    if damage:
+        raise UserError(
+            f"checkpoint {step} in {directory} is damaged: {damage}. Allowed: {whole_steps(directory)}. Take another --step."
+        )
+    on_device = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), abstract
+    )
+    return ocp.StandardCheckpointer().restore(directory / str(step) / "params", on_device)
+
+
+def state_bytes(abstract: TrainState) -> int:
+    """Return the bytes of one checkpoint."""
+    return sum(np.prod(x.shape, dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(abstract))

@@ -1,0 +1,107 @@
+"""The run directory: who may write in it, which run it holds, and how that run stands.
+
+Beside the data path: the loop opens it first and closes it last.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jgpt.config import UserError, default_config, flatten
+from jgpt.data.tokenizer import write_file
+
+# What a run cannot change and still be the same run; anything else may be changed when it goes on.
+FIXED = ("model.", "tokenizer.", "precision.params")
+FREE = ("model.dropout",)
+
+
+@contextmanager
+def open_run_dir(out_dir: str) -> Iterator[Path]:
+    """Make the run directory, and hold it against other processes while the block runs.
+
+    Raises UserError when it cannot be written, or when another run is writing in it.
+    """
+    run_dir = Path(out_dir).expanduser().absolute()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"out_dir={out_dir!r} cannot be written: {error.strerror}. It must be a directory that you may write in (on Kaggle "
+            "below /kaggle/working). Set --config.out_dir=DIR."
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another process is training in {run_dir}. One run writes in a directory at a time. Wait for it, stop it, or set "
+                "another --config.out_dir."
+            ) from None
+        yield run_dir
+
+
+def check_same_run(run_dir: Path, config: ConfigDict) -> list[str]:
+    """Compare `config` with that of the run in `run_dir`, and return the settings that changed and may, as "key: old -> new".
+
+    Raises UserError with the list of those that may not: another model or tokenizer.
+    """
+    old = json.loads((run_dir / "config.json").read_text())
+    old, new = flatten(old), flatten(json.loads(config.to_json()))
+    changed = {
+        key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
+    }
+    fixed = [text for key, text in changed.items() if key.startswith(FIXED) and key not in FREE]
+    if fixed:
+        raise UserError(
+            f"{run_dir} holds a run with another model or tokenizer:\n  "
+            + "\n  ".join(fixed)
+            + "\nIt can go on only with its own. "
+            "Take those settings back, or set another --config.out_dir; nothing there was changed."
+        )
+    return [text for key, text in changed.items() if key != "out_dir"]
+
+
+def read_config(run_dir: Path) -> ConfigDict:
+    """Read the config of the run in `run_dir`; keys that are newer than the run have their defaults."""
+    config = default_config()
+    with config.unlocked():
+        config.update(json.loads((run_dir / "config.json").read_text()))
+    return config
+
+
+def write_identity(run_dir: Path, config: ConfigDict) -> None:
+    """Write config.json and versions.json."""
+    write_json(run_dir / "config.json", json.loads(config.to_json()))
+    packages = ("jgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "transformers", "numpy")
+    versions = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"  # a checkout on the path
+    devices = jax.local_devices()
+    versions["devices"] = f"{len(devices)} x {devices[0].device_kind}"
+    write_json(run_dir / "versions.json", versions)
+
+
+def write_status(run_dir: Path, state: str, step: int, total_steps: int, reason: str, command: str) -> None:
+    """Write status.json; `state` is running, finished, stopped or failed, and `command` is what makes the run go on."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    status = {"state": state, "step": step, "total_steps": total_steps, "reason": reason, "resume_command": command}
+    write_json(run_dir / "status.json", status | {"time": now, "pid": os.getpid()})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is there whole or not at all."""
+    write_file(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,216 @@
+"""The optimizer step: a state and a batch in, the next state and its metrics out. The only file that knows pmap.
+
+In the data path: between the batches and the checkpoint. `make_train_step` is the step as a pure function; `Pmap` is how it runs:
+a copy of the state on every device, a share of the batch each, gradients averaged once a step.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jgpt.model.gpt import GPT, unembedding
+from jgpt.model.loss import cross_entropy
+from jgpt.model.precision import Policy
+
+MAX_LOSS_SCALE = 2.0**24
+
+
+class LossScale(NamedTuple):
+    """Dynamic loss scaling (Micikevicius et al., arXiv 1710.03740) and the count of the steps that it skipped."""
+
+    scale: Array  # fp32; 1 where the policy needs none
+    good_steps: Array  # int32, since the last change of scale
+    skipped_steps: Array  # int32, in all
+    skipped_in_a_row: Array  # int32
+
+
+class TrainState(NamedTuple):
+    """Everything that the next steps depend on; between steps it is the same on every device."""
+
+    step: Array  # int32: batches consumed, skipped ones included
+    updates: Array  # int32: updates made, which is where the schedule stands
+    params: Any
+    opt_state: Any
+    loss_scale: LossScale
+
+
+Average = Callable[[Any], Any]  # over the devices
+Numbers = dict[str, Array]  # scalars
+Step = Callable[[TrainState, Array, Average, Any], tuple[TrainState, Numbers]]
+TrainStep = Callable[[TrainState, Array], tuple[TrainState, Numbers]]
+EvalStep = Callable[[Any, Array, Array], Array]
+
+
+def init_state(
+    model: GPT, policy: Policy, optimizer: optax.GradientTransformation, seed: int, loss_scale: float
+) -> TrainState:
+    """Make the state of step 0: parameters from `seed`, zero moments. Pure, so `jax.eval_shape` gives its shapes for free."""
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        updates=zero,
+        params=jax.tree.map(lambda x: x.astype(policy.param), params),
+        opt_state=optimizer.init(params),  # fp32 moments, whatever the parameters' dtype
+        loss_scale=LossScale(jnp.float32(loss_scale if policy.scales_loss else 1.0), zero, zero, zero),
+    )
+
+
+def make_train_step(
+    model: GPT,
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulation: int,
+    seed: int,
+    loss_chunk_tokens: int,
+    growth_steps: int,
+) -> Step:
+    """Return the step as a pure function (state, tokens int [A, B, T+1], average, device) -> (state, metrics).
+
+    `average` averages a tree over the devices that share the batch (the identity on one), `device` is this one's index.
+    A micro-batches run one after another and `optax.MultiSteps` keeps the mean of their gradients; its accumulator lives inside the
+    step only, so that a state between steps never holds a half-done accumulation and no moment is touched before the
+    last micro-batch. Then one average, one finite check whose answer is the same on every device, one update. A step
+    with a non-finite gradient changes no parameter, no moment and no schedule.
+    """
+    accumulate = optax.MultiSteps(optax.identity(), every_k_schedule=accumulation)
+
+    def scaled_loss(params: Any, tokens: Array, key: Array, scale: Array) -> tuple[Array, Array]:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        output = model.apply({"params": params}, inputs, deterministic=False, rngs={"dropout": key})
+        ones = jnp.ones(targets.shape, jnp.float32)
+        loss = cross_entropy(output.hidden, unembedding(params), targets, ones, loss_chunk_tokens) / targets.size
+        return loss * scale, loss
+
+    def train_step(state: TrainState, tokens: Array, average: Average, device: Any) -> tuple[TrainState, Numbers]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), device)
+        params = policy.cast_to_compute(state.params)  # once a step, not once a micro-batch
+        scale = state.loss_scale.scale
+
+        def micro_step(carry: tuple, x: tuple[Array, Array]) -> tuple[tuple, Array]:
+            accumulated, _ = carry
+            micro_tokens, index = x
+            gradient, loss = jax.grad(scaled_loss, has_aux=True)(
+                params, micro_tokens, jax.random.fold_in(key, index), scale
+            )
+            gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradient)
+            mean, accumulated = accumulate.update(gradient, accumulated)
+            return (accumulated, mean), loss  # the mean is zero until the last micro-batch
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+        (_, gradient), losses = jax.lax.scan(
+            micro_step, (accumulate.init(zeros), zeros), (tokens, jnp.arange(accumulation))
+        )
+        gradient, loss = average((gradient, jnp.mean(losses)))
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        new_params = optax.apply_updates(state.params, updates)
+        loss_scale = _next_loss_scale(state.loss_scale, finite, growth_steps if policy.scales_loss else 0)
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        next_state = TrainState(
+            step=state.step + 1,
+            updates=state.updates + finite,
+            params=keep(new_params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            loss_scale=loss_scale,
+        )
+        return next_state, {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(schedule(state.updates), jnp.float32),
+            "loss_scale": scale,
+            "skipped_steps": loss_scale.skipped_steps,
+            "skipped_in_a_row": loss_scale.skipped_in_a_row,
+        }
+
+    return train_step
+
+
+def _next_loss_scale(old: LossScale, finite: Array, growth_steps: int) -> LossScale:
+    """Halve the scale after an overflow, double it after `growth_steps` good steps (0: leave it alone)."""
+    good_steps = jnp.where(finite, old.good_steps + 1, 0)
+    scale = old.scale
+    if growth_steps:
+        grow = good_steps >= growth_steps
+        scale = jnp.where(grow, jnp.minimum(scale * 2, MAX_LOSS_SCALE), scale)
+        scale = jnp.where(finite, scale, jnp.maximum(old.scale / 2, 1.0))
+        good_steps = jnp.where(grow, 0, good_steps)
+    return LossScale(
+        scale=scale,
+        good_steps=good_steps,
+        skipped_steps=old.skipped_steps + ~finite,
+        skipped_in_a_row=jnp.where(finite, 0, old.skipped_in_a_row + 1),
+    )
+
+
+def make_eval_step(model: GPT, policy: Policy, loss_chunk_tokens: int) -> EvalStep:
+    """Return (params, tokens int [B, T+1], weights fp32 [B, T] of the targets) -> the weighted sum of their losses, fp32."""
+
+    def eval_step(params: Any, tokens: Array, weights: Array) -> Array:
+        params = policy.cast_to_compute(params)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        hidden = model.apply({"params": params}, inputs).hidden
+        return cross_entropy(hidden, unembedding(params), targets, weights, loss_chunk_tokens)
+
+    return eval_step
+
+
+class Pmap:
+    """Run a step on several devices: the state copied to each, a share of the batch on each."""
+
+    AXIS = "devices"
+
+    def __init__(self, devices: Sequence[jax.Device]) -> None:
+        self.devices = list(devices)
+        mesh = Mesh(np.array(self.devices), (self.AXIS,))
+        self._copied = NamedSharding(mesh, PartitionSpec())
+        self._split = NamedSharding(mesh, PartitionSpec(self.AXIS))
+
+    def train_step(self, step: Step) -> TrainStep:
+        """Compile (state, tokens [devices, A, B, T+1]) -> (state, metrics); the state's memory is used again (donated)."""
+
+        def on_one_device(state: TrainState, tokens: Array) -> tuple[TrainState, Numbers]:
+            return step(state, tokens, partial(jax.lax.pmean, axis_name=self.AXIS), jax.lax.axis_index(self.AXIS))
+
+        return jax.pmap(
+            on_one_device,
+            axis_name=self.AXIS,
+            devices=self.devices,
+            in_axes=(None, 0),
+            out_axes=(None, None),
+            donate_argnums=0,
+        )
+
+    def eval_step(self, step: EvalStep) -> EvalStep:
+        """Compile (params, tokens [devices, B, T+1], weights [devices, B, T]) -> the loss summed over all devices."""
+
+        def on_one_device(params: Any, tokens: Array, weights: Array) -> Array:
+            return jax.lax.psum(step(params, tokens, weights), self.AXIS)
+
+        return jax.pmap(on_one_device, axis_name=self.AXIS, devices=self.devices, in_axes=(None, 0, 0), out_axes=None)
+
+    def place_state(self, state: TrainState) -> TrainState:
+        """Copy a state to every device, laid out as the step returns it (else the step would compile twice)."""
+        return jax.device_put(state, self._copied)
+
+    def place_batch(self, batch: np.ndarray) -> Array:
+        """Split a host batch [devices, ...] over the devices, one row each."""
+        return jax.device_put(batch, self._split)
+
+    def on_first(self, tree: Any) -> Any:
+        """Return the first device's copy of a tree that is the same on every device; nothing moves."""
+        return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+
+    def on_host(self, tree: Any) -> Any:
+        """Fetch a tree that is the same on every device as numpy arrays (views of the device's memory on CPU)."""
+        return jax.tree.map(np.asarray, self.on_first(tree))

@@ -1,0 +1,349 @@
+"""Training speed of jgpt beside PyTorch, at the two shapes that nanoGPT is known by.
+
+    pip install torch transformers        # beside jgpt; torch.compile also needs a C++ compiler
+    python scripts/bench/train_vs_nanogpt.py --shape both --json result.json
+
+Contestants: jgpt's own train step (fp32 on CPU; pmap over a virtual device for each core), and the same model from
+transformers' GPT2LMHeadModel with AdamW and a clip of the gradient's norm at 1.0: eager with either attention
+(transformers' "sdpa" and "eager"), and torch.compile. All train on the same windows of the same text: Python's standard
+library as characters, its 64 most frequent ones and one id for the others.
+
+Each contestant lives in a process of its own, so that idle thread pools do not disturb the one at work, and they take
+turns, round by round, within one run: compare the ratios, which a busy machine disturbs less than the times. Nothing
+here passes or fails by a time; the run fails where a contestant's loss does not fall.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's jgpt, installed or not
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One of nanoGPT's models, and how it is trained there."""
+
+    n_layers: int
+    n_heads: int
+    d_model: int
+    context_length: int
+    batch: int
+    dropout: float
+    vocab_size: int = 65
+
+
+SHAPES = {
+    "cpu": Shape(n_layers=4, n_heads=4, d_model=128, context_length=64, batch=12, dropout=0.0),
+    "baby": Shape(n_layers=6, n_heads=6, d_model=384, context_length=256, batch=64, dropout=0.2),
+}
+CONTESTANTS = ("torch-sdpa", "torch-eager", "torch-compile", "jgpt")
+LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.99), 0.1
+RunSteps = Callable[[int], list[tuple[float, float]]]  # how many steps -> (seconds, loss) of each
+
+
+def windows(shape: Shape) -> Iterator[np.ndarray]:
+    """Yield batches int32 [B, T+1] at random places of the text; the same ones to every contestant."""
+    from jgpt.config import standard_library_glob
+
+    first = standard_library_glob().split(",")[0]
+    files = sorted(Path(first).parent.glob(Path(first).name))
+    text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)[:4_000_000]
+    common = [character for character, _ in Counter(text).most_common(shape.vocab_size - 1)]
+    table = {character: i for i, character in enumerate(common)}
+    ids = np.array([table.get(character, shape.vocab_size - 1) for character in text], np.int32)
+    random = np.random.default_rng(0)
+    while True:
+        starts = random.integers(0, len(ids) - shape.context_length - 1, shape.batch)
+        yield np.stack([ids[start : start + shape.context_length + 1] for start in starts])
+
+
+def timed(step: Callable[[np.ndarray], float], shape: Shape) -> RunSteps:
+    """Make a runner of a step that takes a batch and returns the loss when the update is done."""
+    batches = windows(shape)
+
+    def run_steps(n: int) -> list[tuple[float, float]]:
+        results = []
+        for _ in range(n):
+            batch = next(batches)
+            start = time.perf_counter()
+            loss = step(batch)
+            results.append((time.perf_counter() - start, loss))
+        return results
+
+    return run_steps
+
+
+def jgpt_contestant(shape: Shape, micro_batch: int) -> RunSteps:
+    """Build jgpt's train step through its own functions."""
+    from jgpt.hardware.devices import set_up_process, training_devices
+
+    set_up_process()
+    import jax
+
+    from jgpt.config import default_config
+    from jgpt.model.gpt import GPT, ModelConfig
+    from jgpt.model.precision import Policy
+    from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
+    from jgpt.training.step import Pmap, init_state, make_train_step
+
+    config = default_config()
+    config.optimizer.update(learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY)
+    config.optimizer.update(warmup_steps=0, total_steps=100_000, clip_norm=1.0)
+    model = GPT(
+        ModelConfig(
+            vocab_size=shape.vocab_size,
+            context_length=shape.context_length,
+            n_layers=shape.n_layers,
+            n_heads=shape.n_heads,
+            n_kv_heads=shape.n_heads,
+            d_model=shape.d_model,
+            d_head=shape.d_model // shape.n_heads,
+            d_ff=4 * shape.d_model,
+            dropout=shape.dropout,
+            position="learned",
+            norm="layernorm",
+            mlp="gelu",
+            bias=False,
+        )
+    )
+    devices = training_devices(shape.batch)
+    share = shape.batch // len(devices)
+    micro = next(size for size in range(min(share, micro_batch or share), 0, -1) if share % size == 0)
+    policy, optimizer = Policy(), make_optimizer(config.optimizer)
+    runner = Pmap(devices)
+    train_step = runner.train_step(
+        make_train_step(
+            model,
+            policy,
+            optimizer,
+            learning_rate_schedule(config.optimizer),
+            accumulation=share // micro,
+            seed=0,
+            loss_chunk_tokens=config.loss_chunk_tokens,
+            growth_steps=config.precision.loss_scale_growth_steps,
+        )
+    )
+    state = runner.place_state(jax.jit(lambda: init_state(model, policy, optimizer, seed=0, loss_scale=1.0))())
+
+    def step(batch: np.ndarray) -> float:
+        nonlocal state
+        placed = runner.place_batch(batch.reshape(len(devices), share // micro, micro, -1))
+        state, metrics = train_step(state, placed)
+        return float(metrics["loss"])
+
+    return timed(step, shape)
+
+
+def torch_contestant(shape: Shape, attention: str, compiled: bool) -> RunSteps:
+    """Build the same model from transformers, trained as nanoGPT trains it."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    torch.set_num_threads(cores())
+    config = GPT2Config(
+        vocab_size=shape.vocab_size,
+        n_positions=shape.context_length,
+        n_layer=shape.n_layers,
+        n_head=shape.n_heads,
+        n_embd=shape.d_model,
+        resid_pdrop=shape.dropout,
+        embd_pdrop=shape.dropout,
+        attn_pdrop=shape.dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation=attention,
+    )
+    model = GPT2LMHeadModel(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    forward = torch.compile(model) if compiled else model
+
+    def step(batch: np.ndarray) -> float:
+        tokens = torch.from_numpy(batch).long()
+        logits = forward(tokens[:, :-1].contiguous(), use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, shape.vocab_size), tokens[:, 1:].reshape(-1))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return timed(step, shape)
+
+
+def serve(name: str, shape: Shape, micro_batch: int) -> None:
+    """Be one contestant: read a number of steps from a line of stdin, run them, write [[seconds, loss], ...] to stdout."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to stderr, not between the replies
+    if name == "jgpt":
+        run_steps = jgpt_contestant(shape, micro_batch)
+    else:
+        compiled = name == "torch-compile"
+        run_steps = torch_contestant(shape, "sdpa" if compiled else name.removeprefix("torch-"), compiled)
+    for line in sys.stdin:
+        print(json.dumps(run_steps(int(line))), file=replies, flush=True)
+
+
+class Contestant:
+    """A child process that trains when it is told to."""
+
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        self.name, self.seconds, self.losses = name, [], []
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--contestant", name, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.first_step_seconds = self.run(1)[0]
+
+    def run(self, steps: int) -> list[float]:
+        """Run steps in the child and return the seconds of each."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        reply = self.process.stdout.readline()
+        if not reply:
+            raise RuntimeError(f"{self.name} stopped with exit code {self.process.wait()}; its output is above")
+        results = json.loads(reply)
+        self.losses += [loss for _, loss in results]
+        return [seconds for seconds, _ in results]
+
+    def close(self) -> None:
+        """End the child."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(shape_name: str, shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run all contestants at one shape, print their table and return its rows."""
+    names = options.contestants.split(",")
+    if "torch-compile" in names and not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        print("torch-compile is left out: no C++ compiler here")
+        names.remove("torch-compile")
+    arguments = ["--shape", shape_name, "--batch", str(shape.batch), "--micro_batch", str(options.micro_batch)]
+    contestants = [Contestant(name, arguments) for name in names]
+    for _ in range(options.rounds):
+        for contestant in contestants:
+            contestant.run(1)  # wakes its threads and caches up; not counted
+            contestant.seconds += contestant.run(options.steps_per_round)
+    tokens = shape.batch * shape.context_length
+    rows = [
+        {
+            "shape": shape_name,
+            "contestant": contestant.name,
+            "first_step_seconds": contestant.first_step_seconds,
+            "min_ms": 1e3 * min(contestant.seconds),
+            "median_ms": 1e3 * statistics.median(contestant.seconds),
+            "tokens_per_second": tokens / min(contestant.seconds),
+            "first_loss": contestant.losses[0],
+            "last_loss": contestant.losses[-1],
+            "steps": len(contestant.losses),
+        }
+        for contestant in contestants
+    ]
+    for contestant in contestants:
+        contestant.close()
+    best = max((row["tokens_per_second"] for row in rows if row["contestant"] in CONTESTANTS[:2]), default=None)
+    print(f"\n{shape_name}: {shape}")
+    print(f"{'':14}{'first step s':>13}{'min ms':>10}{'median ms':>11}{'tokens/s':>10}{'to eager':>10}{'loss':>16}")
+    for row in rows:
+        row["ratio_to_torch_eager"] = row["tokens_per_second"] / best if best else None
+        ratio = f"{row['ratio_to_torch_eager']:10.2f}" if best else f"{'-':>10}"
+        print(
+            f"{row['contestant']:14}{row['first_step_seconds']:13.1f}{row['min_ms']:10.1f}{row['median_ms']:11.1f}"
+            f"{row['tokens_per_second']:10.0f}{ratio}{row['first_loss']:8.3f} ->{row['last_loss']:6.3f}"
+        )
+    return rows
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine and the versions."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    packages = ("jax", "flax", "optax", "torch", "transformers", "numpy")
+    return {
+        "cores": cores(),
+        "cpu": model,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def main() -> None:
+    """Parse the flags; be the parent, or one of its children."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shape",
+        choices=[*SHAPES, "both"],
+        default="both",
+        help="cpu: nanoGPT's CPU config (4 layers, 4 heads, width 128, context 64, batch 12, no dropout); "
+        "baby: its baby GPT (6, 6, 384, 256, batch 64, dropout 0.2: minutes, and about 10 GB of memory)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant (default 5)")
+    parser.add_argument("--steps_per_round", type=int, default=0, help="steps in a turn (default: 20 for cpu, 2 for baby)")
+    parser.add_argument("--batch", type=int, default=0, help="sequences a step, for instance 8 to shrink the baby's 64")
+    parser.add_argument(
+        "--micro_batch",
+        type=int,
+        default=0,
+        help="jgpt: at most so many sequences on a device at a time, the rest by gradient accumulation (default: all)",
+    )
+    parser.add_argument(
+        "--contestants", default=",".join(CONTESTANTS), help=f"some of {','.join(CONTESTANTS)}, in the order of the turns"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the machine and the rows there")
+    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := set(options.contestants.split(",")) - set(CONTESTANTS):
+        parser.error(f"--contestants: {', '.join(sorted(unknown))} is not one of {', '.join(CONTESTANTS)}")
+
+    chosen = {name: shape for name, shape in SHAPES.items() if options.shape in (name, "both")}
+    if options.batch:
+        chosen = {name: Shape(**{**asdict(shape), "batch": options.batch}) for name, shape in chosen.items()}
+    if options.contestant:
+        return serve(options.contestant, chosen[options.shape], options.micro_batch)
+
+    description = machine()
+    print(f"{description['cores']} cores of {description['cpu']}, {description['system']}")
+    print(", ".join(f"{package} {number}" for package, number in description["versions"].items()))
+    rows = []
+    default_steps, default_rounds = {"cpu": 20, "baby": 2}, options.rounds
+    for name, shape in chosen.items():
+        turn = argparse.Namespace(**{**vars(options), "rounds": default_rounds})
+        turn.steps_per_round = options.steps_per_round or default_steps[name]
+        rows += compare(name, shape, turn)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": description, "rows": rows}, indent=2) + "\n")
+    still = [row["contestant"] for row in rows if not row["last_loss"] < row["first_loss"]]
+    if still:
+        sys.exit(f"the loss did not fall: {', '.join(still)}")
+
+
+if __name__ == "__main__":
+    main()
