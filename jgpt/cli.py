@@ -3,23 +3,36 @@
 Beside the data path: the commands (`python -m jgpt.NAME`) are the only callers.
 """
 
+import ast
+import difflib
 import inspect
+import io
 import logging
 import re
 import sys
+import textwrap
+import tokenize
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jgpt import config as config_module
-from jgpt.config import UserError
+from jgpt.config import UserError, default_config, flatten
 from jgpt.training.loop import TrainingDiverged
 from jgpt.training.metrics import TerminalHandler
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_MEMORY, EXIT_DIVERGED = 0, 1, 2, 3, 4
+EXIT_CODES = (
+    ("0", "done, or stopped on purpose (a signal, the deadline) with everything saved"),
+    ("1", "a bug of jgpt: the only one that shows a traceback"),
+    ("2", "a mistake in the flags, the config, the text or the directories: the message says what to do"),
+    ("3", "the device ran out of memory"),
+    ("4", "training diverged"),
+)
+WIDTH = 120  # of --help
 
 
 def define_config() -> None:
@@ -29,9 +42,6 @@ def define_config() -> None:
 
 def load_config() -> ConfigDict:
     """Return the config that the command line asks for."""
-    if flags.FLAGS["config"].value is None:
-        known = ", ".join(sorted(str(path) for path in Path("configs").glob("*.py"))) or "a file with get_config()"
-        raise UserError(f"no --config was given. Allowed: {known}. For example: --config configs/quickstart.py")
     return flags.FLAGS.config
 
 
@@ -63,8 +73,8 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
             sys.exit(EXIT_BUG)
         code = EXIT_MEMORY
         message = (
-            f"the device ran out of memory: {str(error).splitlines()[0]}. Take a smaller --config.batch.micro_batch_size (the "
-            "global batch stays as it is), or --config.remat=block"
+            f"the device ran out of memory: {str(error).splitlines()[0]}. Take a smaller "
+            "--config.batch.micro_batch_size (the global batch stays as it is), or --config.remat=block."
         )
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
@@ -80,62 +90,221 @@ def set_up_logging() -> None:
 
 
 def parse_flags() -> None:
-    """Parse sys.argv; every mistake in it is a UserError."""
+    """Parse sys.argv; every mistake in it is a UserError, and so is one in the config file."""
+    path = _config_file(sys.argv[1:]) if "config" in flags.FLAGS else None
+    if path:
+        _check_keys(sys.argv[1:])
     try:
-        rest = flags.FLAGS(sys.argv)
-        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
-            flags.FLAGS.config.keys()  # a config file that failed to load says so here
-    except AttributeError as error:  # ml_collections: an override names a key that is not there
-        raise UserError(_unknown_key(str(error))) from None
-    except (flags.Error, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{error}. See --help") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads the file by load_module
+            logging.disable(logging.WARNING)  # and warns where _check_config answers
+            rest = flags.FLAGS(sys.argv)
+    except flags.UnrecognizedFlagError as error:
+        close = re.search(r"Did you mean: ([\w]+)", str(error))
+        hint = f"Did you mean --{close[1]}? " if close else ""
+        raise UserError(f"unknown flag --{error.flagname}. {hint}All flags are in --help.") from None
+    except Exception as error:
+        place = _place(error, path) if path else ""
+        if not place and not isinstance(error, flags.Error):
+            raise
+        raise UserError(place or _wrong_value(str(error))) from None
+    finally:
+        logging.disable(logging.NOTSET)
     if len(rest) > 1:
-        raise UserError(f"unexpected {' '.join(rest[1:])!r}: everything is a flag, --NAME=VALUE. See --help")
+        raise UserError(
+            f"unexpected argument {rest[1]!r}. Everything is a flag, --NAME=VALUE. All flags are in --help."
+        )
+    if path:
+        _check_config(path, flags.FLAGS.config)
 
 
-def _unknown_key(error: str) -> str:
-    missing = re.search(r"'(\w+)'", error)
-    suggestion = re.search(r'Did you mean "(\w+)"', error)
-    given = [a for a in sys.argv if missing and re.match(rf"--config\.(\w+\.)*{missing[1]}(\.|=|$)", a)]
-    name = given[0].split("=")[0] if given else (missing[1] if missing else error)
-    hint = f"did you mean {suggestion[1]!r}? " if suggestion else ""
-    return f"unknown config key {name}: {hint}All keys are in --help"
+def _config_file(arguments: list[str]) -> Path:
+    """Find the config file among the arguments; its errors say which files there are."""
+    known = ", ".join(sorted(str(path) for path in Path("configs").glob("*.py")))
+    allowed = f"Allowed: {known}, or" if known else "Allowed:"
+    advice = f"{allowed} a file of your own with get_config(). For example: --config configs/quickstart.py"
+    path = ""
+    for i, argument in enumerate(arguments):
+        if found := re.fullmatch(r"--?config(?:=(.*))?", argument):
+            path = found[1] or (arguments[i + 1] if found[1] is None and i + 1 < len(arguments) else "")
+    if not path or path.startswith("-"):
+        raise UserError(f"no --config was given. {advice}")
+    file = Path(path.split(":")[0])
+    if not file.is_file():
+        raise UserError(f"--config={path}: there is no such file (current folder: {Path.cwd()}). {advice}")
+    return file
+
+
+def _check_keys(arguments: list[str]) -> None:
+    """Refuse overrides of keys that there are not, all at once."""
+    known = flatten(default_config())
+    groups = {key.split(".")[0] for key in known if "." in key}
+    problems = []
+    for argument in arguments:
+        if not (found := re.match(r"--?(?:no)?config\.([^=]*)", argument)) or (key := found[1]) in known:
+            continue
+        if key in groups:
+            keys = ", ".join(name.removeprefix(f"{key}.") for name in known if name.startswith(f"{key}."))
+            problems.append(f"{found[0]} is a group of keys. Set one of its keys instead: {keys}.")
+        else:
+            problems.append(f"unknown config key {found[0]}.{did_you_mean(key, known)}")
+    if problems:
+        raise UserError(" ".join(problems) + " All keys are in --help.")
+
+
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+    """Name the keys that `key` may stand for: in another group, or spelled almost like it.
+
+    >>> did_you_mean("n_layers", ["seed", "model.n_layers"]), did_you_mean("model.n_layer", ["seed", "model.n_layers"])
+    (' Did you mean model.n_layers?', ' Did you mean model.n_layers?')
+    >>> did_you_mean("zzz", ["seed", "model.n_layers"])
+    ''
+    """
+    known = list(known)
+    close = difflib.get_close_matches(key, known, 1)
+    elsewhere = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    return f" Did you mean {' or '.join(close or elsewhere)}?" if close or elsewhere else ""
+
+
+def _place(error: BaseException, path: Path) -> str:
+    """Say in which line of the config file an error began; "" when it did not begin there."""
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if _same(frame.filename, path)]
+        line = cause.lineno if isinstance(cause, SyntaxError) and _same(cause.filename, path) else None
+        line = frames[-1].lineno if frames else line
+        if line is not None:
+            return f"{path}, line {line}: {_in_short(cause)} Mend that line, or name another file by --config."
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, AttributeError) and "'get_config'" in str(error):
+        return f"{path} has no function get_config(). A config file must have one, as those in configs/ do. {_ADVICE}"
+    return ""
+
+
+_ADVICE = "Begin with jgpt.config.default_config(), change keys of it, and return it."
+
+
+def _same(name: str | None, path: Path) -> bool:
+    return name is not None and Path(name).absolute() == path.absolute()
+
+
+def _in_short(error: BaseException) -> str:
+    """Put an error into one line; ml_collections' own errors about keys repeat the whole config."""
+    text = str(error.msg if isinstance(error, SyntaxError) else error)
+    key = re.match(r"""(?:"|')*(?:Key ")?(\w+)""", text)
+    close = re.search(r'Did you mean "(\w+)"', text)
+    if isinstance(error, AttributeError | KeyError) and ("locked" in text or close) and key:
+        return f"unknown config key {key[1]}." + (f" Did you mean {close[1]}?" if close else "")
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(".: ") + "."
+
+
+def _check_config(path: Path, config: object) -> None:
+    """Refuse what get_config() returned when it is not a config of jgpt."""
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config() returned {config!r}, and it must return a config. {_ADVICE}")
+    found, known = flatten(config).keys(), flatten(default_config()).keys()
+    differences = [f"the unknown key {key}" for key in sorted(found - known)]
+    differences += [f"no key {key}" for key in sorted(known - found)]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UserError(f"{path}: get_config() returned a config with {', '.join(differences[:3])}{more}. {_ADVICE}")
+
+
+def _wrong_value(error: str) -> str:
+    """Say what a flag takes instead of the value that absl refused."""
+    flag = re.search(r"flag --?((?:no)?[\w.]+)(?:=(.*?))?(?:: |$)", error, re.DOTALL)
+    if not flag:
+        return f"{error.rstrip('.')}. All flags are in --help."
+    name, value = flag[1], flag[2]
+    default = flatten(default_config()).get(name.removeprefix("config.")) if name.startswith("config.") else None
+    kind = type(default).__name__ if default is not None else ""
+    if not kind and name in flags.FLAGS:
+        kind, default = flags.FLAGS[name].flag_type(), flags.FLAGS[name].default
+    example = f", such as {default}" if default not in (None, "", False, True) else ""
+    wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "string enum": "one of its values"}
+    if value is None:
+        return f"--{name} was given without a value. Write --{name}=VALUE{example}. All flags are in --help."
+    if "bound" in error or "should be one of" in error:  # absl says which
+        return f"--{name}={value}: {error.split(': ', 1)[-1].rstrip('.')}. All flags are in --help."
+    return (
+        f"--{name}={value!r}: it must be {wanted.get(kind, kind or 'another value')}{example}. All flags are in --help."
+    )
 
 
 def help_text(doc: str) -> str:
-    """Put together a command's --help: its docstring, its flags, and the config's keys where it takes one."""
+    """Put together a command's --help: its docstring, its flags, and the configs and their keys where it takes one."""
     parts = [doc.strip()]
-    main_flags = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], []) + flags.FLAGS.flags_by_module_dict().get(
-        "__main__", []
-    )
-    rows = [(f"--{flag.name}", f"{flag.help}" + _default(flag)) for flag in main_flags if flag.name != "config"]
+    ours = ("jgpt.", "__main__", sys.argv[0])
+    by_module = flags.FLAGS.flags_by_module_dict()
+    rows = [
+        (f"--{flag.name}", f"{flag.help}{_default(flag)}")
+        for module, found in by_module.items() if module.startswith(ours)
+        for flag in found if flag.name != "config"
+    ]  # fmt: skip
     if "config" in flags.FLAGS:
-        rows.insert(0, ("--config FILE", "a config file, such as those in configs/"))
-        rows.insert(1, ("--config.KEY=VALUE", "override one of its keys"))
+        rows.insert(0, ("--config FILE", "a config file: one of those below, or your own"))
+        rows.insert(1, ("--config.KEY=VALUE", "override one of its keys; give it as often as you like"))
     if rows:
-        width = max(len(name) for name, _ in rows)
-        parts.append("flags:\n" + "\n".join(f"  {name:{width}}  {text}" for name, text in rows))
+        parts.append("Flags:\n" + columns(rows))
     if "config" in flags.FLAGS:
-        parts.append("config keys and what they are before a config file changes them:\n" + config_keys())
+        files = [(str(path), _first_line(path)) for path in sorted(Path("configs").glob("*.py"))]
+        if files:
+            parts.append("Config files:\n" + columns(files))
+        parts.append("Config keys, and their values where the config file does not change them:\n" + config_keys())
+    if "exit code" not in doc.lower():
+        parts.append("Exit codes:\n" + columns(EXIT_CODES))
     return "\n\n".join(parts)
+
+
+def columns(rows: Iterable[tuple[str, str]]) -> str:
+    """Lay out names and what they mean in two columns, within WIDTH characters.
+
+    >>> print(columns([("--a", "one"), ("--long", "two")]))
+      --a     one
+      --long  two
+    """
+    rows = list(rows)
+    indent = 4 + max(len(name) for name, _ in rows)
+    return "\n".join(
+        textwrap.fill(text, WIDTH, initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
+        if text
+        else f"  {name}"
+        for name, text in rows
+    )
 
 
 def _default(flag: flags.Flag) -> str:
     return "" if flag.default in (None, "", False) else f" (default {flag.default})"
 
 
+def _first_line(path: Path) -> str:
+    """Return the first line of a file's docstring."""
+    try:
+        return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return "(cannot be read)"
+
+
 def config_keys() -> str:
     """List every config key with its default and its comment, read from the source of `default_config`.
 
-    >>> "model.n_layers" in config_keys()
+    >>> "model.n_layers=6" in config_keys()
     True
     """
-    source = inspect.getsource(config_module.default_config)
-    groups = {alias: name for name, alias in re.findall(r"config\.(\w+) = (\w+) = ConfigDict\(\)", source)}
-    lines = []
-    for owner, key, value, comment in re.findall(r"^    (\w+)\.(\w+) = (.+?)(?:  # (.*))?$", source, re.MULTILINE):
-        if "ConfigDict()" not in value:
-            name = key if owner == "config" else f"{groups[owner]}.{key}"
-            lines.append((f"{name}={value}", comment))
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"  {name:{width}}  {comment}".rstrip() for name, comment in lines)
+    source = inspect.getsource(default_config)
+    comments = {
+        token.start[0]: token.string.removeprefix("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    groups, rows = {"config": ""}, []
+    for line in ast.walk(ast.parse(source)):
+        if not isinstance(line, ast.Assign) or not isinstance(target := line.targets[0], ast.Attribute):
+            continue
+        name, value = groups[ast.unparse(target.value)] + target.attr, ast.get_source_segment(source, line.value)
+        if value == "ConfigDict()":
+            groups[ast.unparse(line.targets[1])] = f"{name}."
+            continue
+        lines = range(line.lineno, (line.end_lineno or line.lineno) + 1)
+        rows.append((f"{name}={value}", " ".join(comments[n] for n in lines if n in comments)))
+    return columns(rows)

@@ -6,7 +6,7 @@ First in the data path: a config names the text, the tokenizer, the model, the s
 import difflib
 import math
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check(config: ConfigDict, text_bytes: int | None = None) -> None:
-    """Raise one UserError that names every problem of a config; `text_bytes` is the size of its text where that is known."""
+    """Raise one UserError that names every problem of a config; `text_bytes` is the size of its text, where known."""
     found = problems(config, text_bytes)
     if found:
         number = "this problem" if len(found) == 1 else f"these {len(found)} problems"
@@ -206,56 +206,56 @@ def problems(config: ConfigDict, text_bytes: int | None = None) -> list[str]:
     """List what is wrong with a config, each as: what was given, what is allowed, what to do."""
     found = []
     flat = flatten(config)
-
-    def given(key: str) -> str:
-        return f"{key}={flat[key]!r}"
+    wrong = set()  # keys that are wrong by themselves: nothing is computed from them below
 
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
+            wrong.add(key)
             close = difflib.get_close_matches(str(flat[key]), allowed, 1)
-            found.append(
-                f"{given(key)}: allowed are {', '.join(map(repr, allowed))}"
-                + (f"; did you mean {close[0]!r}?" if close else "")
-            )
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            found.append(f"{key}={flat[key]!r}: it must be {_either(map(repr, allowed))}{hint}")
     for key, lowest, highest in RANGES:
         if not lowest <= flat[key] <= highest:  # nan is in no range
-            upper = f" to {highest:g}" if highest < math.inf else " or more"
-            found.append(f"{given(key)}: it must be {lowest:g}{upper}")
-    if found:
-        return found  # what follows divides by these
+            wrong.add(key)
+            found.append(f"{key}={flat[key]!r}: it must be {range_text(lowest, highest)}")
+
+    def fine(*keys: str) -> bool:
+        return wrong.isdisjoint(keys)
 
     m, b, o, t = config.model, config.batch, config.optimizer, config.tokenizer
-    if not m.d_head and m.d_model % m.n_heads:
-        near = [n for n in range(1, 2 * m.n_heads + 1) if m.d_model % n == 0]
-        close_heads = min(near, key=lambda n: abs(n - m.n_heads))
+    if fine("model.n_heads", "model.d_model", "model.d_head", "model.position"):
+        if not m.d_head and m.d_model % m.n_heads:
+            near = [n for n in range(1, 2 * m.n_heads + 1) if m.d_model % n == 0]
+            close_heads = min(near, key=lambda n: abs(n - m.n_heads))
+            found.append(
+                f"model.n_heads={m.n_heads} does not divide model.d_model={m.d_model}: heads are equal shares of the "
+                f"width; set model.n_heads={close_heads}, or model.d_head"
+            )
+        elif m.position == "rope" and (m.d_head or m.d_model // m.n_heads) % 2:
+            found.append(
+                f"a head is {m.d_head or m.d_model // m.n_heads} wide: rope turns pairs, so it must be even; set "
+                "model.d_head, or model.position='learned'"
+            )
+    if fine("model.n_heads", "model.n_kv_heads") and m.n_kv_heads and m.n_heads % m.n_kv_heads:
         found.append(
-            f"model.n_heads={m.n_heads} does not divide model.d_model={m.d_model}: heads are equal shares of the width; "
-            f"set model.n_heads={close_heads}, or model.d_head"
+            f"model.n_kv_heads={m.n_kv_heads} does not divide model.n_heads={m.n_heads}: each key/value head serves as "
+            "many query heads as the next; set it to a divisor, or 0"
         )
-    elif m.position == "rope" and (m.d_head or m.d_model // m.n_heads) % 2:
-        found.append(
-            f"a head is {m.d_head or m.d_model // m.n_heads} wide: rope turns pairs, so it must be even; set model.d_head"
-        )
-    if m.n_kv_heads and m.n_heads % m.n_kv_heads:
-        found.append(
-            f"model.n_kv_heads={m.n_kv_heads} does not divide model.n_heads={m.n_heads}: each key/value head serves as many "
-            "query heads as the next; set it to a divisor, or 0"
-        )
-    if b.global_batch_size % b.micro_batch_size:
+    if fine("batch.global_batch_size", "batch.micro_batch_size") and b.global_batch_size % b.micro_batch_size:
         near = max(n for n in range(1, b.micro_batch_size + 1) if b.global_batch_size % n == 0)
         found.append(
-            f"batch.micro_batch_size={b.micro_batch_size} does not divide batch.global_batch_size={b.global_batch_size}: a step is "
-            f"made of equal micro-batches; set batch.micro_batch_size={near}"
+            f"batch.micro_batch_size={b.micro_batch_size} does not divide batch.global_batch_size="
+            f"{b.global_batch_size}: a step is made of equal micro-batches; set batch.micro_batch_size={near}"
         )
-    if o.warmup_steps >= o.total_steps:
+    if fine("optimizer.warmup_steps", "optimizer.total_steps") and o.warmup_steps >= o.total_steps:
         found.append(
-            f"optimizer.warmup_steps={o.warmup_steps} is not below optimizer.total_steps={o.total_steps}: the learning rate would never come "
-            f"down; set optimizer.warmup_steps={o.total_steps // 10}"
+            f"optimizer.warmup_steps={o.warmup_steps} is not below optimizer.total_steps={o.total_steps}: the learning "
+            f"rate would never come down; set optimizer.warmup_steps={o.total_steps // 10}"
         )
-    if o.min_learning_rate > o.learning_rate:
+    if fine("optimizer.min_learning_rate", "optimizer.learning_rate") and o.min_learning_rate > o.learning_rate:
         found.append(
-            f"optimizer.min_learning_rate={o.min_learning_rate:g} is above optimizer.learning_rate={o.learning_rate:g}, the peak that it "
-            "comes down from; set it to a tenth of that"
+            f"optimizer.min_learning_rate={o.min_learning_rate:g} is above optimizer.learning_rate="
+            f"{o.learning_rate:g}, the peak that it comes down from; set it to a tenth of that"
         )
     if t.kind == "bpe" and t.vocab_size < 257:
         found.append(
@@ -263,18 +263,33 @@ def problems(config: ConfigDict, text_bytes: int | None = None) -> list[str]:
         )
     if t.kind == "hf" and not t.pretrained:
         found.append(
-            "tokenizer.pretrained='': kind 'hf' needs a local directory or a Hub name; set tokenizer.pretrained=gpt2, say"
+            "tokenizer.pretrained='': kind 'hf' needs a local directory or a Hub name; set tokenizer.pretrained='gpt2'"
         )
-    if m.vocab_size and t.kind == "bpe" and m.vocab_size < t.vocab_size:
+    if t.kind == "bpe" and 0 < m.vocab_size < t.vocab_size:
         found.append(
-            f"model.vocab_size={m.vocab_size} is below tokenizer.vocab_size={t.vocab_size}: the model needs a row for every id; set "
-            "model.vocab_size=0"
+            f"model.vocab_size={m.vocab_size} is below tokenizer.vocab_size={t.vocab_size}: the model needs a row for "
+            "every id; set model.vocab_size=0"
         )
     if not config.data.text_glob.strip():
         found.append("data.text_glob='': name the text, a glob or a directory; set data.text_glob='texts/**/*.txt'")
-    if text_bytes is not None and text_bytes <= m.context_length:
+    if text_bytes is not None and text_bytes <= m.context_length and fine("model.context_length"):
         found.append(
-            f"model.context_length={m.context_length} is longer than the data: {text_bytes} bytes of text in all; set a smaller "
-            "model.context_length, or give more text"
+            f"model.context_length={m.context_length} is longer than the data: {text_bytes:,} bytes of text in all; "
+            "set a smaller model.context_length, or give more text"
         )
     return found
+
+
+def range_text(lowest: float, highest: float) -> str:
+    """Say a range in words.
+
+    >>> range_text(0, 0.99), range_text(1, math.inf), range_text(0, 2**31 - 1)
+    ('0 to 0.99', '1 or more', '0 to 2,147,483,647')
+    """
+    low, high = (f"{int(x):,}" if x < math.inf and x == int(x) else repr(x) for x in (lowest, highest))
+    return f"{low} or more" if highest == math.inf else f"{low} to {high}"
+
+
+def _either(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

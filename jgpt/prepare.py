@@ -6,6 +6,7 @@ Training does the same when the token directory is missing or out of date.
 """
 
 from jgpt.cli import define_config, load_config, run
+from jgpt.config import check
 from jgpt.data.memmap import prepare, token_directory
 
 PREVIEW_TOKENS = 200
@@ -14,6 +15,7 @@ PREVIEW_TOKENS = 200
 def main() -> None:
     """Prepare the token directory that the config names, and say what is in it."""
     config = load_config()
+    check(config)
     data = prepare(config)
     meta = data.meta
     n_tokens, n_bytes = len(data.train) + len(data.val), meta["train_bytes"] + meta["val_bytes"]
@@ -29,4 +31,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_config()
-    run(main, __doc__ or "")
+    run(main, __doc__)

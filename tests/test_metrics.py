@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jgpt.training import metrics
 from jgpt.training.metrics import MetricsLog, Progress, TerminalHandler, Throughput, format_line, read_metrics
 
 
@@ -107,9 +106,8 @@ RECORD = {"step": 120, "loss": 2.34561, "learning_rate": 9.9e-4, "grad_norm": 0.
 def test_line_shows_fp16_columns_only_where_there_are_any() -> None:
     assert "scale" not in format_line(RECORD, 1000)
     line = format_line({**RECORD, "loss_scale": 32768.0, "skipped_steps": 2, "mfu": 0.31}, 1000, 252)
-    assert line == (
-        "step  120/1000  loss  2.3456  lr 9.9e-04  grad  0.83  scale 32768  skipped 2   12.3k tok/s  mfu  31%  ETA 4m 12s"
-    )
+    assert line.startswith("step  120/1000  loss  2.3456  lr 9.9e-04  grad  0.83  ")
+    assert line.endswith("scale 32768  skipped 2   12.3k tok/s  mfu  31%  ETA 4m 12s")
 
 
 def test_columns_stay_where_they_are() -> None:
@@ -126,16 +124,20 @@ class Terminal(io.StringIO):
 def show(stdout: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
     """Log two records as the loop does, and return what stdout got."""
     monkeypatch.setattr(sys, "stdout", stdout)
-    handler = TerminalHandler()
-    monkeypatch.setattr(metrics.log, "handlers", [handler])
-    monkeypatch.setattr(metrics.log, "propagate", False)
-    monkeypatch.setattr(metrics.log, "level", logging.INFO)
-    logging.getLogger().manager._clear_cache()  # type: ignore[attr-defined] (of levels)
-    progress = Progress(1000, first_step=100)
-    for step in (110, 120):
-        progress.update(step)
-        progress.log({**RECORD, "step": step}, eta_seconds=252)
-    progress.close()
+    monkeypatch.delenv("COLUMNS", raising=False)  # tqdm cuts the bar to it
+    logger, handler = logging.getLogger("jgpt"), TerminalHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        progress = Progress(1000, first_step=100)
+        for step in (110, 120):
+            progress.update(step)
+            progress.log({**RECORD, "step": step}, eta_seconds=252)
+        progress.close()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
     return stdout.getvalue()
 
 
@@ -148,7 +150,7 @@ def test_terminal_has_a_bar_below_whole_lines(monkeypatch: pytest.MonkeyPatch) -
     shown = show(Terminal(), monkeypatch)
     lines = [line.rpartition("\r")[2] for line in shown.split("\n")]
     assert lines[:2] == [format_line({**RECORD, "step": step}, 1000, 252) for step in (110, 120)]
-    assert "110/1000" in shown.replace("step  110/1000", "") and "ETA 4m 12s" in lines[-1] + shown
+    assert "120/1000, ETA 4m 12s" in shown  # the bar: a line has "120/1000  loss"
 
 
 def test_a_terminal_that_lacks_a_character_gets_an_escape(monkeypatch: pytest.MonkeyPatch) -> None:

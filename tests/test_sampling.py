@@ -33,7 +33,7 @@ def test_top_k(k: int):
     np.testing.assert_array_equal(kept(keep_top_k(LOGITS, k)), (-LOGITS).argsort().argsort() < k)
 
 
-@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.998])
 def test_top_p(p: float):
     """Kept where the ids that are likelier add up to less than p."""
     probabilities = softmax(LOGITS)

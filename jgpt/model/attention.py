@@ -26,7 +26,9 @@ def rope(x: Array, positions: Array, theta: float) -> Array:
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array, drop: Callable[[Array], Array] = lambda weights: weights) -> Array:
+def attend(
+    q: Array, k: Array, v: Array, mask: Array, drop: Callable[[Array], Array] = lambda weights: weights
+) -> Array:
     """Softmax attention with grouped key/value heads.
 
     `q` [B, T, K, G, H] (G query heads share each of the K key/value heads), `k` and `v` [B, S, K, H],

@@ -7,9 +7,13 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
-from jgpt.training.step import EvalStep, Pmap
+from jgpt.data.corpus import Corpus
+from jgpt.data.tokenizer import Tokenizer
+from jgpt.training.setup import LoadedRun
+from jgpt.training.step import EvalStep, Pmap, make_eval_step
 
 
 def evaluate(
@@ -54,3 +58,37 @@ def bits_per_byte(loss: float, n_tokens: int, n_bytes: int) -> float:
     0.25
     """
     return loss / math.log(2) * n_tokens / n_bytes
+
+
+def evaluate_run(loaded: LoadedRun, blocks: Iterable[np.ndarray], rows: int = 8) -> tuple[float, int]:
+    """Evaluate a loaded run on `blocks`, on every device of this machine; returns as `evaluate` does."""
+    runner = Pmap(jax.local_devices())
+    step = runner.eval_step(make_eval_step(loaded.model, loaded.policy, loaded.config.loss_chunk_tokens))
+    params = runner.place_state(loaded.params)
+    return evaluate(runner, step, params, blocks, rows, loaded.config.model.context_length)
+
+
+class TokenStream:
+    """The ids of a corpus, a piece at a time, an end-of-text id behind each document; counts the bytes of text passed."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer) -> None:
+        self.corpus, self.tokenizer, self.n_bytes = corpus, tokenizer, 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for piece in self.corpus.pieces():
+            self.n_bytes += len(piece.text.encode("utf-8", "surrogatepass"))
+            ids = self.tokenizer.encode(piece.text)
+            yield np.append(ids, np.uint32(self.tokenizer.eot_id)) if piece.ends_document else ids
+
+
+def blocks(pieces: Iterable[np.ndarray], context_length: int) -> Iterator[np.ndarray]:
+    """Cut a stream of ids into blocks of context_length + 1, neighbours sharing one id; the last may be shorter."""
+    rest = np.zeros(0, np.int64)
+    for piece in pieces:
+        for start in range(0, len(piece), 1 << 20):  # a memmap is read a part at a time
+            rest = np.concatenate([rest, piece[start : start + (1 << 20)]])
+            while len(rest) > context_length:
+                yield rest[: context_length + 1]
+                rest = rest[context_length:]
+    if len(rest) > 1:
+        yield rest

@@ -27,7 +27,7 @@ from jgpt.training.metrics import MetricsLog, Progress, Throughput, format_durat
 from jgpt.training.report import append_samples, drop_samples_after, write_curves, write_report
 from jgpt.training.run_dir import check_same_run, open_run_dir, write_identity, write_status
 from jgpt.training.setup import Training, check_disk, set_up
-from jgpt.training.step import TrainState
+from jgpt.training.step import Numbers, TrainState
 from jgpt.training.stop import Stop
 
 MOST_SKIPS_IN_A_ROW = 50  # of steps whose gradient is not finite: more will not mend themselves
@@ -165,7 +165,7 @@ class Run:
         if self.step == 0:
             self.write({"step": 0, "tokens": 0} | self.evaluate())
         log.info("compiling the step")
-        behind: tuple[int, dict[str, jax.Array]] | None = None  # the step whose numbers are not read yet
+        behind: tuple[int, Numbers] | None = None  # the step whose numbers are not read yet
         first_step, began, step_seconds = self.step + 1, time.monotonic(), 0.0
         with Prefetcher(self.training.batch, self.step) as prefetcher:
             while self.step < self.total_steps:
@@ -174,7 +174,7 @@ class Run:
                 self.tokens += self.training.tokens_per_step
                 self.val_loss = None
                 if behind is not None:
-                    self.read(*behind)  # while the devices are busy with the step just dispatched
+                    self.check_health(*behind)  # while the devices are busy with the step just dispatched
                 behind = self.step, numbers
                 if self.step == first_step:
                     jax.block_until_ready(numbers)
@@ -182,22 +182,20 @@ class Run:
                 began, step_seconds = time.monotonic(), time.monotonic() - began
                 reason = self.stop.reason(2 * step_seconds + 2 * self.checkpoints.save_seconds + EXIT_SECONDS)
 
-                # Once in a while: evaluate, sample, save, stop. The numbers of this step come first.
+                # Once in a while: log, evaluate, sample, save, stop.
                 last = self.step == self.total_steps
                 evaluates = last or self.step % self.config.eval.every_steps == 0
                 samples = last or (self.config.sample.every_steps and self.step % self.config.sample.every_steps == 0)
                 saves = last or bool(reason) or self.due_to_save()
-                if evaluates or samples or saves:
-                    jax.block_until_ready(numbers)
-                    self.read(self.step, numbers, and_evaluate=evaluates)
+                if evaluates or self.step % self.config.log_every_steps == 0:
+                    self.check_health(*behind)
                     behind = None
-                    with self.throughput.pause():
-                        if samples:
-                            self.sample()
-                        if saves:
-                            self.save()
-                        if evaluates and not last:
-                            write_curves(self.run_dir)
+                    self.report(numbers, evaluates)
+                with self.throughput.pause():
+                    if samples:
+                        self.sample()
+                    if saves:
+                        self.save()
                 if reason and not last:
                     self.finish(reason)
                     return
@@ -209,34 +207,39 @@ class Run:
         by_clock = c.every_minutes > 0 and time.monotonic() - self.last_save >= c.every_minutes * 60
         return self.step % c.every_steps == 0 or by_clock
 
-    def read(self, step: int, numbers: dict[str, jax.Array], and_evaluate: bool = False) -> None:
-        """Fetch the numbers of a step, look after the run's health, and report them where it is time to."""
+    def check_health(self, step: int, numbers: Numbers) -> None:
+        """Fetch the numbers of a step, and raise TrainingDiverged when steps are skipped without end."""
         found = self.training.runner.on_host(numbers)
         in_a_row = int(found["skipped_in_a_row"])
         if in_a_row >= MOST_SKIPS_IN_A_ROW:
             raise TrainingDiverged(
-                f"the gradient was not finite in {in_a_row} steps in a row, up to step {step} (loss {float(found['loss'])}, loss scale "
-                f"{float(found['loss_scale']):g}): training has diverged. No parameter was changed by them, and the last checkpoint "
-                "is good. Try a lower --config.optimizer.learning_rate, more warmup_steps, or --config.precision.compute=fp32."
+                f"the gradient was not finite in {in_a_row} steps in a row, up to step {step} (loss {found['loss']:g}, "
+                f"loss scale {found['loss_scale']:g}): training has diverged. No parameter was changed by them, and the "
+                "last checkpoint is good. Try a lower --config.optimizer.learning_rate, more warmup_steps, or "
+                "--config.precision.compute=fp32."
             )
-        if not and_evaluate and step % self.config.log_every_steps:
-            return
-        speed = self.throughput.measure(step)
+
+    def report(self, numbers: Numbers, evaluates: bool) -> None:
+        """Report the numbers of this step, and its validation loss where it has one."""
+        found = self.training.runner.on_host(numbers)
+        speed = self.throughput.measure(self.step)
+        scales = self.training.policy.scales_loss
         record = {
-            "step": step,
-            "tokens": self.tokens - (self.step - step) * self.training.tokens_per_step,
+            "step": self.step,
+            "tokens": self.tokens,
             "loss": found["loss"],
             "learning_rate": found["learning_rate"],
             "grad_norm": found["grad_norm"],
-            "loss_scale": found["loss_scale"] if self.training.policy.scales_loss else None,
-            "skipped_steps": found["skipped_steps"]
-            if self.training.policy.scales_loss or found["skipped_steps"]
-            else None,
-            "tokens_per_second": speed.tokens_per_second if step > 1 else None,
+            "loss_scale": found["loss_scale"] if scales else None,
+            "skipped_steps": found["skipped_steps"] if scales or found["skipped_steps"] else None,
+            "tokens_per_second": speed.tokens_per_second or None,
             "mfu": speed.mfu,
         }
-        self.write(record | (self.evaluate() if and_evaluate else {}), speed.eta_seconds)
-        self.progress.update(step)
+        self.write(record | (self.evaluate() if evaluates else {}), speed.eta_seconds)
+        self.progress.update(self.step)
+        if evaluates:
+            with self.throughput.pause():
+                write_curves(self.run_dir)
 
     def write(self, record: dict[str, Any], eta_seconds: float | None = None) -> None:
         """Put a record into metrics.jsonl and on the terminal."""

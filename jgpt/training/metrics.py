@@ -1,6 +1,7 @@
 """What a run tells while it trains: numbers of each step in, metrics.jsonl and lines on the terminal out.
 
-In the data path: beside the step; the loop is the caller. Next: `report.py` draws what metrics.jsonl holds. Nothing here knows JAX.
+In the data path: beside the step; the loop is the caller. Nothing here knows JAX. Next: `report.py`, which draws what
+metrics.jsonl holds.
 """
 
 import json
@@ -120,7 +121,10 @@ class Throughput:
             self._paused += self._clock() - began
 
     def measure(self, step: int) -> Speed:
-        """Return the speed of the steps since the last call, and the time to the end, pauses like those so far included."""
+        """Return the speed of the steps since the last call.
+
+        The time to the end counts pauses as well, at their share of the time so far.
+        """
         now, steps = self._clock(), step - self._step
         seconds = max(now - self._since - self._paused, 1e-9)
         self._training_seconds += seconds

@@ -102,12 +102,13 @@ def _draw_loss(axis: Any, records: list[dict[str, Any]], title: str) -> None:
         axis.plot(steps, smoothed, color=TRAIN_COLOR, lw=1.8, label="train (smoothed)")
     elif loss:
         axis.plot(steps, loss, color=TRAIN_COLOR, lw=1.8, marker="o", ms=3, label="train")
-    if val_loss:
+    best = best_validation(records)
+    if best:
         marker = "o" if len(val_loss) <= 50 else ""
         axis.plot(val_steps, val_loss, color=VAL_COLOR, lw=1.2, marker=marker, ms=4, label="validation")
     low, high = _limits(loss, val_loss)
     axis.set_ylim(low, high)
-    if best := best_validation(records):
+    if best:
         inside = min(best["val_loss"], high)
         text = f"best validation {_loss_text(best)}\nat step {best['step']:,}"
         axis.plot(best["step"], inside, "o", ms=9, mfc="none", mec=VAL_COLOR, mew=1.5, zorder=3)
@@ -175,7 +176,7 @@ class Sample(NamedTuple):
 
 
 def append_samples(path: Path, step: int, val_loss: float | None, texts: Sequence[str]) -> None:
-    """Append the texts, each under a header line; a line of theirs that could pass for one gets a backslash in front."""
+    """Append the texts, each under a header line; a line of theirs that could pass for one gets a backslash first."""
     with path.open("a", encoding="utf-8", errors="replace", newline="") as file:
         for i, text in enumerate(texts, 1):
             loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
@@ -338,14 +339,15 @@ def _groups_html(values: dict[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:200] + " …"  # a long list of globs; the file has all of it
 
 
 _HEAD = """<meta name=viewport content="width=device-width">
 <meta name=color-scheme content="light dark">
 <style>
 :root { --quiet: #666; --panel: #f4f4f2; --line: #ddd }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --quiet: #aaa; --panel: #26282b; --line: #444 }
   html { background: #17181a; color: #e6e6e6 }
   img { filter: invert(.9) hue-rotate(180deg) }  /* the picture has a white ground: turn it dark, and keep its hues */
@@ -357,7 +359,7 @@ h1 { margin: 0; overflow-wrap: anywhere } h2 { margin: 2rem 0 .5rem; font-size: 
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); gap: .6rem; margin: 1rem 0 }
 .numbers div { padding: .6rem .8rem; border-radius: .4rem; background: var(--panel); color: var(--quiet);
   font-size: .8rem }
-.numbers b { display: block; color: CanvasText; font-size: 1.4rem }
+.numbers b { display: block; color: CanvasText; font-size: 1.3rem; white-space: nowrap }
 img { width: 100%; border-radius: .4rem }
 pre { margin: .3rem 0 .8rem; padding: .6rem .8rem; border-radius: .4rem; background: var(--panel); font-size: .85rem;
   white-space: pre-wrap; overflow-wrap: anywhere }
@@ -367,5 +369,8 @@ table { width: 100%; margin-bottom: 1rem; border-collapse: collapse; break-insid
 caption { text-align: left; font-weight: 600 }
 td { padding: .15rem .5rem .15rem 0; border-top: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere }
 td:first-child { width: 50%; color: var(--quiet); overflow-wrap: normal }
-@media print { body { margin: 0; max-width: none } pre, .numbers div { border: 1px solid #ccc } h2 { break-after: avoid } }
+@media print {
+  body { margin: 0; max-width: none } h2 { break-after: avoid } pre, .numbers div { border: 1px solid #ccc }
+  .tables { columns: 2 }
+}
 </style>"""

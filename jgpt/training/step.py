@@ -199,8 +199,8 @@ class Pmap:
 
         return jax.pmap(on_one_device, axis_name=self.AXIS, devices=self.devices, in_axes=(None, 0, 0), out_axes=None)
 
-    def place_state(self, state: TrainState) -> TrainState:
-        """Copy a state to every device, laid out as the step returns it (else the step would compile twice)."""
+    def place_state(self, state: Any) -> Any:
+        """Copy a state (or parameters) to every device, laid out as the step returns it (else the step would compile twice)."""
         return jax.device_put(state, self._copied)
 
     def place_batch(self, batch: np.ndarray) -> Array:

@@ -1,0 +1,345 @@
+"""The step by identities: accumulation and devices are a big batch in parts, and an overflow anywhere changes nothing."""
+
+import re
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jgpt.config import default_config
+from jgpt.model.gpt import GPT, ModelConfig
+from jgpt.model.precision import Policy
+from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
+from jgpt.training.step import MAX_LOSS_SCALE, LossScale, Pmap, TrainState, init_state, make_eval_step, make_train_step
+
+V, T, HOT = 64, 12, 63  # HOT: an id whose row of the embedding is infinite after `heat`
+FP32, FP16 = Policy(), Policy(compute=jnp.float16)
+HALF = Policy(param=jnp.float16, compute=jnp.float16)
+SEED = 5
+
+
+class Parts(NamedTuple):
+    """A step in its several forms, compiled once for all tests that use it."""
+
+    model: GPT
+    optimizer: optax.GradientTransformation
+    pure: Any
+    runner: Pmap
+    step: Any
+    initial: TrainState  # on the host
+    accumulation: int
+
+
+@cache
+def parts(
+    policy: Policy = FP32, devices: int = 2, accumulation: int = 1, dropout: float = 0.0, seed: int = SEED
+) -> Parts:
+    shapes = ModelConfig(
+        V, T, n_layers=2, n_heads=2, n_kv_heads=1, d_model=16, d_head=8, d_ff=32, dropout=dropout, bias=True,
+        tie_embeddings=False,
+    )  # fmt: skip
+    model = GPT(shapes, policy.compute)
+    o = default_config().optimizer
+    # A large eps keeps Adam from blowing rounding up: its first update is otherwise the sign of the gradient.
+    o.update({"eps": 1e-2, "warmup_steps": 2, "total_steps": 20, "learning_rate": 0.05, "clip_norm": 0.5})
+    optimizer = make_optimizer(o)
+    pure = make_train_step(model, policy, optimizer, learning_rate_schedule(o), accumulation, seed, 16, growth_steps=2)
+    runner = Pmap(jax.local_devices()[:devices])
+    initial = jax.jit(lambda: init_state(model, policy, optimizer, SEED, 8.0))()
+    return Parts(model, optimizer, pure, runner, runner.train_step(pure), jax.tree.map(np.asarray, initial), accumulation)
+
+
+def tokens(seed: int, rows: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, HOT, (rows, T + 1)).astype(np.int32)
+
+
+def run(p: Parts, state: TrainState, *batches: np.ndarray) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
+    """Train on global batches [rows, T+1], cut for the devices and the micro-batches as the loop does."""
+    placed, metrics = p.runner.place_state(state), []
+    for batch in batches:
+        shape = len(p.runner.devices), p.accumulation, -1, T + 1
+        placed, numbers = p.step(placed, p.runner.place_batch(batch.reshape(shape)))
+        metrics.append(p.runner.on_host(numbers))
+    return placed, metrics
+
+
+def same(a: Any, b: Any) -> bool:
+    """Compare two trees bit for bit, NaN included."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(*map(jax.tree.leaves, (a, b))))  # noqa: B905
+
+
+def on_each(p: Parts, state: TrainState) -> list[TrainState]:
+    return [jax.tree.map(lambda x: np.asarray(x.addressable_shards[d].data), state) for d in range(len(p.runner.devices))]  # noqa: B023
+
+
+def learned(state: TrainState) -> tuple:
+    """Return what a skipped step must not touch: parameters, moments, and where the schedule stands."""
+    return state.params, state.opt_state, state.updates
+
+
+def heat(state: TrainState) -> TrainState:
+    """Make one row of the token embedding infinite: only a batch with HOT among its inputs sees it."""
+    table = np.array(state.params["wte"]["embedding"])
+    table[HOT] = np.inf
+    return state._replace(params=state.params | {"wte": {"embedding": table}})
+
+
+def assert_close(a: Any, b: Any) -> None:
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("devices, accumulation", [(1, 4), (2, 1), (2, 4)])
+def test_is_one_big_batch_in_parts(devices: int, accumulation: int):
+    """Loss, gradient norm, parameters and moments over three steps, to the rounding of fp32 sums."""
+    whole, split = parts(devices=1), parts(devices=devices, accumulation=accumulation)
+    batches = [tokens(seed) for seed in range(3)]
+    expected, expected_metrics = run(whole, whole.initial, *batches)
+    got, got_metrics = run(split, whole.initial, *batches)
+    for a, b in zip(got_metrics, expected_metrics, strict=True):
+        np.testing.assert_allclose([a["loss"], a["grad_norm"]], [b["loss"], b["grad_norm"]], rtol=1e-5)
+    for state in on_each(split, got):
+        assert_close(state, on_each(whole, expected)[0])
+
+
+def test_first_step_in_plain_formulas():
+    """Against jax.grad of the mean loss and one optimizer update, without chunks, scale, accumulation or pmap."""
+    p, batch = parts(accumulation=4), tokens(0)
+
+    def loss(params: Any) -> jax.Array:
+        hidden = p.model.apply({"params": params}, batch[:, :-1]).hidden
+        log_p = jax.nn.log_softmax(hidden @ params["lm_head"]["embedding"].T)
+        return -jnp.mean(jnp.take_along_axis(log_p, batch[:, 1:, None], -1))
+
+    # The second step: the first has a learning rate of zero, at the foot of the warmup.
+    params, opt_state = p.initial.params, p.initial.opt_state
+    for _ in range(2):
+        value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+        updates, opt_state = p.optimizer.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    state, metrics = run(p, p.initial, batch, batch)
+    np.testing.assert_allclose(metrics[-1]["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics[-1]["grad_norm"], optax.global_norm(gradient), rtol=1e-5)
+    assert [float(m["learning_rate"]) for m in metrics] == [0.0, pytest.approx(0.025)]
+    assert_close(on_each(p, state)[1].params, params)
+
+
+def test_optimizer_runs_once_a_step_and_devices_agree_bitwise():
+    p = parts(accumulation=4)
+    state, _ = run(p, p.initial, *(tokens(seed) for seed in range(3)))
+    first, second = on_each(p, state)
+    assert same(first, second)
+    adam = first.opt_state[1][0]
+    assert (int(first.step), int(first.updates), int(adam.count)) == (3, 3, 3)
+
+
+@pytest.mark.parametrize("policy", [FP32, FP16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("hot_row", range(0, 8, 3))
+def test_overflow_on_one_device_changes_nothing_on_either(policy: Policy, hot_row: int):
+    """Rows 0 to 3 are the first device's, two to a micro-batch; the row of the hot id decides who overflows."""
+    p = parts(policy, accumulation=2)
+    start, _ = run(p, p.initial, tokens(0))
+    start = heat(on_each(p, start)[0])
+    hot = tokens(1)
+    hot[hot_row, 2] = HOT
+    state, (numbers,) = run(p, start, hot)
+    assert not np.isfinite(numbers["loss"]) or not np.isfinite(numbers["grad_norm"])
+    for after in on_each(p, state):
+        assert same(learned(after), learned(start))
+        assert (int(after.step), int(after.updates)) == (2, 1)
+        assert [int(n) for n in after.loss_scale[1:]] == [0, 1, 1]  # good steps, skipped in all, skipped in a row
+        assert after.loss_scale.scale == (4.0 if policy.scales_loss else 8.0 / 8.0)
+    assert (int(numbers["skipped_steps"]), int(numbers["skipped_in_a_row"])) == (1, 1)
+
+
+def test_one_bad_batch_does_not_poison_the_next():
+    """After the skipped step a good batch does, bit for bit, what it would have done at once."""
+    p, start = parts(accumulation=2), heat(parts(accumulation=2).initial)
+    hot, good = tokens(1), tokens(2)
+    hot[:, 3] = HOT
+    direct, _ = run(p, start, good, good)
+    after, metrics = run(p, start, hot, good, hot, hot, good)
+    assert same(learned(direct), learned(after))
+    assert [int(m["skipped_in_a_row"]) for m in metrics] == [1, 0, 1, 2, 0]
+    assert int(after.loss_scale.skipped_steps) == 3 and int(after.step) == 5
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.opt_state))
+
+
+def test_schedule_waits_for_skipped_steps():
+    p = parts(accumulation=2)
+    hot = tokens(1)
+    hot[:, 3] = HOT
+    _, skipping = run(p, heat(p.initial), tokens(0), hot, tokens(2), tokens(3))
+    _, going = run(p, heat(p.initial), tokens(0), tokens(2), tokens(3))
+    rates = [[float(m["learning_rate"]) for m in metrics] for metrics in (skipping, going)]
+    assert [rates[0][0], *rates[0][2:]] == rates[1] and rates[0][1] == rates[0][2]
+
+
+@cache
+def poisoned_step(policy: Policy) -> Any:
+    """Return the pure step on one device, its averaged gradient and loss multiplied by a factor: 0, 1, inf or nan."""
+    p = parts(policy, devices=1)
+
+    def step(state: TrainState, batch: jax.Array, factor: jax.Array) -> Any:
+        return p.pure(state, batch, lambda tree: jax.tree.map(lambda x: x * factor, tree), 0)
+
+    return jax.jit(step)
+
+
+def scale_after(policy: Policy, start: float, factors: str) -> list[float]:
+    """Return the loss scale after each of a row of steps: "." is a good one, "i" and "n" overflow to inf and nan."""
+    state, scales = parts(policy, devices=1).initial, []
+    state = state._replace(loss_scale=state.loss_scale._replace(scale=np.float32(start)))
+    for factor in factors:
+        factor = np.float32({".": 0.0, "i": np.inf, "n": np.nan}[factor])
+        state, _ = poisoned_step(policy)(state, tokens(0)[None], factor)
+        scales.append(float(state.loss_scale.scale))
+    return scales
+
+
+def test_scale_doubles_after_good_steps_and_halves_after_bad_ones():
+    assert scale_after(FP16, 8, "....") == [8, 16, 16, 32]  # growth_steps is 2
+    assert scale_after(FP16, 8, ".i..n") == [8, 4, 4, 8, 4]  # an overflow begins the count anew
+    assert scale_after(FP16, 2, "ninni.") == [1, 1, 1, 1, 1, 1]  # the floor
+    assert scale_after(FP16, MAX_LOSS_SCALE / 2, "....")[1::2] == [MAX_LOSS_SCALE, MAX_LOSS_SCALE]  # the cap
+
+
+@pytest.mark.parametrize("bad", ["i", "n"])
+def test_a_policy_without_scaling_skips_and_leaves_the_scale_alone(bad: str):
+    assert scale_after(FP32, 1, f"...{bad}{bad}.") == [1] * 6
+    state = parts(devices=1).initial
+    after, numbers = poisoned_step(FP32)(state, tokens(0)[None], np.float32(np.inf if bad == "i" else np.nan))
+    assert same(learned(after), learned(state)) and int(after.loss_scale.skipped_in_a_row) == 1
+    assert not np.isfinite(numbers["grad_norm"])
+
+
+def test_initial_scale_follows_the_policy():
+    assert float(parts(FP16).initial.loss_scale.scale) == 8 and float(parts(FP32).initial.loss_scale.scale) == 1
+    assert isinstance(parts(FP16).initial.loss_scale, LossScale)
+
+
+def test_fp16_gradient_overflow_with_a_finite_loss():
+    """The scale alone overflows: loss finite, gradient not; halving it mends that within its 24 powers of two."""
+    p = parts(FP16, accumulation=2)
+    table = 64 * np.asarray(p.initial.params["lm_head"]["embedding"])
+    start = p.initial._replace(params=p.initial.params | {"lm_head": {"embedding": table}})
+    start = start._replace(loss_scale=start.loss_scale._replace(scale=np.float32(MAX_LOSS_SCALE)))
+    state, (numbers,) = run(p, start, tokens(0))
+    assert np.isfinite(numbers["loss"]) and not np.isfinite(numbers["grad_norm"])
+    assert same(learned(state), learned(start)) and float(state.loss_scale.scale) == MAX_LOSS_SCALE / 2
+    state, metrics = run(p, on_each(p, state)[0], *[tokens(0)] * 24)
+    assert int(state.updates) > 0 and np.isfinite(metrics[-1]["grad_norm"])
+
+
+def test_scale_cancels_out():
+    """fp16's update does not depend on the loss scale, but for what falls below its smallest number."""
+    p = parts(FP16, accumulation=2)
+    results = []
+    for scale in (2.0**8, 2.0**10):
+        start = p.initial._replace(loss_scale=p.initial.loss_scale._replace(scale=np.float32(scale)))
+        results.append(on_each(p, run(p, start, tokens(0), tokens(1))[0])[0].params)
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_state_is_donated():
+    p = parts()
+    before = p.runner.place_state(p.initial)
+    p.step(before, p.runner.place_batch(tokens(0).reshape(2, 1, 4, T + 1)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+
+
+def test_compiles_once():
+    p = parts(accumulation=4, dropout=0.5)
+    run(p, p.initial, *(tokens(seed) for seed in range(3)))
+    assert p.step._cache_size() == 1
+
+
+def test_one_gradient_all_reduce():
+    """The compiled step holds one all-reduce of everything, though four micro-batches make the gradient."""
+    p = parts(accumulation=4)
+    state, batch = p.runner.place_state(p.initial), p.runner.place_batch(tokens(0).reshape(2, 4, 1, T + 1))
+    text = p.step.lower(state, batch).compile().as_text()
+    reduces = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
+    n_parameters = sum(x.size for x in jax.tree.leaves(p.initial.params))
+    sizes = [
+        sum(int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"f32\[([\d,]*)\]", operands))
+        for operands in reduces
+    ]
+    assert [size for size in sizes if size > 1] in ([n_parameters], [n_parameters + 1])  # with the loss, or beside it
+    assert len(sizes) <= 2
+
+
+@cache
+def losses_with_dropout(seed: int, accumulation: int) -> Any:
+    p = parts(devices=1, accumulation=accumulation, dropout=0.5, seed=seed)
+    return jax.jit(lambda state, batch, device: p.pure(state, batch, lambda tree: tree, device)[1]["loss"])
+
+
+def test_dropout_is_a_function_of_seed_step_device_and_micro_batch():
+    state, batch = parts().initial, tokens(0, rows=4)
+
+    def loss(step: int = 0, device: int = 0, seed: int = SEED, repeats: int = 1) -> float:
+        at_step = state._replace(step=np.int32(step))
+        return float(losses_with_dropout(seed, repeats)(at_step, np.stack([batch] * repeats), np.int32(device)))
+
+    assert loss() == loss() and loss(3, 1) == loss(3, 1)
+    different = [loss(), loss(step=1), loss(device=1), loss(step=1, device=1), loss(seed=6), loss(repeats=2)]
+    assert len(set(different)) == len(different)
+    second_micro_batch = 2 * loss(repeats=2) - loss()
+    assert abs(second_micro_batch - loss()) > 1e-4
+    # Both devices of a pmap get the same rows here: its loss is the mean of what each would have alone.
+    p = parts(dropout=0.5)
+    _, (numbers,) = run(p, state, np.concatenate([batch, batch]))
+    assert float(numbers["loss"]) == pytest.approx((loss() + loss(device=1)) / 2, rel=1e-5)
+
+
+def test_half_precision_parameters_update():
+    """They stay fp16, their moments fp32, and a large enough update arrives."""
+    p = parts(HALF, accumulation=2)
+    batches = [tokens(seed) for seed in range(3)]
+    state, metrics = run(p, p.initial, *batches)
+    after = on_each(p, state)[0]
+    assert {x.dtype for x in jax.tree.leaves(after.params)} == {np.dtype(np.float16)}
+    assert {x.dtype for x in jax.tree.leaves(after.opt_state) if x.ndim} == {np.dtype(np.float32)}
+    assert not any(same(x, y) for x, y in zip(*map(jax.tree.leaves, (after.params, p.initial.params)), strict=True))
+    assert int(after.updates) == 3 and all(np.isfinite(m["grad_norm"]) for m in metrics)
+
+
+def test_fp16_follows_fp32():
+    batches = [tokens(0)] * 6
+    _, exact = run(parts(accumulation=2), parts().initial, *batches)
+    _, half = run(parts(FP16, accumulation=2), parts(FP16).initial, *batches)
+    np.testing.assert_allclose([m["loss"] for m in half], [m["loss"] for m in exact], rtol=2e-3)
+    assert exact[-1]["loss"] < exact[0]["loss"] - 0.05
+
+
+def test_eval_step_counts_what_its_weights_say():
+    p = parts()
+    evaluate = p.runner.eval_step(make_eval_step(p.model, FP32, 16))
+    params, batch = p.runner.place_state(p.initial.params), tokens(0)
+
+    def total(weights: np.ndarray) -> float:
+        placed = p.runner.place_batch(batch.reshape(2, 4, -1)), p.runner.place_batch(weights.reshape(2, 4, -1))
+        return float(evaluate(params, *placed))
+
+    hidden = p.model.apply({"params": p.initial.params}, batch[:, :-1]).hidden
+    log_p = jax.nn.log_softmax(hidden @ p.initial.params["lm_head"]["embedding"].T)
+    losses = -np.take_along_axis(np.asarray(log_p), batch[:, 1:, None], -1)[..., 0]
+    random = np.random.default_rng(0).random((8, T)).astype(np.float32)
+    for weights in (np.ones((8, T), np.float32), np.zeros((8, T), np.float32), random, (random > 0.7) * random):
+        assert total(weights) == pytest.approx(float((losses * weights).sum()), rel=1e-5, abs=1e-5)
+
+
+def test_eval_step_has_no_dropout():
+    plain, dropping = parts(), parts(dropout=0.5)
+    shape = 2, 4, -1
+    placed = [plain.runner.place_batch(x.reshape(shape)) for x in (tokens(0), np.ones((8, T), np.float32))]
+    params = plain.runner.place_state(plain.initial.params)
+    values = [p.runner.eval_step(make_eval_step(p.model, FP32, 16))(params, *placed) for p in (plain, dropping)]
+    assert float(values[0]) == float(values[1])
