@@ -8,6 +8,7 @@ import difflib
 import inspect
 import io
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -16,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -33,6 +35,7 @@ EXIT_CODES = (
     ("4", "training diverged"),
 )
 WIDTH = 120  # of --help
+OWN_CONFIG = "Begin with jgpt.config.default_config(), change keys of it, and return it."
 
 
 def define_config() -> None:
@@ -52,12 +55,15 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
     `doc` is the command's docstring, which heads its --help.
     """
     set_up_logging()
-    if {"-h", "--help", "-help", "--helpfull"} & set(sys.argv[1:]):
-        print(help_text(doc or ""))
-        sys.exit(EXIT_DONE)
     try:
-        parse_flags()
-        sys.exit(main() or EXIT_DONE)
+        if {"-h", "--help", "-help", "--helpfull"} & set(sys.argv[1:]):
+            print(help_text(doc or ""))
+            code = EXIT_DONE
+        else:
+            parse_flags()
+            code = main() or EXIT_DONE
+        sys.stdout.flush()
+        sys.exit(code)
     except UserError as error:
         code, message = EXIT_USER, str(error)
     except TrainingDiverged as error:
@@ -65,7 +71,7 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except BrokenPipeError:  # the reader of a pipe went away: `| head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         sys.exit(EXIT_DONE)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -99,6 +105,8 @@ def parse_flags() -> None:
             warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads the file by load_module
             logging.disable(logging.WARNING)  # and warns where _check_config answers
             rest = flags.FLAGS(sys.argv)
+        if path:
+            hasattr(flags.FLAGS.config, "keys")  # raises the OSError that get_config() raised: ml_collections keeps it
     except flags.UnrecognizedFlagError as error:
         close = re.search(r"Did you mean: ([\w]+)", str(error))
         hint = f"Did you mean --{close[1]}? " if close else ""
@@ -163,7 +171,7 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(key, known, 1)
     elsewhere = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    return f" Did you mean {' or '.join(close or elsewhere)}?" if close or elsewhere else ""
+    return f" Did you mean {' or '.join(elsewhere or close)}?" if close or elsewhere else ""
 
 
 def _place(error: BaseException, path: Path) -> str:
@@ -177,11 +185,10 @@ def _place(error: BaseException, path: Path) -> str:
             return f"{path}, line {line}: {_in_short(cause)} Mend that line, or name another file by --config."
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, AttributeError) and "'get_config'" in str(error):
-        return f"{path} has no function get_config(). A config file must have one, as those in configs/ do. {_ADVICE}"
+        return (
+            f"{path} has no function get_config(). A config file must have one, as those in configs/ do. {OWN_CONFIG}"
+        )
     return ""
-
-
-_ADVICE = "Begin with jgpt.config.default_config(), change keys of it, and return it."
 
 
 def _same(name: str | None, path: Path) -> bool:
@@ -191,23 +198,23 @@ def _same(name: str | None, path: Path) -> bool:
 def _in_short(error: BaseException) -> str:
     """Put an error into one line; ml_collections' own errors about keys repeat the whole config."""
     text = str(error.msg if isinstance(error, SyntaxError) else error)
-    key = re.match(r"""(?:"|')*(?:Key ")?(\w+)""", text)
+    key = re.match(r"\W*(?:Key\W+)?(\w+)", text)
     close = re.search(r'Did you mean "(\w+)"', text)
     if isinstance(error, AttributeError | KeyError) and ("locked" in text or close) and key:
         return f"unknown config key {key[1]}." + (f" Did you mean {close[1]}?" if close else "")
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(".: ") + "."
 
 
-def _check_config(path: Path, config: object) -> None:
+def _check_config(path: Path, config: Any) -> None:
     """Refuse what get_config() returned when it is not a config of jgpt."""
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{path}: get_config() returned {config!r}, and it must return a config. {_ADVICE}")
+        raise UserError(f"{path}: get_config() returned {config!r}, and it must return a config. {OWN_CONFIG}")
     found, known = flatten(config).keys(), flatten(default_config()).keys()
     differences = [f"the unknown key {key}" for key in sorted(found - known)]
     differences += [f"no key {key}" for key in sorted(known - found)]
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise UserError(f"{path}: get_config() returned a config with {', '.join(differences[:3])}{more}. {_ADVICE}")
+        raise UserError(f"{path}: get_config() returned a config with {', '.join(differences[:3])}{more}. {OWN_CONFIG}")
 
 
 def _wrong_value(error: str) -> str:
@@ -216,19 +223,24 @@ def _wrong_value(error: str) -> str:
     if not flag:
         return f"{error.rstrip('.')}. All flags are in --help."
     name, value = flag[1], flag[2]
-    default = flatten(default_config()).get(name.removeprefix("config.")) if name.startswith("config.") else None
-    kind = type(default).__name__ if default is not None else ""
-    if not kind and name in flags.FLAGS:
+    known = {f"config.{key}": default for key, default in flatten(default_config()).items()}
+    if name in known:
+        kind, default = type(known[name]).__name__, known[name]
+    elif name in flags.FLAGS:
         kind, default = flags.FLAGS[name].flag_type(), flags.FLAGS[name].default
+    else:
+        kind, default = "", None
     example = f", such as {default}" if default not in (None, "", False, True) else ""
-    wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "string enum": "one of its values"}
     if value is None:
         return f"--{name} was given without a value. Write --{name}=VALUE{example}. All flags are in --help."
-    if "bound" in error or "should be one of" in error:  # absl says which
-        return f"--{name}={value}: {error.split(': ', 1)[-1].rstrip('.')}. All flags are in --help."
-    return (
-        f"--{name}={value!r}: it must be {wanted.get(kind, kind or 'another value')}{example}. All flags are in --help."
-    )
+    types = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    if outside := re.search(r"is not ((?:an? )?\w.*)", error):  # absl: "-1 is not a non-negative integer"
+        wanted = outside[1]
+    elif choices := re.search(r"one of <(.*)>", error):
+        wanted = "one of " + choices[1].replace("|", ", ")
+    else:
+        wanted = types.get(kind, "another value") + example
+    return f"--{name}={value!r}: it must be {wanted}. All flags are in --help."
 
 
 def help_text(doc: str) -> str:

@@ -270,6 +270,8 @@ def problems(config: ConfigDict, text_bytes: int | None = None) -> list[str]:
             f"model.vocab_size={m.vocab_size} is below tokenizer.vocab_size={t.vocab_size}: the model needs a row for "
             "every id; set model.vocab_size=0"
         )
+    if not config.out_dir.strip():
+        found.append("out_dir='': a run writes into a directory of its own; set out_dir='runs/NAME'")
     if not config.data.text_glob.strip():
         found.append("data.text_glob='': name the text, a glob or a directory; set data.text_glob='texts/**/*.txt'")
     if text_bytes is not None and text_bytes <= m.context_length and fine("model.context_length"):

@@ -58,7 +58,7 @@ def main() -> None:
         loss, n_tokens = evaluate_run(loaded, _some(blocks([val], loaded.config.model.context_length)))
         text = "the run's validation split"
     print(f"text              {text}")
-    print(f"tokens            {n_tokens:,} predicted, of {n_bytes / 1e6:.3f} MB of text")
+    print(f"tokens            {n_tokens:,} predicted, of {n_bytes:,} bytes of text")
     print(f"loss              {loss:.4f} nats per token (step {loaded.step})")
     print(f"perplexity        {math.exp(loss):.2f}")
     print(f"bits per byte     {bits_per_byte(loss, n_tokens, n_bytes):.4f}")

@@ -24,7 +24,7 @@ from jgpt.hardware.devices import compute_capability, describe, set_up_process
 from jgpt.inference.decode import generate
 from jgpt.inference.sampling import Sampling
 from jgpt.model.precision import choose_policy
-from jgpt.training.checkpoint import load_run
+from jgpt.training.setup import load_run
 
 SEPARATOR = "-" * 80
 
@@ -45,7 +45,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_samples", 1, "texts to write, all at the same time", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 200, "tokens after the prompt, at most", lower_bound=0)
     flags.DEFINE_enum(
-        "compute", None, ["auto", "fp32", "fp16", "bf16"], "dtype of the matrix products; without it the run's own"
+        "compute", None, ["auto", "fp32", "fp16", "bf16"], "dtype of the matrix products; without it what suits the device"
     )
 
 

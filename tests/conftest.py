@@ -1,6 +1,109 @@
-"""Two CPU devices for every test, and no silent rank promotion; set before any test touches a device."""
+"""Two CPU devices for every test, and no silent rank promotion; the commands, and one small trained run."""
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import jax
+import pytest
+from absl import flags
 
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 2)  # before any test touches a device
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# 1,289 characters and an end-of-text token: 1,161 tokens to train on, and for validation 8 blocks of 16 and one.
+TEXT = ("".join(f"{n} times {n} is {n * n}, says the table.\n" for n in range(99)))[:1289]
+
+
+@dataclass
+class Result:
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def command() -> Command:
+    """Run a command as `python -m jgpt.NAME` would, in this process: command("train", "--config=...", stdin="")."""
+    return _run
+
+
+def _run(name: Any, *arguments: str, stdin: str | bytes = "") -> Result:
+    from jgpt import cli
+
+    module = importlib.import_module(f"jgpt.{name}") if isinstance(name, str) else name
+    raw = stdin.encode() if isinstance(stdin, str) else stdin
+    out, err = io.StringIO(), io.StringIO()
+    with _own_process_state(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with mock.patch.object(sys, "argv", [str(module.__file__), *arguments]):
+            with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw))):
+                getattr(module, "define_flags", cli.define_config)()
+                with pytest.raises(SystemExit) as exit:
+                    cli.run(module.main, module.__doc__)
+    assert isinstance(exit.value.code, int)
+    return Result(exit.value.code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def _own_process_state() -> Iterator[None]:
+    """Put back what a command changes in its process: flags, the log of jgpt, the environment."""
+    log, names = logging.getLogger("jgpt"), set(flags.FLAGS)
+    before = log.handlers[:], log.level, log.propagate
+    try:
+        with mock.patch.dict(os.environ), jax.numpy_rank_promotion("allow"):  # as a user's process has it
+            yield
+    finally:
+        log.handlers[:], log.propagate = before[0], before[2]
+        log.setLevel(before[1])
+        for name in set(flags.FLAGS) - names:
+            delattr(flags.FLAGS, name)
+        sys.modules.pop("config_config", None)  # the config file, as ml_collections calls it
+        flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Return the arguments of a run that takes a second: a small text, a small model, 4 steps, in `tmp_path`/run."""
+    return _tiny(tmp_path)
+
+
+def _tiny(root: Path) -> list[str]:
+    (root / "text.txt").write_text(TEXT)
+    config = {
+        "out_dir": root / "run", "log_every_steps": 1, "data.text_glob": root / "text.txt", "tokenizer.kind": "char",
+        "model.n_layers": 1, "model.n_heads": 2, "model.d_model": 16, "model.context_length": 16,
+        "optimizer.total_steps": 4, "optimizer.warmup_steps": 1, "batch.global_batch_size": 4,
+        "batch.micro_batch_size": 2, "eval.every_steps": 2, "sample.max_new_tokens": 4, "checkpoint.every_steps": 2,
+    }  # fmt: skip
+    base = Path(__file__).parents[1] / "configs" / "base.py"
+    return [f"--config={base}", *(f"--config.{key}={value}" for key, value in config.items())]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train that run once for all tests; they only read what it wrote (see `own_run` for a copy)."""
+    root = tmp_path_factory.mktemp("trained")
+    result = _run("train", *_tiny(root))
+    assert result.code == 0, result.err
+    return root / "run"
+
+
+@pytest.fixture
+def own_run(trained: Path, tmp_path: Path, tiny: list[str]) -> Path:
+    """Return a copy of the trained run, where the arguments of `tiny` put theirs."""
+    shutil.copytree(trained.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "run"

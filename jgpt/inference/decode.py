@@ -13,7 +13,7 @@ next round starts from the newer: one prefill each context_length / 2 tokens, an
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,7 @@ def _advance(
     model: GPT, sampling: Sampling, params: Any, task: Task, rows: Rows, fed: Array, positions: Array, last: Array
 ) -> Rows:
     """Feed `fed` [B, T] at `positions`, and draw the token that follows the one in column `last` [B] of it."""
-    hidden, cache = model.apply({"params": params}, fed, positions, rows.cache)
+    hidden, cache = cast(tuple[Array, KVCache], model.apply({"params": params}, fed, positions, rows.cache))
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     matrix = unembedding(params)
     logits = jnp.einsum("BD,VD->BV", hidden.astype(matrix.dtype), matrix, preferred_element_type=jnp.float32)

@@ -70,9 +70,10 @@ class Norm(nn.Module):
         if self.kind == "layernorm":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.norm_eps)
-        x = x * scale.astype(jnp.float32)
+        wide = (1,) * (x.ndim - 1) + scale.shape
+        x = x * scale.astype(jnp.float32).reshape(wide)
         if self.kind == "layernorm" and self.config.bias:
-            x = x + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+            x = x + self.param("bias", nn.initializers.zeros, scale.shape).astype(jnp.float32).reshape(wide)
         return x.astype(self.dtype)
 
 
@@ -253,6 +254,8 @@ class GPT(nn.Module):
         x = self.wte(tokens)
         if self.config.position == "learned":
             x = x + self.wpe(positions)
+        if self.is_initializing() and not self.config.tie_embeddings:
+            _ = self.lm_head.embedding  # makes it: linen is lazy, and only `unembedding` uses this one
         x = dropout(self, deterministic)(x)
         layers: list[LayerCache] = []
         for i, block in enumerate(self.h):

@@ -7,6 +7,7 @@ lists half-written steps, so a step counts as whole only when its manifest is th
 
 import hashlib
 import logging
+import math
 import shutil
 import threading
 import time
@@ -34,6 +35,7 @@ class Checkpoints:
         self.save_seconds = 0.0  # the longest so far, for the deadline
         self._finishing: threading.Thread | None = None
         self._error: Exception | None = None
+        self._damaged: set[int] = set()  # steps that restore passed over: in the way of what is saved from now on
         options = ocp.CheckpointManagerOptions(
             create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
@@ -48,19 +50,22 @@ class Checkpoints:
         """
         self.wait()
         step, started = int(state.step), time.monotonic()
-        if self.manifest(step).exists():
+        if step in self.steps() and step not in self._damaged:
             return
-        if (self.directory / str(step)).exists():  # a save that was cut off before its manifest
-            self._manager.delete(step)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),  # pyright: ignore[reportCallIssue]
-                training=ocp.args.StandardSave(state._replace(params={})._asdict()),  # pyright: ignore[reportCallIssue]
-                meta=ocp.args.JsonSave(meta),  # pyright: ignore[reportCallIssue]
-            ),
-            force=True,
-        )
+        try:
+            self._delete(step)  # a save that was cut off before its manifest, or a damaged one
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),  # pyright: ignore[reportCallIssue]
+                    training=ocp.args.StandardSave(state._replace(params={})._asdict()),  # pyright: ignore[reportCallIssue]
+                    meta=ocp.args.JsonSave(meta),  # pyright: ignore[reportCallIssue]
+                ),
+                force=True,
+            )
+        except Exception as error:  # a disk can be full before the background has begun
+            self._error = error
+            self.wait()
         self._finishing = threading.Thread(target=self._finish, args=(step, started), name=f"save {step}")
         self._finishing.start()
 
@@ -82,9 +87,10 @@ class Checkpoints:
             error, self._error = self._error, None
             for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(partial, ignore_errors=True)
-            free = shutil.disk_usage(self.directory).free / 1e9
+            free = shutil.disk_usage(self.directory.parent).free / 1e9
+            reason = (str(error) or type(error).__name__).splitlines()[0][:300]
             raise UserError(
-                f"a checkpoint could not be written to {self.directory} ({free:.2f} GB free): {str(error).splitlines()[0][:300]}. Earlier "
+                f"a checkpoint could not be written to {self.directory} ({free:.2f} GB free): {reason}. Earlier "
                 "checkpoints are whole. Make room (a smaller --config.checkpoint.keep_last, another --config.out_dir), then "
                 "run the same command again."
             ) from error
@@ -105,16 +111,21 @@ class Checkpoints:
         return whole_steps(self.directory)
 
     def _prune(self) -> None:
-        steps = self.steps()
+        steps = [step for step in self.steps() if step not in self._damaged]
         keep = set(steps[-self.keep_last :])
         if self.keep_best:
-            losses = {step: read_meta(self.directory / str(step)).get("val_loss") for step in steps}
-            scored = [step for step in steps if losses[step] is not None]
-            keep |= {min(scored, key=lambda step: losses[step])} if scored else set()
-        cut_off = {step for step in self._manager.all_steps() if step < steps[-1]} - set(steps)
-        for step in (set(steps) - keep) | cut_off:
-            self.manifest(step).unlink(missing_ok=True)  # first: what is half deleted is never whole
+            losses = {step: _val_loss(self.directory / str(step)) for step in steps}
+            best = min(steps, key=lambda step: losses[step])
+            keep |= {best} if losses[best] < math.inf else set()
+        found = {int(path.name) for path in self.directory.iterdir() if path.name.isdigit()}
+        for step in found - keep:  # those no longer wanted, cut off or damaged
+            self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        self.manifest(step).unlink(missing_ok=True)  # first: what is half deleted is never whole
+        if (self.directory / str(step)).exists():
             self._manager.delete(step)
+        self._damaged.discard(step)
 
     def restore(self, abstract: TrainState, device: jax.Device) -> tuple[TrainState, dict[str, Any]] | None:
         """Return the newest whole state, its arrays on `device`, and its meta; None when there is no checkpoint at all.
@@ -126,6 +137,7 @@ class Checkpoints:
             damage = verify(self.directory, step)
             if damage:
                 log.warning("checkpoint %d is damaged and passed over: %s", step, damage)
+                self._damaged.add(step)
                 continue
             on_device = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), abstract
@@ -175,6 +187,15 @@ def read_meta(step_directory: Path) -> dict[str, Any]:
     """Read the JSON that a checkpoint carries: step, tokens, val_loss and what the run was."""
     handler = ocp.Checkpointer(ocp.JsonCheckpointHandler())
     return handler.restore(step_directory / "meta")
+
+
+def _val_loss(step_directory: Path) -> float:
+    """Return a checkpoint's validation loss; infinity where it has none, or is too damaged to say."""
+    try:
+        loss = read_meta(step_directory).get("val_loss")
+    except (OSError, ValueError):
+        return math.inf
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 def restore_params(directory: Path, step: int, abstract: Any, device: jax.Device) -> Any:

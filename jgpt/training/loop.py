@@ -6,10 +6,12 @@ dispatches a step and, while the devices are busy with it, reads the numbers of 
 
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,7 +21,7 @@ from jgpt.data.corpus import Corpus
 from jgpt.data.files import find_files
 from jgpt.data.memmap import TokenData, prepare
 from jgpt.hardware.devices import set_up_process
-from jgpt.inference.decode import generate
+from jgpt.inference.decode import NonFiniteLogits, generate
 from jgpt.inference.sampling import Sampling
 from jgpt.training.checkpoint import Checkpoints
 from jgpt.training.evaluation import bits_per_byte, evaluate
@@ -66,7 +68,8 @@ def train(config: ConfigDict, command: str = "") -> None:
             run.start(abstract)
             run.go()
         except BaseException as error:
-            run.status("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            with suppress(OSError):  # on a full disk: what went wrong first is what is told
+                run.status("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             raise
         finally:
             run.close()
@@ -126,8 +129,12 @@ class Run:
             self.val_loss, self.saved_step = meta["val_loss"], meta["step"]
             log.info("resuming from step %d of %d", self.step, self.total_steps)
             self._warn_of_differences(meta)
+            if self.training.policy.scales_loss and not meta["scales_loss"]:  # computed in fp32 or bf16 so far
+                scale = jnp.float32(self.config.precision.loss_scale)
+                state = state._replace(loss_scale=state.loss_scale._replace(scale=scale))
         self.state = self.training.runner.place_state(state)
-        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.step)
+        # Killed before its first checkpoint, a run begins anew, and so do its metrics.
+        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", -1 if restored is None else self.step)
         drop_samples_after(self.run_dir / "samples.txt", self.step)
         self.progress = Progress(self.total_steps, self.step)
         self.throughput = Throughput(
@@ -263,16 +270,20 @@ class Run:
         if not c.num_samples:
             return
         prompt = tokenizer.encode(c.prompt).tolist() if c.prompt else [tokenizer.eot_id]
-        texts = generate(
-            self.training.model,
-            self.training.runner.on_first(self.state.params),
-            [prompt] * c.num_samples,
-            sampling=Sampling(c.temperature, c.top_k, c.top_p, c.min_p),
-            max_new_tokens=c.max_new_tokens,
-            eot_id=tokenizer.eot_id,
-            n_ids=tokenizer.vocab_size,
-            seed=self.config.seed,
-        )
+        try:
+            texts = generate(
+                self.training.model,
+                self.training.runner.on_first(self.state.params),
+                [prompt] * c.num_samples,
+                sampling=Sampling(c.temperature, c.top_k, c.top_p, c.min_p),
+                max_new_tokens=c.max_new_tokens,
+                eot_id=tokenizer.eot_id,
+                n_ids=tokenizer.vocab_size,
+                seed=self.config.seed,
+            )
+        except NonFiniteLogits as error:  # no reason to lose a run
+            log.warning("no samples at step %d: %s", self.step, error)
+            return
         decoded = [c.prompt + tokenizer.decode(ids) for ids in texts]
         append_samples(self.run_dir / "samples.txt", self.step, self.val_loss, decoded)
         log.info(
@@ -295,6 +306,7 @@ class Run:
                 "val_loss": self.val_loss,
                 "train_sha256": self.data.meta["train_sha256"],
                 "devices": len(self.training.runner.devices),
+                "scales_loss": self.training.policy.scales_loss,
             },
         )
         self.saved_step, self.last_save = self.step, time.monotonic()
@@ -322,5 +334,5 @@ class Run:
 
     def close(self) -> None:
         """Let go of files and threads, whatever happened."""
-        for opened in self.opened:
+        for opened in reversed(self.opened):  # the checkpoints last: they raise when a save has failed
             opened.close()

@@ -110,7 +110,7 @@ def make_train_step(
             micro_step, (accumulate.init(zeros), zeros), (tokens, jnp.arange(accumulation))
         )
         gradient, loss = average((gradient, jnp.mean(losses)))
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

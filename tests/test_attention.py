@@ -1,0 +1,113 @@
+"""Attention against a plain numpy form; the causal pieces against the whole; RoPE by what it must keep."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jgpt.model.attention import attend, attend_causally, rope
+
+B, T, K, G, H = 2, 11, 2, 3, 8
+
+
+def inputs(length: int = T, dtype=jnp.float32):
+    random = np.random.default_rng(0)
+    shapes = (B, length, K, G, H), (B, length, K, H), (B, length, K, H)
+    return tuple(jnp.asarray(random.normal(size=shape), dtype) for shape in shapes)
+
+
+def causal(length: int):
+    return jnp.tril(jnp.ones((1, length, length), bool))
+
+
+def plain(q, k, v, mask) -> np.ndarray:
+    """Attention of each head by itself, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for b, h, g in np.ndindex(q.shape[0], K, G):
+        scores = q[b, :, h, g] @ k[b, :, h].T / np.sqrt(H)
+        weights = np.where(np.asarray(mask)[b % len(mask)], np.exp(scores), 0)
+        out[b, :, h, g] = weights / weights.sum(-1, keepdims=True) @ v[b, :, h]
+    return out
+
+
+def test_attend_is_softmax_attention_for_each_head():
+    q, k, v = inputs()
+    random = np.random.default_rng(1).random((B, T, T)) < 0.5
+    mask = jnp.asarray(random | np.eye(T, dtype=bool))
+    np.testing.assert_allclose(attend(q, k, v, mask), plain(q, k, v, mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 3, 5, 64])
+def test_causal_pieces_equal_the_whole_with_gradients(length):
+    q, k, v = inputs(length)
+    mask = causal(length)
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=q.shape), jnp.float32)
+
+    def summed(form):
+        return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.vdot(form(q, k, v, mask), weights), argnums=(0, 1, 2)))
+
+    for whole, pieces in zip(
+        jax.tree.leaves(summed(attend)(q, k, v)), jax.tree.leaves(summed(attend_causally)(q, k, v)), strict=True
+    ):
+        np.testing.assert_allclose(whole, pieces, rtol=2e-4, atol=2e-5)
+
+
+def test_causal_pieces_compute_five_eighths_of_the_products():
+    length = 64
+    q, k, v = inputs(length)
+
+    def flops(form) -> float:
+        cost = jax.jit(form).lower(q, k, v, causal(length)).compile().cost_analysis()
+        return cost["flops"]
+
+    assert flops(attend_causally) < 0.7 * flops(attend)
+
+
+def test_a_query_that_may_look_nowhere_is_still_finite():
+    q, k, v = inputs()
+    assert np.isfinite(attend(q, k, v, jnp.zeros((1, T, T), bool))).all()
+
+
+def test_fp16_products_past_the_range_of_fp16_are_scaled_before():
+    _, _, v = inputs(dtype=jnp.float16)
+    q, k = jnp.full((B, T, K, G, H), 130, jnp.float16), jnp.full((B, T, K, H), 130, jnp.float16)
+    out = jax.jit(attend_causally)(q, k, v, causal(T))  # q . k is 135,200; fp16 ends at 65,504
+    assert out.dtype == jnp.float16
+    means = np.cumsum(np.asarray(v, np.float64), 1) / np.arange(1, T + 1)[:, None, None]
+    np.testing.assert_allclose(out, np.repeat(means[:, :, :, None], G, 3), rtol=0.01, atol=0.01)
+
+
+def test_drop_acts_on_the_normalised_weights():
+    q, k, v = inputs()
+    doubled = attend(q, k, v, causal(T), lambda weights: 2 * weights)
+    np.testing.assert_allclose(doubled, 2 * attend(q, k, v, causal(T)), rtol=1e-5)
+
+
+def test_rope_is_the_rotation_of_the_paper():
+    x = np.random.default_rng(3).normal(size=(B, T, K, H)).astype(np.float32)
+    positions = np.arange(T)[None]
+    pairs = x[..., : H // 2] + 1j * x[..., H // 2 :]
+    angles = positions[0][:, None] * 10_000.0 ** (-np.arange(H // 2) / (H // 2))
+    turned = pairs * np.exp(1j * angles)[None, :, None]
+    expected = np.concatenate([turned.real, turned.imag], -1)
+    np.testing.assert_allclose(rope(jnp.asarray(x), jnp.asarray(positions), 10_000.0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rope_makes_scores_depend_on_distance_alone():
+    q, k, _ = inputs()
+    here = jnp.arange(T)[None]
+
+    def scores(shift: int):
+        return jnp.einsum("BTKGH,BSKH->BKGTS", rope(q, here + shift, 10_000.0), rope(k, here + shift, 10_000.0))
+
+    np.testing.assert_allclose(scores(0), scores(1000), atol=2e-3)
+
+
+def test_rope_keeps_the_dtype_and_takes_positions_of_each_row():
+    q, _, _ = inputs(dtype=jnp.float16)
+    rows = jnp.stack([jnp.arange(T), jnp.arange(T) + 5])
+    out = rope(q, rows, 10_000.0)
+    assert out.dtype == jnp.float16
+    np.testing.assert_array_equal(out[1:], rope(q[1:], rows[1:], 10_000.0))
+    np.testing.assert_array_equal(out[:1], rope(q[:1], rows[:1], 10_000.0))
