@@ -61,7 +61,7 @@ def main() -> None:
     print(f"tokens            {n_tokens:,} predicted, of {n_bytes:,} bytes of text")
     print(f"loss              {loss:.4f} nats per token (step {loaded.step})")
     print(f"perplexity        {math.exp(loss):.2f}")
-    print(f"bits per byte     {bits_per_byte(loss, n_tokens, n_bytes):.4f}")
+    print(f"bits per byte     {bits_per_byte(loss, n_tokens + 1, n_bytes):.4f}")
 
 
 def _validation_split(loaded: LoadedRun, run_dir: str) -> tuple[np.ndarray, int]:

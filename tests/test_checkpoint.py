@@ -17,9 +17,7 @@ import pytest
 
 from jgpt.config import UserError
 from jgpt.training import checkpoint as module
-from jgpt.training.checkpoint import (
-    Checkpoints, digest, read_meta, restore_params, state_bytes, verify, whole_steps,
-)  # fmt: skip
+from jgpt.training.checkpoint import Checkpoints, digest, read_meta, restore_params, state_bytes, verify, whole_steps
 from jgpt.training.step import LossScale, TrainState
 
 Opened = Callable[..., Checkpoints]
@@ -276,7 +274,9 @@ def test_a_failed_write_is_told_once_and_costs_nothing(
 
     with monkeypatch.context() as broken:
         broken.setattr(checkpoints._manager, where, fail)
-        with pytest.raises(UserError, match=r"could not be written .*GB free.*No space left on device\. Earlier.*whole"):
+        with pytest.raises(
+            UserError, match=r"could not be written .*GB free.*No space left on device\. Earlier.*whole"
+        ):
             checkpoints.save(state_at(8), meta_at(8))
             checkpoints.wait()
     checkpoints.wait()  # told once

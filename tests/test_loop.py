@@ -1,4 +1,4 @@
-"""Whole runs on real text: killed, stopped, moved to other devices, diverged; what comes out is what an untouched run gives."""
+"""Whole runs on real text: killed, stopped, moved, diverged; what comes out is what an untouched run gives."""
 
 import json
 import logging
@@ -43,7 +43,9 @@ def environment():
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("text")
     numbers = np.random.default_rng(0).integers(0, 1000, 700)
-    (directory / "text.txt").write_text("".join(f"{i}: {n} + {i} = {n + i}, so they say.\n" for i, n in enumerate(numbers)))
+    (directory / "text.txt").write_text(
+        "".join(f"{i}: {n} + {i} = {n + i}, so they say.\n" for i, n in enumerate(numbers))
+    )
     return directory
 
 
@@ -86,9 +88,7 @@ def command(flat: dict[str, Any]) -> Callable[..., list[str]]:
 
 def start(line: list[str], cwd: Path) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    return subprocess.Popen(
-        line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -155,7 +155,7 @@ def test_an_untouched_run(full: Path):
 
 @pytest.mark.parametrize("checkpoint", [3, 9])
 def test_killed_and_started_again(checkpoint: int, full: Path, command: Callable[..., list[str]], tmp_path: Path):
-    """kill -9 some time after a checkpoint: the same command makes the untouched run of it, from start to end."""
+    """Kill -9 some time after a checkpoint: the same command makes the untouched run of it, from start to end."""
     line = command(tmp_path / "run")
     process = start(line, tmp_path)
     wait_for(tmp_path / "run" / "checkpoints" / f"{checkpoint}.sha256", process)
@@ -290,8 +290,18 @@ def test_divergence(copy: Path, config: Callable[..., ConfigDict]):
 def test_divergence_exits_with_4(command: Callable[..., list[str]], tmp_path: Path):
     """For real: fp16 and an absurd learning rate."""
     changes = {"precision.compute": "fp16", "optimizer.learning_rate": 10, "optimizer.total_steps": 400}
-    changes |= {"optimizer.clip_norm": 0, "optimizer.warmup_steps": 0, "eval.every_steps": 1000, "sample.every_steps": 0}
-    changes |= {"checkpoint.every_steps": 1000, "log_every_steps": 100, "model.dropout": 0.0, "optimizer.weight_decay": 0}
+    changes |= {
+        "optimizer.clip_norm": 0,
+        "optimizer.warmup_steps": 0,
+        "eval.every_steps": 1000,
+        "sample.every_steps": 0,
+    }
+    changes |= {
+        "checkpoint.every_steps": 1000,
+        "log_every_steps": 100,
+        "model.dropout": 0.0,
+        "optimizer.weight_decay": 0,
+    }
     code, output = finish(start(command(tmp_path / "run", **changes), tmp_path))
     assert code == 4 and "training has diverged" in output and "Traceback" not in output, output
     assert status(tmp_path / "run")["state"] == "failed"

@@ -1,4 +1,4 @@
-"""The model by identities: causality by gradient, remat on = off, grouped heads = repeated heads, GPT-2 rewritten plainly."""
+"""The model by identities: causality by gradient, remat on = off, grouped = repeated heads, GPT-2 in plain numpy."""
 
 from functools import cache
 from typing import Any
@@ -80,9 +80,9 @@ def test_remat_changes_no_name(remat):
 
 
 def test_initial_values_follow_the_table():
-    config = changed(GPT2, n_layers=8, d_model=128, d_head=32, d_ff=512, vocab_size=1000, context_length=256)
+    config = changed(GPT2, n_layers=2, d_model=128, d_head=32, d_ff=512, vocab_size=1000, context_length=256)
     tree = jax.jit(lambda: GPT(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])()
-    block, residual = tree["h_3"], INIT["residual"] / 4  # sqrt(2 L) = 4
+    block, residual = tree["h_1"], INIT["residual"] / 2  # sqrt(2 L) = 2
     expected = {
         "wte": (tree["wte"]["embedding"], INIT["embedding"]),
         "wpe": (tree["wpe"]["embedding"], INIT["position"]),
@@ -99,7 +99,7 @@ def test_initial_values_follow_the_table():
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_no_token_sees_a_later_one(config):
-    """The gradient of the hidden state at t with respect to what enters at s > t is exactly zero, and at s <= t is not."""
+    """The gradient of the hidden state at t with respect to what enters at s is zero for s > t, and not for s <= t."""
     model = GPT(config)
     tree = params(config)
     tokens = jnp.arange(T, dtype=jnp.int32)[None]  # each token once, so that a row of the embedding is a place
@@ -114,7 +114,7 @@ def test_no_token_sees_a_later_one(config):
 
 @pytest.mark.parametrize("remat", ["block", "dots"])
 def test_remat_changes_neither_values_nor_gradients(remat):
-    config = changed(GPT2, dropout=0.3)  # the recomputed masks must be the same, too
+    config = changed(GPT2, n_layers=1, dropout=0.3)  # the recomputed masks must be the same, too
 
     def run(remat: str):
         model = GPT(config, remat=remat)

@@ -23,7 +23,8 @@ def settings(**changes: float) -> ConfigDict:
 
 def expected_rate(o: ConfigDict, step: int) -> float:
     if step < o.warmup_steps:
-        return o.learning_rate * step / o.warmup_steps
+        first = o.learning_rate / (o.warmup_steps + 1)
+        return first + (o.learning_rate - first) * step / o.warmup_steps
     part = min(1.0, (step - o.warmup_steps) / (o.total_steps - o.warmup_steps))
     return o.min_learning_rate + (o.learning_rate - o.min_learning_rate) * 0.5 * (1 + math.cos(math.pi * part))
 
@@ -48,7 +49,7 @@ def test_schedule_in_closed_form(changes: dict[str, float]):
 
 @pytest.mark.parametrize("gpt2", [True, False])
 def test_decay_falls_on_matrices_alone(gpt2: bool):
-    """On a real tree: every leaf named kernel or embedding, whatever its rank, and no bias, though qkv's has three axes."""
+    """On a real tree: kernels and embeddings, whatever their rank, and no bias, though qkv's has three axes."""
     model = default_config().model
     model.update({"n_layers": 2, "qk_norm": True, "bias": gpt2, "qkv_bias": not gpt2, "tie_embeddings": gpt2})
     model.update({"position": "learned", "norm": "layernorm", "mlp": "gelu"} if gpt2 else {})

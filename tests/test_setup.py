@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: the arithmetic of a batch, the sizes, and what is refused before the first step."""
+"""From a config to the parts of a run: the arithmetic of a batch, the sizes, what is refused before the first step."""
 
 import dataclasses
 import shutil
@@ -186,7 +186,11 @@ def test_check_disk_counts_what_the_old_checkpoints_hold(
 
 def test_load_run_is_the_run(trained: Path):
     loaded = load_run(trained)
-    assert loaded.step == 4 and loaded.val_loss is not None and loaded.tokenizer.vocab_size <= loaded.model.config.vocab_size
+    assert (
+        loaded.step == 4
+        and loaded.val_loss is not None
+        and loaded.tokenizer.vocab_size <= loaded.model.config.vocab_size
+    )
     assert all(leaf.devices() == {jax.local_devices()[0]} for leaf in jax.tree.leaves(loaded.params))
     assert count_parameters(loaded.model.config) == sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
     assert load_run(trained, 2).step == 2

@@ -1,4 +1,4 @@
-"""The step by identities: accumulation and devices are a big batch in parts, and an overflow anywhere changes nothing."""
+"""The step by identities: a batch in parts is a big batch, and an overflow anywhere changes nothing."""
 
 import re
 from functools import cache
@@ -88,7 +88,10 @@ def same(a: Any, b: Any) -> bool:
 
 
 def on_each(p: Parts, state: TrainState) -> list[TrainState]:
-    return [jax.tree.map(lambda x: np.asarray(x.addressable_shards[d].data), state) for d in range(len(p.runner.devices))]  # noqa: B023
+    """Return each device's copy of a state."""
+    leaves, tree = jax.tree.flatten(state)
+    shards = [[np.asarray(shard.data) for shard in leaf.addressable_shards] for leaf in leaves]
+    return [jax.tree.unflatten(tree, copies) for copies in zip(*shards, strict=True)]
 
 
 def learned(state: TrainState) -> tuple:
@@ -108,42 +111,40 @@ def assert_close(a: Any, b: Any) -> None:
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("devices, accumulation", [(1, 4), (2, 2)])
-def test_is_one_big_batch_in_parts(devices: int, accumulation: int):
-    """Loss, gradient norm, parameters and moments over three steps, to the rounding of fp32 sums."""
-    whole, split = parts(devices=1), parts(devices=devices, accumulation=accumulation)
-    batches = [tokens(seed) for seed in range(3)]
-    expected, expected_metrics = run(whole, whole.initial, *batches)
-    got, got_metrics = run(split, whole.initial, *batches)
-    for a, b in zip(got_metrics, expected_metrics, strict=True):
-        np.testing.assert_allclose([a["loss"], a["grad_norm"]], [b["loss"], b["grad_norm"]], rtol=1e-5)
-    for state in on_each(split, got):
-        assert_close(state, on_each(whole, expected)[0])
+@cache
+def plain_updates() -> list[tuple[Any, float, float]]:
+    """Train on three batches by jax.grad of the mean loss and one optimizer update: no chunks, scale, parts or pmap."""
+    p = parts(accumulation=2)
 
-
-def test_two_steps_in_plain_formulas():
-    """Against jax.grad of the mean loss and one optimizer update, without chunks, scale, accumulation or pmap."""
-    p, batch = parts(accumulation=2), tokens(0)
-
-    def loss(params: Any) -> jax.Array:
+    def loss(params: Any, batch: jax.Array) -> jax.Array:
         hidden = p.model.apply({"params": params}, batch[:, :-1]).hidden
         log_p = jax.nn.log_softmax(hidden @ params["lm_head"]["embedding"].T)
         return -jnp.mean(jnp.take_along_axis(log_p, batch[:, 1:, None], -1))
 
-    # The second step: the first has a learning rate of zero, at the foot of the warmup.
     @jax.jit
-    def update(params: Any, opt_state: Any) -> tuple:
-        value, gradient = jax.value_and_grad(loss)(params)
+    def update(params: Any, opt_state: Any, batch: jax.Array) -> tuple:
+        value, gradient = jax.value_and_grad(loss)(params, batch)
         updates, opt_state = p.optimizer.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value, optax.tree.norm(gradient)
 
-    params, opt_state, _, _ = update(p.initial.params, p.initial.opt_state)
-    params, opt_state, value, norm = update(params, opt_state)
-    state, metrics = run(p, p.initial, batch, batch)
-    np.testing.assert_allclose(metrics[-1]["loss"], value, rtol=1e-5)
-    np.testing.assert_allclose(metrics[-1]["grad_norm"], norm, rtol=1e-5)
-    assert [float(m["learning_rate"]) for m in metrics] == [0.0, pytest.approx(0.025)]
-    assert_close(on_each(p, state)[1].params, params)
+    params, opt_state, results = p.initial.params, p.initial.opt_state, []
+    for seed in range(3):
+        params, opt_state, value, norm = update(params, opt_state, tokens(seed))
+        results.append(((params, opt_state), float(value), float(norm)))
+    return results
+
+
+@pytest.mark.parametrize("devices, accumulation", [(1, 4), (2, 2)])
+def test_is_one_big_batch_in_parts(devices: int, accumulation: int):
+    """Loss, gradient norm, parameters and moments over three steps, to the rounding of fp32 sums."""
+    p, plain = parts(devices=devices, accumulation=accumulation), plain_updates()
+    state, metrics = run(p, p.initial, *(tokens(seed) for seed in range(3)))
+    for found, (_, loss, norm) in zip(metrics, plain, strict=True):
+        np.testing.assert_allclose([found["loss"], found["grad_norm"]], [loss, norm], rtol=1e-5)
+    assert [float(found["learning_rate"]) for found in metrics] == pytest.approx([0, 0.025, 0.05])
+    for each in on_each(p, state):
+        assert_close((each.params, each.opt_state), plain[-1][0])
+        assert not same(each.params, p.initial.params)
 
 
 def test_optimizer_runs_once_a_step_and_devices_agree_bitwise():
@@ -200,7 +201,7 @@ def test_schedule_waits_for_skipped_steps():
 
 @cache
 def poisoned_step(policy: Policy) -> Any:
-    """Return the pure step on one device, every number of its averaged gradient and loss replaced by one: 0, inf or nan."""
+    """Return the pure step on one device, its averaged gradient and loss replaced by a number: 0, inf or nan."""
     p = parts(policy, devices=1)
 
     def step(state: TrainState, batch: jax.Array, factor: jax.Array) -> Any:
@@ -242,7 +243,7 @@ def test_first_state(policy: Policy):
     p = parts(policy, accumulation=2)
     made = jax.jit(lambda: init_state(p.model, policy, p.optimizer, SEED, 8.0))()
     assert same(made._replace(params=p.initial.params), p.initial)
-    assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {policy.param}
+    assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {np.dtype(policy.param)}
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(made.params))
 
 

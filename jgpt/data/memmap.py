@@ -228,7 +228,7 @@ def _write_tokens(directory: Path, corpus: Corpus, tokenizer: Tokenizer, val_fra
         train_sha256 = hashlib.file_digest(written, "sha256").hexdigest()
     seconds = time.monotonic() - started
     log.info(
-        "tokens: %d files, %s documents, %.1f MB at %.1f MB/s: %s tokens, %.2f bytes a token, %.1f s%s",
+        "tokens: files %d, documents %s, %.1f MB at %.1f MB/s: %s tokens, %.2f bytes a token, %.1f s%s",
         *(len(corpus.files), f"{n_documents:,}", total_bytes / 1e6, total_bytes / 1e6 / seconds, f"{total:,}"),
         *(total_bytes / total, seconds, f", {corpus.replaced:,} characters replaced" if corpus.replaced else ""),
     )

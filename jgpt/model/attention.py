@@ -49,7 +49,7 @@ def attend_causally(
 ) -> Array:
     """Do the same for a sequence that attends to itself (S = T), where no query looks past its own place.
 
-    The queries go in four pieces, each with the keys up to its end only: 5/8 of the work and of the memory of all pairs.
+    The queries go in four pieces, each with the keys up to its end only: 5/8 of the work and memory of all pairs.
     """
     length = q.shape[1]
     size = -(-length // CHUNKS)

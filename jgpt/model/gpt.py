@@ -21,7 +21,7 @@ from jgpt.model.attention import attend, attend_causally, rope
 from jgpt.model.kv_cache import KVCache, LayerCache
 
 # Standard deviations of the initial normal distribution (GPT-2's; Radford et al. 2019, section 2.3).
-# The two layers that write to the residual stream are divided by sqrt(2 L), so that its variance does not grow with depth.
+# The two layers that write to the residual stream are divided by sqrt(2 L): its variance must not grow with depth.
 INIT = {"embedding": 0.02, "position": 0.02, "linear": 0.02, "residual": 0.02}
 
 
@@ -50,14 +50,14 @@ class ModelConfig:
 
 
 class Output(NamedTuple):
-    """What a forward pass returns: `hidden` fp32 [B, T, D] after the last norm, and the cache with the new tokens in it."""
+    """What a forward pass returns: `hidden` fp32 [B, T, D] after the last norm, and the cache with the new tokens."""
 
     hidden: Array
     cache: KVCache | None
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al., arXiv 1607.06450) or RMSNorm (Zhang and Sennrich, arXiv 1910.07467) over the last axis, in fp32."""
+    """LayerNorm (Ba et al., arXiv 1607.06450) or RMSNorm (Zhang, Sennrich, arXiv 1910.07467), last axis, in fp32."""
 
     config: ModelConfig
     dtype: Any  # of the output
@@ -80,8 +80,8 @@ class Norm(nn.Module):
 class Linear(nn.Module):
     """x @ kernel + bias in `dtype`. The kernel is [inputs, *features], or [features, inputs] where `transposed`.
 
-    All leading dimensions of x are folded into one, which keeps XLA from transposing activations before the weight gradient (a
-    fifth of a training step on CPU). For the same reason the layer that narrows (the MLP's last) is stored transposed.
+    All leading dimensions of x are folded into one, which keeps XLA from transposing activations before the weight
+    gradient (a fifth of a training step on CPU). For the same reason the MLP's last layer is stored transposed.
     """
 
     features: tuple[int, ...]
@@ -202,9 +202,9 @@ def dropout(module: nn.Module, deterministic: bool) -> Callable[[Array], Array]:
 def random_words(key: Array, shape: tuple[int, ...]) -> Array:
     """Hash the place of each element together with `key`: uint32, uniform, good enough for dropout.
 
-    JAX's own generator (20 rounds of threefry) took a third of a training step on a CPU. This is two rounds of a 32-bit mixer with the
-    key between them (lowbias32 of https://nullprogram.com/blog/2018/07/31/), 20 times less work, the same on every
-    device, and cheap enough that XLA makes the words again in the backward pass instead of keeping them.
+    JAX's own generator (threefry) took a third of a training step on a CPU. This is two rounds of a 32-bit mixer
+    (lowbias32, https://nullprogram.com/blog/2018/07/31/) with half of the key before each: ten times less work, plain
+    integer arithmetic that gives the same words on every device, and that XLA fuses into what uses them.
     """
     first, second = jax.random.bits(key, (2,), jnp.uint32)
     place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)

@@ -2,9 +2,10 @@
 
 In the data path: the end of the forward pass in training and evaluation.
 
-The logits of a batch are its largest array (8 x 1024 x 50304 in fp32 is 1.65 GB, and as much again for their gradient). Here
-a chunk of tokens at a time makes its logits, its loss and, while they are there, both gradients: nothing of size V is kept, and
-nothing is computed twice. The idea is that of Liger's and Apple's fused cross-entropies (arXiv 2410.10989, 2411.09009).
+The logits of a batch are its largest array (8 x 1024 x 50304 in fp32 is 1.65 GB, and as much again for their
+gradient). Here a chunk of tokens at a time makes its logits, its loss and, while they are there, both gradients:
+nothing of size V is kept, and nothing is computed twice. The idea is that of Liger's and Apple's fused cross-entropies
+(arXiv 2410.10989, 2411.09009).
 """
 
 import jax

@@ -1,8 +1,8 @@
 """Checkpoints: the whole training state on disk, saved in the background, verified before it is trusted.
 
-In the data path: from the step to the run directory, and back. Orbax writes the arrays to checkpoints/STEP/; when it is done, a
-sha256 manifest STEP.sha256 is written beside it (`sha256sum -c` reads it). Orbax does not notice a flipped bit and
-lists half-written steps, so a step counts as whole only when its manifest is there and every file in it agrees.
+In the data path: from the step to the run directory, and back. Orbax writes the arrays to checkpoints/STEP/; when it is
+done, a sha256 manifest STEP.sha256 is written beside it (`sha256sum -c` reads it). Orbax does not notice a flipped bit
+and lists half-written steps, so a step counts as whole only when its manifest is there and every file in it agrees.
 """
 
 import hashlib
@@ -91,8 +91,8 @@ class Checkpoints:
             reason = (str(error) or type(error).__name__).splitlines()[0][:300]
             raise UserError(
                 f"a checkpoint could not be written to {self.directory} ({free:.2f} GB free): {reason}. Earlier "
-                "checkpoints are whole. Make room (a smaller --config.checkpoint.keep_last, another --config.out_dir), then "
-                "run the same command again."
+                "checkpoints are whole. Make room (a smaller --config.checkpoint.keep_last, another "
+                "--config.out_dir), then run the same command again."
             ) from error
 
     def close(self) -> None:
@@ -154,8 +154,9 @@ class Checkpoints:
             return state, restored.meta
         if steps:
             raise UserError(
-                f"{self.directory} holds checkpoints, and none is whole. Nothing was changed. Allowed: a run directory with a whole "
-                "checkpoint, or a new one. Copy an undamaged checkpoint there, or take another --config.out_dir."
+                f"{self.directory} holds checkpoints, and none is whole. Nothing was changed. Allowed: a run directory "
+                "with a whole checkpoint, or a new one. Copy an undamaged checkpoint there, or take another "
+                "--config.out_dir."
             )
         return None
 
@@ -202,9 +203,9 @@ def restore_params(directory: Path, step: int, abstract: Any, device: jax.Device
     """Restore the parameters of a step alone, verified, onto `device`."""
     damage = verify(directory, step)
     if damage:
-        raise UserError(
-            f"checkpoint {step} in {directory} is damaged: {damage}. Allowed: {whole_steps(directory)}. Take another --step."
-        )
+        others = [other for other in whole_steps(directory) if other != step]
+        advice = f"Take another with --step: {others}." if others else "There is no other."
+        raise UserError(f"checkpoint {step} in {directory} is damaged: {damage}. {advice}")
     on_device = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), abstract
     )

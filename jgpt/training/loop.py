@@ -20,15 +20,15 @@ from jgpt.data.batches import Prefetcher
 from jgpt.data.corpus import Corpus
 from jgpt.data.files import find_files
 from jgpt.data.memmap import TokenData, prepare
-from jgpt.hardware.devices import set_up_process
+from jgpt.hardware.devices import set_up_process, training_devices
 from jgpt.inference.decode import NonFiniteLogits, generate
 from jgpt.inference.sampling import Sampling
-from jgpt.training.checkpoint import Checkpoints
+from jgpt.training.checkpoint import Checkpoints, whole_steps
 from jgpt.training.evaluation import bits_per_byte, evaluate
 from jgpt.training.metrics import MetricsLog, Progress, Throughput, format_duration
 from jgpt.training.report import append_samples, drop_samples_after, write_curves, write_report
 from jgpt.training.run_dir import check_same_run, open_run_dir, write_identity, write_status
-from jgpt.training.setup import Training, check_disk, set_up
+from jgpt.training.setup import Training, check_disk, choose_device_policy, set_up
 from jgpt.training.step import Numbers, TrainState
 from jgpt.training.stop import Stop
 
@@ -50,12 +50,12 @@ def train(config: ConfigDict, command: str = "") -> None:
     """
     stop = Stop(config.deadline_hours)
     set_up_process()
-    check(config)
     files = find_files(config.data.text_glob)
     plain = not any(file.suffix in (".gz", ".zst", ".parquet") for file in files)  # else a file says little of its text
     check(config, Corpus(files, config.data.text_field, config.data.encoding_errors).n_bytes if plain else None)
     with stop, open_run_dir(config.out_dir) as run_dir:
         resuming = _look_for_run(run_dir, config)
+        choose_device_policy(config, training_devices(config.batch.global_batch_size)[0])  # refuse before the long work
         data = prepare(config, run_dir / "tokenizer" if resuming else None)
         training = set_up(config, data)
         abstract = jax.eval_shape(training.init)
@@ -77,7 +77,14 @@ def train(config: ConfigDict, command: str = "") -> None:
 
 def _look_for_run(run_dir: Path, config: ConfigDict) -> bool:
     """Tell whether to go on with the run that is in `run_dir`; raise UserError where checkpoint.resume or that run forbids."""
-    resume, found = config.checkpoint.resume, (run_dir / "config.json").is_file() and (run_dir / "tokenizer").is_dir()
+    resume, parts = config.checkpoint.resume, [run_dir / "config.json", run_dir / "tokenizer" / "tokenizer.json"]
+    found = all(part.is_file() for part in parts)
+    if not found and whole_steps(run_dir / "checkpoints"):
+        missing = " and ".join(str(part) for part in parts if not part.is_file())
+        raise UserError(
+            f"{run_dir} holds checkpoints, but not {missing}: without it they cannot be read as they were meant. Put it back, or "
+            "set another --config.out_dir; nothing was changed."
+        )
     if resume == "must" and not found:
         raise UserError(
             f"checkpoint.resume='must', and {run_dir} holds no run. Name the out_dir of one, or set --config.checkpoint.resume=auto."

@@ -13,18 +13,20 @@ from ml_collections import ConfigDict
 def learning_rate_schedule(optimizer: ConfigDict) -> optax.Schedule:
     """Return the learning rate as a function of the updates made: linear warmup to the peak, cosine to the minimum.
 
+    The first update is one step up from zero already, so that it does something.
+
     Source: Loshchilov and Hutter, arXiv 1608.03983; warmup as in GPT-2 and nanoGPT.
 
     >>> from jgpt.config import default_config
     >>> schedule = learning_rate_schedule(default_config().optimizer)
     >>> [round(float(schedule(step)), 6) for step in (0, 50, 100, 550, 1000)]
-    [0.0, 0.0005, 0.001, 0.00055, 0.0001]
+    [1e-05, 0.000505, 0.001, 0.00055, 0.0001]
     """
     if optimizer.warmup_steps == 0:
         alpha = optimizer.min_learning_rate / optimizer.learning_rate
         return optax.cosine_decay_schedule(optimizer.learning_rate, optimizer.total_steps, alpha)
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
+        init_value=optimizer.learning_rate / (optimizer.warmup_steps + 1),
         peak_value=optimizer.learning_rate,
         warmup_steps=optimizer.warmup_steps,
         decay_steps=optimizer.total_steps,  # warmup included

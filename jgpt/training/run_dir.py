@@ -56,8 +56,7 @@ def check_same_run(run_dir: Path, config: ConfigDict) -> list[str]:
 
     Raises UserError with the list of those that may not: another model or tokenizer.
     """
-    old = json.loads((run_dir / "config.json").read_text())
-    old, new = flatten(old), flatten(json.loads(config.to_json()))
+    old, new = flatten(json.loads(read_config(run_dir).to_json())), flatten(json.loads(config.to_json()))
     changed = {
         key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
     }
@@ -74,9 +73,15 @@ def check_same_run(run_dir: Path, config: ConfigDict) -> list[str]:
 
 def read_config(run_dir: Path) -> ConfigDict:
     """Read the config of the run in `run_dir`; keys that are newer than the run have their defaults."""
-    config = default_config()
-    with config.unlocked():
-        config.update(json.loads((run_dir / "config.json").read_text()))
+    config, path = default_config(), run_dir / "config.json"
+    try:
+        config.update(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"{path} is damaged, or of another version of jgpt: {reason}. Put back the file that the run wrote, or name another "
+            "run; nothing was changed."
+        ) from None
     return config
 
 

@@ -88,12 +88,12 @@ def set_up(config: ConfigDict, data: TokenData) -> Training:
     peak = chip.peak_flops[compute]
     batches = Batches(data.train, config.seed, size, length, shapes.vocab_size)
     log.info(
-        "model: %s parameters, %d layers, width %d, context %d, vocabulary %d",
+        "model: %s parameters, layers %d, width %d, context %d, vocabulary %d",
         format_count(count_parameters(shapes)), shapes.n_layers, shapes.d_model, length, shapes.vocab_size,
     )  # fmt: skip
     log.info(
-        "batch: %d sequences = %d %s x %d micro-batches x %d, %s tokens a step, %.1f epochs in %d steps",
-        size, len(devices), "device" if len(devices) == 1 else "devices", accumulation, rows, format_count(size * length),
+        "batch: %d sequences = devices %d x micro-batches %d x %d, %s tokens a step, %.1f epochs in %d steps",
+        size, len(devices), accumulation, rows, format_count(size * length),
         config.optimizer.total_steps * size / batches.n_blocks, config.optimizer.total_steps,
     )  # fmt: skip
     log.info("device: %s, computing in %s%s", chip.name, compute, " with loss scaling" if policy.scales_loss else "")

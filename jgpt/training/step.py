@@ -1,7 +1,7 @@
 """The optimizer step: a state and a batch in, the next state and its metrics out. The only file that knows pmap.
 
-In the data path: between the batches and the checkpoint. `make_train_step` is the step as a pure function; `Pmap` is how it runs:
-a copy of the state on every device, a share of the batch each, gradients averaged once a step.
+In the data path: between the batches and the checkpoint. `make_train_step` is the step as a pure function; `Pmap` is
+how it runs: a copy of the state on every device, a share of the batch each, gradients averaged once a step.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ EvalStep = Callable[[Any, Array, Array], Array]
 def init_state(
     model: GPT, policy: Policy, optimizer: optax.GradientTransformation, seed: int, loss_scale: float
 ) -> TrainState:
-    """Make the state of step 0: parameters from `seed`, zero moments. Pure, so `jax.eval_shape` gives its shapes for free."""
+    """Make the state of step 0: parameters from `seed`, zero moments. Pure: `jax.eval_shape` gives its shapes."""
     params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
@@ -76,10 +76,10 @@ def make_train_step(
     """Return the step as a pure function (state, tokens int [A, B, T+1], average, device) -> (state, metrics).
 
     `average` averages a tree over the devices that share the batch (the identity on one), `device` is this one's index.
-    A micro-batches run one after another and `optax.MultiSteps` keeps the mean of their gradients; its accumulator lives inside the
-    step only, so that a state between steps never holds a half-done accumulation and no moment is touched before the
-    last micro-batch. Then one average, one finite check whose answer is the same on every device, one update. A step
-    with a non-finite gradient changes no parameter, no moment and no schedule.
+    A micro-batches run one after another and `optax.MultiSteps` keeps the mean of their gradients; its accumulator
+    lives inside the step only, so that a state between steps never holds a half-done accumulation and no moment is
+    touched before the last micro-batch. Then one average, one finite check whose answer is the same on every device,
+    one update. A step with a non-finite gradient changes no parameter, no moment and no schedule.
     """
     accumulate = optax.MultiSteps(optax.identity(), every_k_schedule=accumulation)
 
@@ -154,7 +154,7 @@ def _next_loss_scale(old: LossScale, finite: Array, growth_steps: int) -> LossSc
 
 
 def make_eval_step(model: GPT, policy: Policy, loss_chunk_tokens: int) -> EvalStep:
-    """Return (params, tokens int [B, T+1], weights fp32 [B, T] of the targets) -> the weighted sum of their losses, fp32."""
+    """Return (params, tokens int [B, T+1], weights fp32 [B, T] of the targets) -> their weighted, summed loss, fp32."""
 
     def eval_step(params: Any, tokens: Array, weights: Array) -> Array:
         params = policy.cast_to_compute(params)
@@ -177,7 +177,7 @@ class Pmap:
         self._split = NamedSharding(mesh, PartitionSpec(self.AXIS))
 
     def train_step(self, step: Step) -> TrainStep:
-        """Compile (state, tokens [devices, A, B, T+1]) -> (state, metrics); the state's memory is used again (donated)."""
+        """Compile (state, tokens [devices, A, B, T+1]) -> (state, metrics); the state's memory is reused."""
 
         def on_one_device(state: TrainState, tokens: Array) -> tuple[TrainState, Numbers]:
             return step(state, tokens, partial(jax.lax.pmean, axis_name=self.AXIS), jax.lax.axis_index(self.AXIS))
@@ -200,7 +200,7 @@ class Pmap:
         return jax.pmap(on_one_device, axis_name=self.AXIS, devices=self.devices, in_axes=(None, 0, 0), out_axes=None)
 
     def place_state(self, state: Any) -> Any:
-        """Copy a state (or parameters) to every device, laid out as the step returns it (else the step would compile twice)."""
+        """Copy a state (or parameters) to every device, laid out as the step returns it (else it compiles twice)."""
         return jax.device_put(state, self._copied)
 
     def place_batch(self, batch: np.ndarray) -> Array:

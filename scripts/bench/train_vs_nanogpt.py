@@ -188,7 +188,7 @@ def torch_contestant(shape: Shape, attention: str, compiled: bool) -> RunSteps:
 
 
 def serve(name: str, shape: Shape, micro_batch: int) -> None:
-    """Be one contestant: read a number of steps from a line of stdin, run them, write [[seconds, loss], ...] to stdout."""
+    """Be one contestant: read how many steps from a line of stdin, run them, write [[seconds, loss], ...] to stdout."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr, not between the replies
     if name == "jgpt":
@@ -303,10 +303,12 @@ def main() -> None:
         choices=[*SHAPES, "both"],
         default="both",
         help="cpu: nanoGPT's CPU config (4 layers, 4 heads, width 128, context 64, batch 12, no dropout); "
-        "baby: its baby GPT (6, 6, 384, 256, batch 64, dropout 0.2: minutes, and about 10 GB of memory)",
+        "baby: its baby GPT (6, 6, 384, 256, 64, dropout 0.2: minutes; --batch and --micro_batch shrink its memory)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant (default 5)")
-    parser.add_argument("--steps_per_round", type=int, default=0, help="steps in a turn (default: 20 for cpu, 2 for baby)")
+    parser.add_argument(
+        "--steps_per_round", type=int, default=0, help="steps in a turn (default: 20 for cpu, 2 for baby)"
+    )
     parser.add_argument("--batch", type=int, default=0, help="sequences a step, for instance 8 to shrink the baby's 64")
     parser.add_argument(
         "--micro_batch",
@@ -315,7 +317,9 @@ def main() -> None:
         help="jgpt: at most so many sequences on a device at a time, the rest by gradient accumulation (default: all)",
     )
     parser.add_argument(
-        "--contestants", default=",".join(CONTESTANTS), help=f"some of {','.join(CONTESTANTS)}, in the order of the turns"
+        "--contestants",
+        default=",".join(CONTESTANTS),
+        help=f"some of {','.join(CONTESTANTS)}, in the order of the turns",
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the machine and the rows there")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
