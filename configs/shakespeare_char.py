@@ -1,7 +1,8 @@
 """nanoGPT's baby GPT: 10.7 M parameters that write Shakespeare a character at a time.
 
 Hardware: one GPU. On a CPU take configs/shakespeare_char_cpu.py.
-Time:     not measured on a GPU; nanoGPT publishes 3 minutes on an A100. Predicted for a T4: about 6 minutes (82 M tokens).
+Time:     not measured on a GPU; nanoGPT publishes 3 minutes on an A100. Predicted for a T4: about 6 minutes (82 M
+          tokens).
 Expect:   nanoGPT publishes a validation loss of 1.4697. The best checkpoint is kept; later ones overfit.
 Command:  python -m jgpt.train --config configs/shakespeare_char.py --config.data.text_glob=tinyshakespeare.txt
 Text:     https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt

@@ -2,8 +2,8 @@
 
 Hardware: any CPU.
 Time:     about 1 minute on 2 cores.
-Expect:   validation loss 1.77 on all of the held-out tenth (measured). With nanoGPT's learning rate of 1e-3 it is 1.90 there
-          (measured); nanoGPT publishes 1.88.
+Expect:   validation loss 1.77 on all of the held-out tenth (measured). With nanoGPT's learning rate of 1e-3 it is 1.90
+          there (measured); nanoGPT publishes 1.88.
 Command:  python -m jgpt.train --config configs/shakespeare_char_cpu.py --config.data.text_glob=tinyshakespeare.txt
 Text:     https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 """

@@ -45,7 +45,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_samples", 1, "texts to write, all at the same time", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 200, "tokens after the prompt, at most", lower_bound=0)
     flags.DEFINE_enum(
-        "compute", None, ["auto", "fp32", "fp16", "bf16"], "dtype of the matrix products; without it what suits the device"
+        "compute",
+        None,
+        ["auto", "fp32", "fp16", "bf16"],
+        "dtype of the matrix products; without it what suits the device",
     )
 
 

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from jgpt.cli import config_keys, did_you_mean
+from jgpt.cli import did_you_mean
 from jgpt.config import UserError, default_config, flatten
+from jgpt.help import config_keys
 from jgpt.training.loop import TrainingDiverged
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,14 +29,29 @@ REPOSITORY = Path(__file__).parents[1]
 STEPS = 12
 OF_THE_RUN = ("step", "tokens", "loss", "val_loss", "bits_per_byte", "grad_norm", "learning_rate", "loss_scale")
 
+Command = Callable[..., list[str]]
+Start = Callable[[list[str], Path], subprocess.Popen]
+
 pytestmark = pytest.mark.usefixtures("environment")
 
 
 @pytest.fixture
-def environment():
-    """Training sets variables for the libraries below it: they are put back."""
+def environment(compiled: Path) -> Iterator[None]:
+    """Training sets variables for the libraries below it: they are put back. What it compiles is kept for the next."""
+    cache = {"jax_compilation_cache_dir": str(compiled), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: jax.config.values[name] for name in cache}
     with mock.patch.dict(os.environ):
+        for name, value in cache.items():
+            jax.config.update(name, value)
         yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory for JAX's cache of compiled programs: most runs here are of the same few."""
+    return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +72,7 @@ def flat(text: Path) -> dict[str, Any]:
         "model.n_layers": 1, "model.n_heads": 2, "model.d_model": 32, "model.context_length": 32, "model.dropout": 0.1,
         "optimizer.total_steps": STEPS, "optimizer.warmup_steps": 2, "batch.global_batch_size": 8,
         "batch.micro_batch_size": 2, "log_every_steps": 1, "eval.every_steps": 4, "eval.batches": 1,
-        "sample.every_steps": 5, "sample.num_samples": 1, "sample.max_new_tokens": 6,
+        "sample.every_steps": 0, "sample.num_samples": 1, "sample.max_new_tokens": 6,
         "checkpoint.every_steps": 3, "checkpoint.every_minutes": 0.0,
     }  # fmt: skip
 
@@ -75,7 +90,7 @@ def config(flat: dict[str, Any], tmp_path: Path) -> Callable[..., ConfigDict]:
 
 
 @pytest.fixture(scope="module")
-def command(flat: dict[str, Any]) -> Callable[..., list[str]]:
+def command(flat: dict[str, Any]) -> Command:
     """Return the command line of that config."""
 
     def line(out_dir: Path, **changes: Any) -> list[str]:
@@ -86,9 +101,18 @@ def command(flat: dict[str, Any]) -> Callable[..., list[str]]:
     return line
 
 
-def start(line: list[str], cwd: Path) -> subprocess.Popen:
+@pytest.fixture(scope="module")
+def start(compiled: Path) -> Start:
+    """Start a process, with two devices and the cache of compiled programs."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    return subprocess.Popen(line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def started(line: list[str], cwd: Path) -> subprocess.Popen:
+        return subprocess.Popen(
+            line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return started
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -129,7 +153,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def full(command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def full(command: Command, start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train without interruption, once."""
     root = tmp_path_factory.mktemp("full")
     code, output = finish(start(command(root / "run"), root))
@@ -153,12 +177,11 @@ def test_an_untouched_run(full: Path):
     assert steps[-2:] == [9, 12]
 
 
-@pytest.mark.parametrize("checkpoint", [3, 9])
-def test_killed_and_started_again(checkpoint: int, full: Path, command: Callable[..., list[str]], tmp_path: Path):
+def test_killed_and_started_again(full: Path, command: Command, start: Start, tmp_path: Path):
     """Kill -9 some time after a checkpoint: the same command makes the untouched run of it, from start to end."""
     line = command(tmp_path / "run")
     process = start(line, tmp_path)
-    wait_for(tmp_path / "run" / "checkpoints" / f"{checkpoint}.sha256", process)
+    wait_for(tmp_path / "run" / "checkpoints" / "3.sha256", process)
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
     assert status(tmp_path / "run")["state"] == "running"
@@ -167,7 +190,7 @@ def test_killed_and_started_again(checkpoint: int, full: Path, command: Callable
     assert_same_run(full, tmp_path / "run")
 
 
-def test_sigterm_and_its_resume_command(full: Path, command: Callable[..., list[str]], tmp_path: Path):
+def test_sigterm_and_its_resume_command(full: Path, command: Command, start: Start, tmp_path: Path):
     process = start(command(tmp_path / "run", **{"checkpoint.every_steps": 1000}), tmp_path)
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
@@ -287,7 +310,7 @@ def test_divergence(copy: Path, config: Callable[..., ConfigDict]):
     assert [line["step"] for line in metrics(copy)] == list(range(STEPS + 3))
 
 
-def test_divergence_exits_with_4(command: Callable[..., list[str]], tmp_path: Path):
+def test_divergence_exits_with_4(command: Command, start: Start, tmp_path: Path):
     """For real: fp16 and an absurd learning rate."""
     changes = {"precision.compute": "fp16", "optimizer.learning_rate": 10, "optimizer.total_steps": 400}
     changes |= {

@@ -26,8 +26,8 @@ def model_config(model: ConfigDict, n_ids: int) -> ModelConfig:
     """
     if 0 < model.vocab_size < n_ids:
         raise UserError(
-            f"model.vocab_size={model.vocab_size}, and the tokenizer has {n_ids} ids: the model must have a row for each. Allowed: "
-            f"at least {n_ids}, or 0 for the tokenizer's own number. Set --config.model.vocab_size=0."
+            f"model.vocab_size={model.vocab_size}, and the tokenizer has {n_ids} ids: the model must have a row for"
+            f" each. Allowed: at least {n_ids}, or 0 for the tokenizer's own number. Set --config.model.vocab_size=0."
         )
     multiple = model.vocab_multiple_of
     return ModelConfig(
@@ -67,8 +67,8 @@ def flops_per_token(config: ModelConfig) -> float:
     """Return the model's floating-point operations for one token of training: forward, and backward at twice that.
 
     6 for every parameter that takes part in a matrix product, and 12 L N H T for attention's two products over
-    all T positions (Chowdhery et al., arXiv 2204.02311, appendix B). Recomputation (remat) does not count, nor do skipped halves of
-    causal attention: the number says what the model needs, not what a program does.
+    all T positions (Chowdhery et al., arXiv 2204.02311, appendix B). Recomputation (remat) does not count, nor do
+    skipped halves of causal attention: the number says what the model needs, not what a program does.
     """
     lookups = config.context_length * config.d_model if config.position == "learned" else 0
     if not config.tie_embeddings:

@@ -38,8 +38,8 @@ class Policy:
 def choose_policy(compute: str, params: str, platform: str, compute_capability: tuple[int, int] | None) -> Policy:
     """Resolve `precision.compute` and `precision.params` for a device.
 
-    `platform` is "cpu", "gpu" or "tpu"; `compute_capability` is (7, 5) for a T4, None where there is none. "auto" is fp32 on CPU,
-    fp16 on GPUs below sm_80, bf16 above and on TPU. Raises UserError for bf16 below sm_80: XLA turns bf16
+    `platform` is "cpu", "gpu" or "tpu"; `compute_capability` is (7, 5) for a T4, None where there is none. "auto" is
+    fp32 on CPU, fp16 on GPUs below sm_80, bf16 above and on TPU. Raises UserError for bf16 below sm_80: XLA turns bf16
     matrix products there into fp32 ones, many times slower than fp16 (https://github.com/openxla/xla/issues/12429).
 
     >>> choose_policy("auto", "fp32", "gpu", (7, 5)).compute.__name__
@@ -51,8 +51,8 @@ def choose_policy(compute: str, params: str, platform: str, compute_capability: 
     if compute == "bf16" and before_ampere:
         major, minor = compute_capability or (0, 0)
         raise UserError(
-            f"precision.compute='bf16' on a GPU of compute capability {major}.{minor} (a T4 is 7.5): it has no bf16 units, and XLA "
-            "would run every product in fp32, many times slower. Allowed here: 'auto', 'fp16', 'fp32'. "
-            "Take --config.precision.compute=auto (fp16 with loss scaling)."
+            f"precision.compute='bf16' on a GPU of compute capability {major}.{minor} (a T4 is 7.5): it has no bf16"
+            " units, and XLA would run every product in fp32, many times slower. Allowed here: 'auto', 'fp16', 'fp32'."
+            " Take --config.precision.compute=auto (fp16 with loss scaling)."
         )
     return Policy(param=DTYPES[params], compute=DTYPES[compute])

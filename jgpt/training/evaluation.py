@@ -21,9 +21,9 @@ def evaluate(
 ) -> tuple[float, int]:
     """Return the mean loss in nats per target token, and the number of targets.
 
-    `blocks` are int arrays of at most context_length + 1 tokens, each predicting all but its first; `rows` of them go to each
-    device at a time. `eval_step` is the runner's; `params` are where its step has them. Short blocks and missing
-    rows are filled up with targets of weight zero.
+    `blocks` are int arrays of at most context_length + 1 tokens, each predicting all but its first; `rows` of them go
+    to each device at a time. `eval_step` is the runner's; `params` are where its step has them. Short blocks and
+    missing rows are filled up with targets of weight zero.
     """
     total, n_targets = 0.0, 0
     devices = len(runner.devices)
@@ -69,7 +69,7 @@ def evaluate_run(loaded: LoadedRun, blocks: Iterable[np.ndarray], rows: int = 8)
 
 
 class TokenStream:
-    """The ids of a corpus, a piece at a time, an end-of-text id behind each document; counts the bytes of text passed."""
+    """The ids of a corpus, piece by piece, an end-of-text id behind each document; counts the bytes that have passed."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer) -> None:
         self.corpus, self.tokenizer, self.n_bytes = corpus, tokenizer, 0

@@ -1,7 +1,7 @@
 """The loop: a config in, a trained run directory out. It goes on where the run directory left off.
 
-In the data path: it calls everything else, in order. Once in a while it evaluates, samples, saves or stops; otherwise it
-dispatches a step and, while the devices are busy with it, reads the numbers of the step before.
+In the data path: it calls everything else, in order. Once in a while it evaluates, samples, saves or stops; otherwise
+it dispatches a step and, while the devices are busy with it, reads the numbers of the step before.
 """
 
 import logging
@@ -45,8 +45,8 @@ class TrainingDiverged(RuntimeError):
 def train(config: ConfigDict, command: str = "") -> None:
     """Train until `optimizer.total_steps`, a signal or the deadline; save; say how it ended in status.json.
 
-    `command` is what a user would type to go on. Raises UserError for what the user can mend, before the first step wherever it can
-    be known, and TrainingDiverged.
+    `command` is what a user would type to go on. Raises UserError for what the user can mend, before the first step
+    wherever it can be known, and TrainingDiverged.
     """
     stop = Stop(config.deadline_hours)
     set_up_process()
@@ -76,18 +76,19 @@ def train(config: ConfigDict, command: str = "") -> None:
 
 
 def _look_for_run(run_dir: Path, config: ConfigDict) -> bool:
-    """Tell whether to go on with the run that is in `run_dir`; raise UserError where checkpoint.resume or that run forbids."""
+    """Tell whether `run_dir` holds a run to go on with; raise UserError where checkpoint.resume or that run forbids."""
     resume, parts = config.checkpoint.resume, [run_dir / "config.json", run_dir / "tokenizer" / "tokenizer.json"]
     found = all(part.is_file() for part in parts)
     if not found and whole_steps(run_dir / "checkpoints"):
         missing = " and ".join(str(part) for part in parts if not part.is_file())
         raise UserError(
-            f"{run_dir} holds checkpoints, but not {missing}: without it they cannot be read as they were meant. Put it back, or "
-            "set another --config.out_dir; nothing was changed."
+            f"{run_dir} holds checkpoints, but not {missing}: without it they cannot be read as they were meant. Put it"
+            " back, or set another --config.out_dir; nothing was changed."
         )
     if resume == "must" and not found:
         raise UserError(
-            f"checkpoint.resume='must', and {run_dir} holds no run. Name the out_dir of one, or set --config.checkpoint.resume=auto."
+            f"checkpoint.resume='must', and {run_dir} holds no run. Name the out_dir of one, or set"
+            " --config.checkpoint.resume=auto."
         )
     if resume == "never" and found:
         raise UserError(
@@ -227,10 +228,10 @@ class Run:
         in_a_row = int(found["skipped_in_a_row"])
         if in_a_row >= MOST_SKIPS_IN_A_ROW:
             raise TrainingDiverged(
-                f"the gradient was not finite in {in_a_row} steps in a row, up to step {step} (loss {found['loss']:g}, "
-                f"loss scale {found['loss_scale']:g}): training has diverged. No parameter was changed by them, and the "
-                "last checkpoint is good. Try a lower --config.optimizer.learning_rate, more warmup_steps, or "
-                "--config.precision.compute=fp32."
+                f"the gradient was not finite in {in_a_row} steps in a row, up to step {step} (loss {found['loss']:g},"
+                f" loss scale {found['loss_scale']:g}): training has diverged. No parameter was changed by them, and"
+                " the last checkpoint is good. Try a lower --config.optimizer.learning_rate, more warmup_steps, or"
+                " --config.precision.compute=fp32."
             )
 
     def report(self, numbers: Numbers, evaluates: bool) -> None:

@@ -37,22 +37,22 @@ def open_run_dir(out_dir: str) -> Iterator[Path]:
         lock = (run_dir / ".lock").open("w")
     except OSError as error:
         raise UserError(
-            f"out_dir={out_dir!r} cannot be written: {error.strerror}. It must be a directory that you may write in (on Kaggle "
-            "below /kaggle/working). Set --config.out_dir=DIR."
+            f"out_dir={out_dir!r} cannot be written: {error.strerror}. It must be a directory that you may write in (on"
+            " Kaggle below /kaggle/working). Set --config.out_dir=DIR."
         ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"another process is training in {run_dir}. One run writes in a directory at a time. Wait for it, stop it, or set "
-                "another --config.out_dir."
+                f"another process is training in {run_dir}. One run writes in a directory at a time. Wait for it, stop"
+                " it, or set another --config.out_dir."
             ) from None
         yield run_dir
 
 
 def check_same_run(run_dir: Path, config: ConfigDict) -> list[str]:
-    """Compare `config` with that of the run in `run_dir`, and return the settings that changed and may, as "key: old -> new".
+    """Compare `config` with that of the run in `run_dir`; return the settings that may change and did, "key: old -> new".
 
     Raises UserError with the list of those that may not: another model or tokenizer.
     """
@@ -79,8 +79,8 @@ def read_config(run_dir: Path) -> ConfigDict:
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"{path} is damaged, or of another version of jgpt: {reason}. Put back the file that the run wrote, or name another "
-            "run; nothing was changed."
+            f"{path} is damaged, or of another version of jgpt: {reason}. Put back the file that the run wrote, or name"
+            " another run; nothing was changed."
         ) from None
     return config
 

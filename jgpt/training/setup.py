@@ -126,9 +126,10 @@ def check_disk(run_dir: Path, abstract: TrainState, checkpoint: ConfigDict) -> N
     size, free = state_bytes(abstract), shutil.disk_usage(run_dir).free
     if planned * size > free + there:
         raise UserError(
-            f"the disk is too small for the checkpoints planned: {planned} of {size / 1e9:.2f} GB (keep_last={checkpoint.keep_last}, "
-            f"keep_best={checkpoint.keep_best}, one being written), and {free / 1e9:.2f} GB are free at {run_dir}. "
-            "Set --config.checkpoint.keep_last=1, --config.checkpoint.keep_best=false, a smaller model, or another --config.out_dir."
+            f"the disk is too small for the checkpoints planned: {planned} of {size / 1e9:.2f} GB"
+            f" (keep_last={checkpoint.keep_last}, keep_best={checkpoint.keep_best}, one being written), and"
+            f" {free / 1e9:.2f} GB are free at {run_dir}. Set --config.checkpoint.keep_last=1,"
+            " --config.checkpoint.keep_best=false, a smaller model, or another --config.out_dir."
         )
 
 
@@ -154,8 +155,8 @@ def load_run(run_dir: Path, step: int | None = None) -> LoadedRun:
     steps = whole_steps(checkpoints)
     if not (run_dir / "config.json").is_file() or not steps:
         raise UserError(
-            f"{run_dir} holds no trained model: it needs config.json, tokenizer/ and a whole checkpoint in checkpoints/. "
-            "Name the out_dir of a run that has saved at least once."
+            f"{run_dir} holds no trained model: it needs config.json, tokenizer/ and a whole checkpoint in"
+            " checkpoints/. Name the out_dir of a run that has saved at least once."
         )
     if step is not None and step not in steps:
         raise UserError(

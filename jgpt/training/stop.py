@@ -1,6 +1,7 @@
 """When to stop early: a signal, or a deadline that leaves time to save.
 
-In the data path: the loop asks after every step. Stopping is asked for, never forced: the step in hand is finished first.
+In the data path: the loop asks after every step. Stopping is asked for, never forced: the step in hand is finished
+first.
 """
 
 import logging
@@ -14,7 +15,7 @@ log = logging.getLogger("jgpt")
 
 
 class Stop:
-    """A reason to stop, once there is one. As a context manager it listens to SIGTERM and SIGINT (in the main thread only).
+    """A reason to stop, once there is one. As a context manager it listens to SIGTERM and SIGINT (in the main thread).
 
     A second SIGINT (Ctrl-C twice) is not caught: it interrupts at once, and the last checkpoint stays as it is.
     """
@@ -26,7 +27,7 @@ class Stop:
         self._before: dict[signal.Signals, object] = {}
 
     def reason(self, margin_seconds: float = 0.0) -> str:
-        """Return why to stop now, or "". `margin_seconds` is what the next step, a save and the exit are expected to take."""
+        """Return why to stop now, or ""; `margin_seconds` is what the next step, a save and the exit may take."""
         if self._signal:
             return self._signal
         if self._deadline is not None and self._clock() + margin_seconds >= self._deadline:
