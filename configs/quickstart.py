@@ -1,6 +1,8 @@
 """Watch a GPT learn to write Python, from the source of Python's own standard library: nothing to download.
 
-Hardware: any CPU (2 cores are enough).
+Hardware: any CPU.
+Time:     @QTIME@
+Expect:   validation loss from 6.95 to 3.5 nats a token (1.9 bits per byte), and samples that look like Python.
 Command:  python -m jgpt.train --config configs/quickstart.py
 """
 
@@ -10,21 +12,23 @@ from jgpt.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Return the config: 3 M parameters, byte-level BPE of 2048 ids."""
+    """Return the config: 1 M parameters, byte-level BPE of 1024 ids."""
     config = default_config()
     config.out_dir = "runs/quickstart"
-    config.tokenizer.vocab_size = 2048
+    config.tokenizer.vocab_size = 1024
     config.model.n_layers = 4
     config.model.n_heads = 4
-    config.model.d_model = 192
+    config.model.d_model = 128
     config.model.context_length = 128
-    config.optimizer.total_steps = 600
+    config.optimizer.total_steps = 800
     config.optimizer.warmup_steps = 50
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.min_learning_rate = 2e-4
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.min_learning_rate = 4e-4
     config.batch.global_batch_size = 16
     config.batch.micro_batch_size = 16
+    config.log_every_steps = 20
     config.eval.every_steps = 100
     config.checkpoint.every_steps = 200
-    config.sample.every_steps = 200
+    config.sample.every_steps = 400
+    config.sample.prompt = "def "
     return config

@@ -4,6 +4,7 @@ Beside the data path: the commands (`python -m jgpt.NAME`) are the only callers.
 """
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -61,6 +62,11 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
     except BrokenPipeError:  # the reader of a pipe went away: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         sys.exit(EXIT_DONE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            traceback.print_exc()
+            sys.exit(EXIT_BUG)
+        code, message = EXIT_USER, f"the disk is full: {error}. Make room, then run the same command again: it goes on."
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             traceback.print_exc()

@@ -324,7 +324,7 @@ def test_parameters_alone(copied: Path):
     assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(params))
     assert read_meta(copied / "3") == meta_at(3)
     (copied / "3" / "_CHECKPOINT_METADATA").unlink()
-    with pytest.raises(UserError, match=r"checkpoint 3 in .* is damaged: .*Allowed: \[3, 5\]"):
+    with pytest.raises(UserError, match=r"checkpoint 3 in .* is damaged: .*_CHECKPOINT_METADATA\. .*--step.*5"):
         restore_params(copied, 3, ABSTRACT.params, device)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt.model.gpt import GPT, INIT, ModelConfig, random_words, unembedding
+from jgpt.model.gpt import GPT, INIT, Block, ModelConfig, dropout, random_words, unembedding
 
 V, T, B = 50, 12, 2
 SIZES = dict(vocab_size=V, context_length=T, n_layers=2, n_heads=4, n_kv_heads=4, d_model=16, d_head=4, d_ff=32)
@@ -266,13 +266,12 @@ class TestDropout:
             for j in range(i):
                 assert abs((whole[i] == whole[j]).mean() - 0.625) < 0.12  # agree as strangers do: 0.75^2 + 0.25^2
 
-    def test_what_is_kept_is_scaled_up(self):
-        from jgpt.model.gpt import Block, dropout
-
-        block = Block(self.config, jnp.float32)
+    @pytest.mark.parametrize("rate", [0.25, 0.5, 0.9])
+    def test_what_is_kept_is_scaled_up(self, rate):
+        block = Block(changed(self.config, dropout=rate), jnp.float32)
         ones = jnp.ones((64, 64, 16))
         out = np.asarray(
             block.apply({}, ones, rngs={"dropout": jax.random.key(0)}, method=lambda m, x: dropout(m, False)(x))
         )
-        np.testing.assert_allclose(np.unique(out), [0, 1 / 0.75], rtol=1e-6)
-        assert abs(out.mean() - 1) < 5 * 0.577 / np.sqrt(out.size)
+        np.testing.assert_allclose(np.unique(out), [0, 1 / (1 - rate)], rtol=1e-6)
+        assert abs(out.mean() - 1) < 5 * np.sqrt(rate / (1 - rate) / out.size)

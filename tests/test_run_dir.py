@@ -109,15 +109,21 @@ def test_another_model_or_tokenizer_is_refused_with_the_list(tmp_path: Path, cha
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_key_of_another_version_counts_as_a_change(tmp_path: Path):
+def test_a_key_that_is_newer_than_the_run_counts_with_its_default(tmp_path: Path):
     write_identity(tmp_path, config_of())
     old = json.loads((tmp_path / "config.json").read_text())
-    old["forgotten"], old["seed"] = 1, 7
-    del old["log_every_steps"]
+    old["seed"] = 7
+    del old["log_every_steps"], old["model"]["qk_norm"]
     write_json(tmp_path / "config.json", old)
-    assert check_same_run(tmp_path, config_of()) == [
-        "forgotten: 1 -> None", "log_every_steps: None -> 10", "seed: 7 -> 1337",
-    ]  # fmt: skip
+    assert check_same_run(tmp_path, config_of(log_every_steps=3)) == ["log_every_steps: 10 -> 3", "seed: 7 -> 1337"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"forgotten": 1}', '{"seed": "x"}', '{"model": {"width": 2}}'])
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, content: str):
+    (tmp_path / "config.json").write_text(content)
+    for read in (lambda: read_config(tmp_path), lambda: check_same_run(tmp_path, config_of())):
+        with pytest.raises(UserError, match="config.json is damaged, or of another version of jgpt: .*nothing was"):
+            read()
 
 
 def test_config_comes_back_with_defaults_for_what_is_newer(tmp_path: Path):

@@ -193,7 +193,7 @@ def dropout(module: nn.Module, deterministic: bool) -> Callable[[Array], Array]:
         return lambda x: x
 
     def drop(x: Array) -> Array:
-        kept = random_words(module.make_rng("dropout"), x.shape) >= round(rate * 2**32)
+        kept = random_words(module.make_rng("dropout"), x.shape) >= jnp.uint32(round(rate * 2**32))
         return jnp.where(kept, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
 
     return drop

@@ -152,6 +152,9 @@ class Checkpoints:
             )
             state = TrainState(**restored.training)._replace(params=restored.params)
             return state, restored.meta
+        without = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        if without and not steps:
+            log.warning("checkpoints %s have no manifest (STEP.sha256): cut off while saved; beginning anew", without)
         if steps:
             raise UserError(
                 f"{self.directory} holds checkpoints, and none is whole. Nothing was changed. Allowed: a run directory "

@@ -69,7 +69,7 @@ def evaluate_run(loaded: LoadedRun, blocks: Iterable[np.ndarray], rows: int = 8)
 
 
 class TokenStream:
-    """The ids of a corpus, piece by piece, an end-of-text id behind each document; counts the bytes that have passed."""
+    """The ids of a corpus, piece by piece, an end-of-text id behind each document; counts the bytes passed."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer) -> None:
         self.corpus, self.tokenizer, self.n_bytes = corpus, tokenizer, 0

@@ -53,7 +53,7 @@ def train(config: ConfigDict, command: str = "") -> None:
     files = find_files(config.data.text_glob)
     plain = not any(file.suffix in (".gz", ".zst", ".parquet") for file in files)  # else a file says little of its text
     check(config, Corpus(files, config.data.text_field, config.data.encoding_errors).n_bytes if plain else None)
-    with stop, open_run_dir(config.out_dir) as run_dir:
+    with open_run_dir(config.out_dir) as run_dir:
         resuming = _look_for_run(run_dir, config)
         choose_device_policy(config, training_devices(config.batch.global_batch_size)[0])  # refuse before the long work
         data = prepare(config, run_dir / "tokenizer" if resuming else None)
@@ -66,7 +66,8 @@ def train(config: ConfigDict, command: str = "") -> None:
         run = Run(config, run_dir, command, data, training, stop)
         try:
             run.start(abstract)
-            run.go()
+            with stop:  # not before: preparing the text may be interrupted at any time
+                run.go()
         except BaseException as error:
             with suppress(OSError):  # on a full disk: what went wrong first is what is told
                 run.status("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")

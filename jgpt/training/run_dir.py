@@ -52,7 +52,7 @@ def open_run_dir(out_dir: str) -> Iterator[Path]:
 
 
 def check_same_run(run_dir: Path, config: ConfigDict) -> list[str]:
-    """Compare `config` with that of the run in `run_dir`; return the settings that may change and did, "key: old -> new".
+    """Compare `config` with that of the run in `run_dir`; return what may change and did, as "key: old -> new".
 
     Raises UserError with the list of those that may not: another model or tokenizer.
     """

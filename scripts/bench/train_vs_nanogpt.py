@@ -240,10 +240,12 @@ def compare(shape_name: str, shape: Shape, options: argparse.Namespace) -> list[
         names.remove("torch-compile")
     arguments = ["--shape", shape_name, "--batch", str(shape.batch), "--micro_batch", str(options.micro_batch)]
     contestants = [Contestant(name, arguments) for name in names]
-    for _ in range(options.rounds):
+    for turn in range(options.rounds):
         for contestant in contestants:
             contestant.run(1)  # wakes its threads and caches up; not counted
-            contestant.seconds += contestant.run(options.steps_per_round)
+            seconds = contestant.run(options.steps_per_round)
+            contestant.seconds += seconds
+            print(f"{shape_name} round {turn + 1}: {contestant.name} {1e3 * min(seconds):.1f} ms", file=sys.stderr)
     tokens = shape.batch * shape.context_length
     rows = [
         {
