@@ -1,8 +1,8 @@
 """nanoGPT's smallest run: 0.8 M parameters that learn Shakespeare's characters on a laptop's CPU.
 
 Hardware: any CPU.
-Time:     about 1 minute on 2 cores.
-Expect:   validation loss 1.77 on all of the held-out tenth (measured). With nanoGPT's learning rate of 1e-3 it is 1.90
+Time:     94 seconds on 2 cores of an AMD EPYC (measured: 23,000 tokens a second).
+Expect:   validation loss 1.76 on all of the held-out tenth (measured). With nanoGPT's learning rate of 1e-3 it is 1.90
           there (measured); nanoGPT publishes 1.88.
 Command:  python -m jgpt.train --config configs/shakespeare_char_cpu.py --config.data.text_glob=tinyshakespeare.txt
 Text:     https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt

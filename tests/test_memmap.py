@@ -289,7 +289,7 @@ def test_replaced_characters_are_reported(tmp_path: Path, caplog: pytest.LogCapt
     config.data.encoding_errors = "replace"
     with caplog.at_level("INFO", "jgpt"):
         assert prepare(config).meta["replaced_characters"] == 1234
-    assert "41 files, 41 documents" in caplog.text and "1,234 characters replaced" in caplog.text
+    assert "files 41, documents 41" in caplog.text and "1,234 characters replaced" in caplog.text
 
 
 def test_a_mistake_in_the_tokenizers_name_costs_no_tokens(tmp_path: Path) -> None:
