@@ -65,8 +65,8 @@ def train(config: ConfigDict, command: str = "") -> None:
         write_identity(run_dir, config)
         run = Run(config, run_dir, command, data, training, stop)
         try:
-            run.start(abstract)
             with stop:  # not before: preparing the text may be interrupted at any time
+                run.start(abstract)
                 run.go()
         except BaseException as error:
             with suppress(OSError):  # on a full disk: what went wrong first is what is told
@@ -237,7 +237,7 @@ class Run:
 
     def report(self, numbers: Numbers, evaluates: bool) -> None:
         """Report the numbers of this step, and its validation loss where it has one."""
-        found = self.training.runner.on_host(numbers)
+        found = {name: number.item() for name, number in self.training.runner.on_host(numbers).items()}
         speed = self.throughput.measure(self.step)
         scales = self.training.policy.scales_loss
         record = {

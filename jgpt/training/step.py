@@ -6,7 +6,7 @@ how it runs: a copy of the state on every device, a share of the batch each, gra
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jgpt.model.gpt import GPT, unembedding
+from jgpt.model.gpt import GPT, Output, unembedding
 from jgpt.model.loss import cross_entropy
 from jgpt.model.precision import Policy
 
@@ -85,7 +85,7 @@ def make_train_step(
 
     def scaled_loss(params: Any, tokens: Array, key: Array, scale: Array) -> tuple[Array, Array]:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        output = model.apply({"params": params}, inputs, deterministic=False, rngs={"dropout": key})
+        output = cast(Output, model.apply({"params": params}, inputs, deterministic=False, rngs={"dropout": key}))
         ones = jnp.ones(targets.shape, jnp.float32)
         loss = cross_entropy(output.hidden, unembedding(params), targets, ones, loss_chunk_tokens) / targets.size
         return loss * scale, loss
@@ -159,7 +159,7 @@ def make_eval_step(model: GPT, policy: Policy, loss_chunk_tokens: int) -> EvalSt
     def eval_step(params: Any, tokens: Array, weights: Array) -> Array:
         params = policy.cast_to_compute(params)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        hidden = model.apply({"params": params}, inputs).hidden
+        hidden = cast(Output, model.apply({"params": params}, inputs)).hidden
         return cross_entropy(hidden, unembedding(params), targets, weights, loss_chunk_tokens)
 
     return eval_step
