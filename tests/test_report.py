@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from jgpt.training import report
+from jgpt.training import curves
+from jgpt.training.curves import write_curves
 from jgpt.training.metrics import MetricsLog
-from jgpt.training.report import append_samples, drop_samples_after, read_samples, write_curves, write_report
+from jgpt.training.report import SAMPLES_SHOWN, write_report
+from jgpt.training.samples import append_samples, drop_samples_after, read_samples
 
 NASTY = "<script>alert('x')</script> & \"quotes\"</pre>\n=== step 5, sample 1 of 1 ===\n\\=== step 6\n\r\n\x85漢\n\n"
 
@@ -76,10 +78,10 @@ def test_curves_are_drawn(tmp_path: Path, name: str, no_warning: None) -> None:
 
 
 def test_loss_axis_leaves_out_the_first_values_and_rare_peaks() -> None:
-    low, high = report._limits([1e6, *[50.0] * 3, *[3 + 1 / i for i in range(1, 200)], 1e9], [3.0, 2.9])
+    low, high = curves._limits([1e6, *[50.0] * 3, *[3 + 1 / i for i in range(1, 200)], 1e9], [3.0, 2.9])
     assert 2.8 < low < 2.9 and 3 < high < 5
-    assert report._limits([math.nan], []) == (0, 1)
-    assert report._limits([3.0], []) == (2.5, 3.5)
+    assert curves._limits([math.nan], []) == (0, 1)
+    assert curves._limits([3.0], []) == (2.5, 3.5)
 
 
 def test_no_matplotlib_is_one_line_with_the_command(
@@ -87,12 +89,12 @@ def test_no_matplotlib_is_one_line_with_the_command(
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    report._has_matplotlib.cache_clear()
+    curves._has_matplotlib.cache_clear()
     try:
         for _ in range(3):
             write_curves(make_run(tmp_path, RUNS["one point"]))
     finally:
-        report._has_matplotlib.cache_clear()
+        curves._has_matplotlib.cache_clear()
     assert len(caplog.records) == 1 and 'pip install "jgpt[plot]"' in caplog.text
     assert not (tmp_path / "loss.png").exists()
 
@@ -172,12 +174,12 @@ def test_report_leaves_out_what_is_missing(tmp_path: Path, records: list[dict[st
 
 
 def test_report_folds_old_samples_and_stops_at_very_old_ones(tmp_path: Path, no_warning: None) -> None:
-    for step in range(1, report.SAMPLES_SHOWN + 4):
+    for step in range(1, SAMPLES_SHOWN + 4):
         append_samples(tmp_path / "samples.txt", step, None, [f"text of {step}."])
     write_report(tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     details = [attributes for tag, attributes in page.tags if tag == "details"]
-    assert len(details) == report.SAMPLES_SHOWN and ["open" in each for each in details].count(True) == 1
+    assert len(details) == SAMPLES_SHOWN and ["open" in each for each in details].count(True) == 1
     assert "text of 4." in page.text and "text of 3." not in page.text and "3 earlier steps" in page.text
 
 

@@ -24,10 +24,12 @@ from jgpt.hardware.devices import set_up_process, training_devices
 from jgpt.inference.decode import NonFiniteLogits, generate
 from jgpt.inference.sampling import Sampling
 from jgpt.training.checkpoint import Checkpoints, whole_steps
+from jgpt.training.curves import write_curves
 from jgpt.training.evaluation import bits_per_byte, evaluate
 from jgpt.training.metrics import MetricsLog, Progress, Throughput, format_duration
-from jgpt.training.report import append_samples, drop_samples_after, write_curves, write_report
+from jgpt.training.report import write_report
 from jgpt.training.run_dir import check_same_run, open_run_dir, write_identity, write_status
+from jgpt.training.samples import append_samples, drop_samples_after
 from jgpt.training.setup import Training, check_disk, choose_device_policy, set_up
 from jgpt.training.step import Numbers, TrainState
 from jgpt.training.stop import Stop

@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
@@ -244,3 +244,15 @@ def format_count(n: float) -> str:
             return f"{n:.1f}{unit}" if unit else f"{n:.0f}"
         n /= 1000
     return f"{n:.1f}T" if math.isfinite(n) else str(n)
+
+
+def best_validation(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the record with the lowest validation loss."""
+    evaluated = [record for record in records if record.get("val_loss") is not None]
+    return min(evaluated, key=lambda record: record["val_loss"], default=None)
+
+
+def loss_text(record: dict[str, Any]) -> str:
+    """Write a record's validation loss, with its bits per byte where it has them."""
+    bits = record.get("bits_per_byte")
+    return f"{record['val_loss']:.4f}" + (f" ({bits:.3f} bits/byte)" if bits is not None else "")
