@@ -20,8 +20,8 @@ from ml_collections import ConfigDict, config_flags
 
 from jgpt.config import UserError, default_config, flatten
 from jgpt.help import help_text
-from jgpt.training.loop import TrainingDiverged
 from jgpt.training.metrics import TerminalHandler
+from jgpt.training.run import TrainingDiverged
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_MEMORY, EXIT_DIVERGED = 0, 1, 2, 3, 4
 OWN_CONFIG = "Begin with jgpt.config.default_config(), change keys of it, and return it."

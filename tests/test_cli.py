@@ -11,7 +11,7 @@ import pytest
 from jgpt.cli import did_you_mean
 from jgpt.config import UserError, default_config, flatten
 from jgpt.help import config_keys
-from jgpt.training.loop import TrainingDiverged
+from jgpt.training.run import TrainingDiverged
 
 ROOT = Path(__file__).parents[1]
 BASE = f"--config={ROOT / 'configs' / 'base.py'}"

@@ -21,9 +21,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from jgpt.config import UserError, default_config
-from jgpt.training import loop, setup
+from jgpt.training import run as run_module
+from jgpt.training import setup
 from jgpt.training.checkpoint import digest, whole_steps
-from jgpt.training.loop import TrainingDiverged, train
+from jgpt.training.loop import train
+from jgpt.training.run import TrainingDiverged
 from jgpt.training.stop import Stop
 
 REPOSITORY = Path(__file__).parents[1]
@@ -303,7 +305,10 @@ def test_divergence(copy: Path, config: Callable[..., ConfigDict]):
         table[:] = np.nan
         return place(self, state._replace(params=state.params | {"wte": {"embedding": table}}))
 
-    patched = mock.patch.object(setup.Pmap, "place_state", poison), mock.patch.object(loop, "MOST_SKIPS_IN_A_ROW", 3)
+    patched = (
+        mock.patch.object(setup.Pmap, "place_state", poison),
+        mock.patch.object(run_module, "MOST_SKIPS_IN_A_ROW", 3),
+    )
     before = digest(copy / "checkpoints" / "12")
     with patched[0], patched[1], pytest.raises(TrainingDiverged, match="not finite in 3 steps in a row, up to step 15"):
         train(config(**{"optimizer.total_steps": STEPS + 3, "checkpoint.every_steps": 100}))

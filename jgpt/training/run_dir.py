@@ -6,6 +6,7 @@ Beside the data path: the loop opens it first and closes it last.
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import time
@@ -19,6 +20,9 @@ from ml_collections import ConfigDict
 
 from jgpt.config import UserError, default_config, flatten
 from jgpt.data.tokenizer import write_file
+from jgpt.training.checkpoint import whole_steps
+
+log = logging.getLogger("jgpt")
 
 # What a run cannot change and still be the same run; anything else may be changed when it goes on.
 FIXED = ("model.", "tokenizer.", "precision.params")
@@ -49,6 +53,32 @@ def open_run_dir(out_dir: str) -> Iterator[Path]:
                 " it, or set another --config.out_dir."
             ) from None
         yield run_dir
+
+
+def look_for_run(run_dir: Path, config: ConfigDict) -> bool:
+    """Tell whether `run_dir` holds a run to go on with; raise UserError where checkpoint.resume or that run forbids."""
+    resume, parts = config.checkpoint.resume, [run_dir / "config.json", run_dir / "tokenizer" / "tokenizer.json"]
+    found = all(part.is_file() for part in parts)
+    if not found and whole_steps(run_dir / "checkpoints"):
+        missing = " and ".join(str(part) for part in parts if not part.is_file())
+        raise UserError(
+            f"{run_dir} holds checkpoints, but not {missing}: without it they cannot be read as they were meant. Put it"
+            " back, or set another --config.out_dir; nothing was changed."
+        )
+    if resume == "must" and not found:
+        raise UserError(
+            f"checkpoint.resume='must', and {run_dir} holds no run. Name the out_dir of one, or set"
+            " --config.checkpoint.resume=auto."
+        )
+    if resume == "never" and found:
+        raise UserError(
+            f"checkpoint.resume='never', and {run_dir} holds a run, which starting anew would overwrite. Set another "
+            "--config.out_dir, or remove that directory yourself."
+        )
+    if found:
+        for change in check_same_run(run_dir, config):
+            log.info("changed since this run was last started: %s", change)
+    return found
 
 
 def check_same_run(run_dir: Path, config: ConfigDict) -> list[str]:
