@@ -59,11 +59,11 @@ class Run:
         device = self.training.runner.devices[0]
         restored = self.checkpoints.restore(abstract, device)
         if restored is None:
-            state = jax.jit(self.training.init)()
             if self.config.checkpoint.resume == "must":
                 raise UserError(
                     f"checkpoint.resume='must', and {self.run_dir} holds no whole checkpoint yet. Set it to auto."
                 )
+            state = jax.jit(self.training.init)()
         else:
             state, meta = restored
             self.step, self.tokens, self.elapsed_before = meta["step"], meta["tokens"], meta["elapsed_seconds"]
