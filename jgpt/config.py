@@ -33,12 +33,14 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 1337  # initial parameters, order of the blocks, dropout, samples
     config.out_dir = "runs/default"  # the run directory: everything that this run writes, and where it resumes from
-    config.parallel = "pmap"  # how the step runs on several devices: "pmap" copies the model to each
+    config.init_from = ""  # begin from this model: a Hugging Face directory or Hub name, or a run directory
+    config.parallel = "pmap"  # several devices: "pmap" copies the model to each, "tensor" splits it over all (lora)
     config.log_every_steps = 10
     config.deadline_hours = 0.0  # stop, save and exit in time for a machine that is taken away; 0: no deadline
 
     config.data = data = ConfigDict()
     data.text_glob = standard_library_glob()  # a glob (** goes down), a directory, or several with commas between
+    data.format = "text"  # "text"; "chat": .jsonl whose lines have "messages", of which the assistant's are learned
     data.text_field = "text"  # the field that holds the text in .jsonl and .parquet
     data.cache_dir = ""  # the token directory; "": tokens/ in the run directory
     data.val_fraction = 0.1  # share of the documents (of the tokens when there are few documents) held out
@@ -49,8 +51,9 @@ def default_config() -> ConfigDict:
     tokenizer.vocab_size = 4096  # bpe: ids in all, special tokens included
     tokenizer.training_megabytes = 64  # bpe: text to learn merges from, spread over the corpus (its counts sit in RAM)
     tokenizer.pretrained = ""  # hf: a local directory, or a name on the Hugging Face Hub
+    tokenizer.chat_template = ""  # a Jinja file that turns messages into text; "": the pretrained tokenizer's own
 
-    config.model = model = ConfigDict()
+    config.model = model = ConfigDict()  # with init_from, all but dropout are that model's
     model.n_layers = 6
     model.n_heads = 6
     model.n_kv_heads = 0  # grouped-query attention: key/value heads; 0: as many as n_heads
@@ -69,7 +72,22 @@ def default_config() -> ConfigDict:
     model.qk_norm = False  # RMSNorm on each query and key head (Qwen3)
     model.tie_embeddings = True  # the output layer is the token embedding, transposed
     model.rope_theta = 10_000.0
+    model.rope_scaling = rope_scaling = ConfigDict()  # how a pretrained model was stretched over a longer context
+    rope_scaling.kind = "none"  # "none", "linear", "llama3", "yarn"
+    rope_scaling.factor = 1.0
+    rope_scaling.original_context_length = 0  # tokens, before it was stretched
+    rope_scaling.low_freq_factor = 1.0  # llama3
+    rope_scaling.high_freq_factor = 4.0  # llama3
+    rope_scaling.beta_fast = 32.0  # yarn
+    rope_scaling.beta_slow = 1.0  # yarn
+    rope_scaling.attention_factor = 0.0  # yarn: of cosine and sine; 0: 0.1 ln(factor) + 1
     model.norm_eps = 1e-5
+
+    config.lora = lora = ConfigDict()  # train small matrices beside the frozen ones of init_from
+    lora.rank = 0  # columns of an adapter; 0: train all parameters
+    lora.alpha = 16.0  # the adapters' output is scaled by alpha / rank
+    lora.dropout = 0.0  # on the adapters' input
+    lora.targets = "qkv,proj,gate_up,up,down"  # the layers of a block that have adapters, of these; commas between
 
     config.precision = precision = ConfigDict()
     precision.compute = "auto"  # "fp32", "fp16", "bf16"; auto: fp32 on CPU, fp16 on GPUs below sm_80, bf16 from sm_80
@@ -90,6 +108,7 @@ def default_config() -> ConfigDict:
 
     config.batch = batch = ConfigDict()
     batch.global_batch_size = 32  # sequences an optimizer step, on all devices together
+    batch.sequence_length = 0  # tokens of a training sequence; 0: model.context_length
     batch.micro_batch_size = 32  # sequences on one device at a time, at most; the rest is gradient accumulation
 
     config.remat = "none"  # recompute in the backward pass: "none", "block" (least memory), "dots" (keep the matmuls)
@@ -117,16 +136,21 @@ def default_config() -> ConfigDict:
     checkpoint.resume = (
         "auto"  # "auto": go on if out_dir holds a run; "must": refuse to start anew; "never": refuse to go on
     )
+
+    config.export = export = ConfigDict()
+    export.require = False  # refuse, before training, a model that no Hugging Face architecture can hold
     return config.lock()
 
 
 CHOICES = {
-    "parallel": ("pmap",),
+    "parallel": ("pmap", "tensor"),
+    "data.format": ("text", "chat"),
     "data.encoding_errors": ("strict", "replace"),
     "tokenizer.kind": ("char", "bpe", "hf"),
     "model.position": ("learned", "rope"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.mlp": ("gelu", "swiglu"),
+    "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
     "precision.compute": ("auto", "fp32", "fp16", "bf16"),
     "precision.params": ("fp32", "fp16", "bf16"),
     "remat": ("none", "block", "dots"),
@@ -151,7 +175,17 @@ RANGES = (  # key, lowest, highest
     ("model.vocab_multiple_of", 1, math.inf),
     ("model.dropout", 0, 0.99),
     ("model.rope_theta", 1, math.inf),
+    ("model.rope_scaling.factor", 1, math.inf),
+    ("model.rope_scaling.original_context_length", 0, math.inf),
+    ("model.rope_scaling.low_freq_factor", 0, math.inf),
+    ("model.rope_scaling.high_freq_factor", 0, math.inf),
+    ("model.rope_scaling.beta_fast", 0, math.inf),
+    ("model.rope_scaling.beta_slow", 0, math.inf),
+    ("model.rope_scaling.attention_factor", 0, math.inf),
     ("model.norm_eps", 0, 1),
+    ("lora.rank", 0, 4096),
+    ("lora.alpha", 1e-6, math.inf),
+    ("lora.dropout", 0, 0.99),
     ("precision.loss_scale", 1, 2.0**24),
     ("precision.loss_scale_growth_steps", 1, math.inf),
     ("optimizer.total_steps", 1, 2**31 - 1),
@@ -164,6 +198,7 @@ RANGES = (  # key, lowest, highest
     ("optimizer.weight_decay", 0, math.inf),
     ("optimizer.clip_norm", 0, math.inf),
     ("batch.global_batch_size", 1, math.inf),
+    ("batch.sequence_length", 0, math.inf),
     ("batch.micro_batch_size", 1, math.inf),
     ("eval.every_steps", 1, math.inf),
     ("eval.batches", 1, math.inf),

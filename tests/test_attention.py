@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt.model.attention import attend, attend_causally, rope
+from jgpt.model.attention import attend, attend_causally
+from jgpt.model.rope import rope
 
 B, T, K, G, H = 2, 11, 2, 3, 8
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt.model.gpt import GPT, INIT, Block, ModelConfig, dropout, random_words, unembedding
+from jgpt.model.gpt import GPT, INIT, Block, ModelConfig, unembedding
+from jgpt.model.layers import dropout, random_words
 
 V, T, B = 50, 12, 2
 SIZES = dict(vocab_size=V, context_length=T, n_layers=2, n_heads=4, n_kv_heads=4, d_model=16, d_head=4, d_ff=32)

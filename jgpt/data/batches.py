@@ -9,13 +9,21 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from jgpt.config import UserError
 
 Made = TypeVar("Made")
+
+
+class Batch(NamedTuple):
+    """Sequences of tokens, each predicting the next; numpy's arrays or JAX's, with any leading dimensions."""
+
+    tokens: Any  # int32 [..., T+1]: inputs [..., :-1], targets [..., 1:]
+    weights: Any = None  # fp32 [..., T], of the targets' losses; None: all 1
+    segments: Any = None  # int32 [..., T], numbers the texts that share a row, none of which sees another; None: one
 
 
 def _random(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -69,8 +77,8 @@ class Batches:
         """Tokens that an epoch predicts."""
         return self.n_blocks * self.context_length
 
-    def batch(self, step: int) -> np.ndarray:
-        """Return the batch of a step: int32 [G, T+1], inputs [:, :-1], targets [:, 1:].
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step: tokens int32 [G, T+1].
 
         Raises UserError when the tokens hold an id past the vocabulary.
         """
@@ -81,7 +89,7 @@ class Batches:
                 f"the training tokens hold the id {highest}, and the vocabulary ends at {self.vocab_size - 1}. They "
                 "are damaged or of another tokenizer. Delete the token directory; the next run makes it anew."
             )
-        return batch.astype(np.int32)
+        return Batch(batch.astype(np.int32))
 
     def _block(self, index: int) -> np.ndarray:
         epoch, position = divmod(index, self.n_blocks)

@@ -135,8 +135,7 @@ def prefill(model: GPT, sampling: Sampling, size: int, params: Any, task: Task, 
         finite=jnp.ones(batch, bool),
         cache=empty_cache(c.n_layers, batch, size, c.n_kv_heads, c.d_head, model.dtype),
     )
-    positions = jnp.arange(padded, dtype=jnp.int32)[None, :]
-    return _advance(model, sampling, params, task, rows, tokens, positions, length - 1)
+    return _advance(model, sampling, params, task, rows, tokens, None, length - 1)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -157,7 +156,14 @@ def decode(model: GPT, sampling: Sampling, params: Any, task: Task, rows: Rows) 
 
 
 def _advance(
-    model: GPT, sampling: Sampling, params: Any, task: Task, rows: Rows, fed: Array, positions: Array, last: Array
+    model: GPT,
+    sampling: Sampling,
+    params: Any,
+    task: Task,
+    rows: Rows,
+    fed: Array,
+    positions: Array | None,
+    last: Array,
 ) -> Rows:
     """Feed `fed` [B, T] at `positions`, and draw the token that follows the one in column `last` [B] of it."""
     hidden, cache = cast(tuple[Array, KVCache], model.apply({"params": params}, fed, positions, rows.cache))

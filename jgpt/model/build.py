@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from jgpt.config import UserError
 from jgpt.model.gpt import GPT, ModelConfig
+from jgpt.model.lora import LoRA
+from jgpt.model.rope import RopeScaling
 
 
 def model_config(model: ConfigDict, n_ids: int) -> ModelConfig:
@@ -48,8 +50,15 @@ def model_config(model: ConfigDict, n_ids: int) -> ModelConfig:
         qk_norm=model.qk_norm,
         tie_embeddings=model.tie_embeddings,
         rope_theta=model.rope_theta,
+        rope_scaling=RopeScaling(**model.rope_scaling),
         norm_eps=model.norm_eps,
     )
+
+
+def lora_config(lora: ConfigDict) -> LoRA | None:
+    """Return what `config.lora` asks for; None where its rank is 0."""
+    targets = tuple(target.strip() for target in lora.targets.split(","))
+    return LoRA(lora.rank, lora.alpha, lora.dropout, targets) if lora.rank else None
 
 
 def abstract_params(config: ModelConfig) -> Any:

@@ -1,4 +1,4 @@
-"""The GPT: token ids in, hidden states out. One module covers GPT-2 and the modern block (Llama, Qwen).
+"""The GPT: token ids in, hidden states out. One module covers GPT-2 and the modern block (Llama, Mistral, Qwen).
 
 In the data path: between the batches and the loss in training, between the prompt and the sampled token in decoding.
 
@@ -7,8 +7,6 @@ Dimensions, here and everywhere:
     G = N / K query heads that share a key/value head   H head width   F MLP width   V vocabulary   L layers
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jgpt.model.attention import attend, attend_causally, rope
+from jgpt.model.attention import attend, attend_causally
 from jgpt.model.kv_cache import KVCache, LayerCache
+from jgpt.model.layers import Embedding, Linear, Norm, dropout
+from jgpt.model.lora import LoRA
+from jgpt.model.rope import RopeScaling, rope
 
 # Standard deviations of the initial normal distribution (GPT-2's; Radford et al. 2019, section 2.3).
 # The two layers that write to the residual stream are divided by sqrt(2 L): its variance must not grow with depth.
@@ -37,6 +38,7 @@ class ModelConfig:
     d_model: int
     d_head: int
     d_ff: int
+    mlp_groups: int = 1  # columns of gate and up lie in so many groups: one for each device that shares the model
     dropout: float = 0.0
     position: str = "rope"
     norm: str = "rmsnorm"
@@ -46,6 +48,7 @@ class ModelConfig:
     qk_norm: bool = False
     tie_embeddings: bool = True
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-5
 
 
@@ -56,64 +59,12 @@ class Output(NamedTuple):
     cache: KVCache | None
 
 
-class Norm(nn.Module):
-    """LayerNorm (Ba et al., arXiv 1607.06450) or RMSNorm (Zhang, Sennrich, arXiv 1910.07467), last axis, in fp32."""
+class Context(NamedTuple):
+    """What every block of one forward pass is told."""
 
-    config: ModelConfig
-    dtype: Any  # of the output
-    kind: str
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = x.astype(jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        if self.kind == "layernorm":
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.norm_eps)
-        wide = (1,) * (x.ndim - 1) + scale.shape
-        x = x * scale.astype(jnp.float32).reshape(wide)
-        if self.kind == "layernorm" and self.config.bias:
-            x = x + self.param("bias", nn.initializers.zeros, scale.shape).astype(jnp.float32).reshape(wide)
-        return x.astype(self.dtype)
-
-
-class Linear(nn.Module):
-    """x @ kernel + bias in `dtype`. The kernel is [inputs, *features], or [features, inputs] where `transposed`.
-
-    All leading dimensions of x are folded into one, which keeps XLA from transposing activations before the weight
-    gradient (a fifth of a training step on CPU). For the same reason the MLP's last layer is stored transposed.
-    """
-
-    features: tuple[int, ...]
-    use_bias: bool
-    std: float
-    dtype: Any
-    transposed: bool = False
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        inputs, outputs = x.shape[-1], math.prod(self.features)
-        shape = (*self.features, inputs) if self.transposed else (inputs, *self.features)
-        kernel = self.param("kernel", nn.initializers.normal(self.std), shape).astype(self.dtype)
-        y = x.reshape(-1, inputs).astype(self.dtype)
-        y = y @ (kernel.reshape(outputs, inputs).T if self.transposed else kernel.reshape(inputs, outputs))
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, self.features).astype(self.dtype).reshape(1, outputs)
-        return y.reshape(*x.shape[:-1], *self.features)
-
-
-class Embedding(nn.Module):
-    """A table of `rows` vectors of width D."""
-
-    rows: int
-    width: int
-    std: float
-
-    def setup(self) -> None:
-        self.embedding = self.param("embedding", nn.initializers.normal(self.std), (self.rows, self.width))
-
-    def __call__(self, ids: Array) -> Array:
-        return jnp.take(self.embedding, ids, axis=0).astype(jnp.float32)
+    positions: Array  # int32 [B or 1, T]
+    mask: Array  # bool [B or 1, T, S]: where a query may look
+    prefill: bool  # with a cache: the tokens are the first of their rows, and attend to one another alone
 
 
 class Attention(nn.Module):
@@ -121,32 +72,39 @@ class Attention(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, mask: Array, cache: LayerCache | None, deterministic: bool
+        self, x: Array, context: Context, cache: LayerCache | None, deterministic: bool
     ) -> tuple[Array, LayerCache | None]:
         c = self.config
         group = c.n_heads // c.n_kv_heads
         # One product for all three: per key/value head, its G query heads, then its key, then its value.
-        qkv = Linear((c.n_kv_heads, group + 2, c.d_head), c.bias or c.qkv_bias, INIT["linear"], self.dtype, name="qkv")(
-            x
-        )
+        features, bias = (c.n_kv_heads, group + 2, c.d_head), c.bias or c.qkv_bias
+        qkv = Linear(features, bias, INIT["linear"], self.dtype, self.dtype, lora=self.lora, name="qkv")
+        qkv = qkv(x, deterministic)
         q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
         if c.qk_norm:
-            q = Norm(c, self.dtype, "rmsnorm", name="q_norm")(q)
-            k = Norm(c, self.dtype, "rmsnorm", name="k_norm")(k)
+            q = Norm("rmsnorm", c.norm_eps, False, self.dtype, name="q_norm")(q)
+            k = Norm("rmsnorm", c.norm_eps, False, self.dtype, name="k_norm")(k)
         if c.position == "rope":
-            q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
-        drop = dropout(self, deterministic)
+            q = rope(q, context.positions, c.rope_theta, c.rope_scaling)
+            k = rope(k, context.positions, c.rope_theta, c.rope_scaling)
+        drop = dropout(self, c.dropout, deterministic)
         if cache is None:
-            mixed = attend_causally(q, k, v, mask, drop)  # [B, T, K, G, H]
+            mixed = attend_causally(q, k, v, context.mask, drop)  # [B, T, K, G, H]
+        elif context.prefill:
+            cache = cache.fill(k, v)
+            mixed = attend_causally(q, k, v, context.mask, scores_dtype=jnp.float32)
         else:
-            cache = cache.write(k, v, positions)
-            mixed = attend(q, cache.keys.astype(self.dtype), cache.values.astype(self.dtype), mask, drop)
+            cache = cache.write(k, v, context.positions)
+            keys, values = cache.keys.astype(self.dtype), cache.values.astype(self.dtype)
+            mixed = attend(q, keys, values, context.mask, scores_dtype=jnp.float32)
         mixed = mixed.reshape(*mixed.shape[:2], c.n_heads * c.d_head)
         std = INIT["residual"] * (2 * c.n_layers) ** -0.5
-        return Linear((c.d_model,), c.bias, std, self.dtype, name="proj")(mixed), cache
+        proj = Linear((c.d_model,), c.bias, std, self.dtype, jnp.float32, lora=self.lora, name="proj")
+        return proj(mixed, deterministic), cache
 
 
 class MLP(nn.Module):
@@ -154,17 +112,21 @@ class MLP(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    lora: LoRA | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, deterministic: bool) -> Array:
         c = self.config
-        if c.mlp == "swiglu":
-            gate_up = Linear((2, c.d_ff), c.bias, INIT["linear"], self.dtype, name="gate_up")(x)
-            x = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        else:
-            x = nn.gelu(Linear((c.d_ff,), c.bias, INIT["linear"], self.dtype, name="up")(x), approximate=True)
+        gated = c.mlp == "swiglu"
+        features = (c.mlp_groups, 2, c.d_ff // c.mlp_groups) if gated else (c.d_ff,)
+        name = "gate_up" if gated else "up"
+        up = Linear(features, c.bias, INIT["linear"], self.dtype, self.dtype, lora=self.lora, name=name)
+        x = up(x, deterministic)
+        x = nn.silu(x[..., 0, :]) * x[..., 1, :] if gated else nn.gelu(x, approximate=True)
+        x = x.reshape(*x.shape[:2], c.d_ff)
         std = INIT["residual"] * (2 * c.n_layers) ** -0.5
-        return Linear((c.d_model,), c.bias, std, self.dtype, transposed=True, name="down")(x)
+        down = Linear((c.d_model,), c.bias, std, self.dtype, jnp.float32, True, self.lora, name="down")
+        return down(x, deterministic)
 
 
 class Block(nn.Module):
@@ -172,49 +134,20 @@ class Block(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, mask: Array, cache: LayerCache | None, deterministic: bool
+        self, x: Array, positions: Array, mask: Array, prefill: bool, cache: LayerCache | None, deterministic: bool
     ) -> tuple[Array, LayerCache | None]:
         c = self.config
-        drop = dropout(self, deterministic)
-        y = Norm(c, self.dtype, c.norm, name="attn_norm")(x)
-        y, cache = Attention(c, self.dtype, name="attn")(y, positions, mask, cache, deterministic)
-        x = x + drop(y).astype(jnp.float32)
-        y = MLP(c, self.dtype, name="mlp")(Norm(c, self.dtype, c.norm, name="mlp_norm")(x))
-        return x + drop(y).astype(jnp.float32), cache
-
-
-def dropout(module: nn.Module, deterministic: bool) -> Callable[[Array], Array]:
-    """Return the dropout of `module.config`, with a fresh key for each call, or the identity."""
-    rate = module.config.dropout  # type: ignore[attr-defined]
-    if deterministic or rate == 0.0:
-        return lambda x: x
-
-    def drop(x: Array) -> Array:
-        kept = random_words(module.make_rng("dropout"), x.shape) >= jnp.uint32(round(rate * 2**32))
-        return jnp.where(kept, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
-
-    return drop
-
-
-def random_words(key: Array, shape: tuple[int, ...]) -> Array:
-    """Hash the place of each element together with `key`: uint32, uniform, good enough for dropout.
-
-    JAX's own generator (threefry) took a third of a training step on a CPU. This is two rounds of a 32-bit mixer
-    (lowbias32, https://nullprogram.com/blog/2018/07/31/) with half of the key before each: ten times less work, plain
-    integer arithmetic that gives the same words on every device, and that XLA fuses into what uses them.
-    """
-    first, second = jax.random.bits(key, (2,), jnp.uint32)
-    place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    return _mixed(_mixed(place + first) + second)
-
-
-def _mixed(x: Array) -> Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+        drop = dropout(self, c.dropout, deterministic)
+        y = Norm(c.norm, c.norm_eps, c.bias, self.dtype, name="attn_norm")(x)
+        context = Context(positions, mask, prefill)
+        y, cache = Attention(c, self.dtype, self.lora, name="attn")(y, context, cache, deterministic)
+        x = x + drop(y)
+        y = Norm(c.norm, c.norm_eps, c.bias, self.dtype, name="mlp_norm")(x)
+        return x + drop(MLP(c, self.dtype, self.lora, name="mlp")(y, deterministic)), cache
 
 
 REMAT_POLICY = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -226,6 +159,7 @@ class GPT(nn.Module):
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    lora: LoRA | None = None  # with it, `apply` takes the adapters as the collection "lora"
 
     def setup(self) -> None:
         c = self.config
@@ -234,32 +168,48 @@ class GPT(nn.Module):
             self.wpe = Embedding(c.context_length, c.d_model, INIT["position"])
         if not c.tie_embeddings:
             self.lm_head = Embedding(c.vocab_size, c.d_model, INIT["embedding"])
-        # deterministic (argument 5 of __call__, self counted) must be static; only positional arguments can be.
-        block = Block if self.remat == "none" else nn.remat(Block, static_argnums=(5,), policy=REMAT_POLICY[self.remat])
-        self.h = [block(c, self.dtype) for _ in range(c.n_layers)]
-        self.norm = Norm(c, jnp.float32, c.norm)
+        # prefill and deterministic (arguments 4 and 6 of __call__, self counted) must be static; only positional
+        # arguments can be.
+        remat = REMAT_POLICY.get(self.remat)
+        block = Block if self.remat == "none" else nn.remat(Block, static_argnums=(4, 6), policy=remat)
+        self.h = [block(c, self.dtype, self.lora) for _ in range(c.n_layers)]
+        self.norm = Norm(c.norm, c.norm_eps, c.bias, jnp.float32)
 
     def __call__(
-        self, tokens: Array, positions: Array | None = None, cache: KVCache | None = None, deterministic: bool = True
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+        segments: Array | None = None,
     ) -> Output:
         """Run the model on `tokens` int [B, T].
 
-        Without a cache the tokens stand at positions 0..T-1 and see those before them. With one, they stand at
-        `positions` int32 [B or 1, T], and see whatever their row holds up to there.
+        Without `positions` the tokens stand at 0..T-1 and see those before them; a `cache` is empty then, and is
+        filled. With `positions` int32 [B or 1, T] there is a cache, and they see whatever their row holds up to there.
+        `segments` int32 [B, T] (no cache) numbers the texts that share a row: each is seen by itself alone, and its
+        positions begin at 0.
         """
-        if positions is None:
-            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-        key_positions = positions if cache is None else jnp.arange(cache[0].keys.shape[1], dtype=jnp.int32)[None, :]
-        mask = key_positions[:, None, :] <= positions[:, :, None]  # [B or 1, T, S]
+        prefill, length = positions is None, tokens.shape[1]
+        places = jnp.arange(length, dtype=jnp.int32)[None, :]
+        if positions is not None:
+            assert cache is not None and segments is None
+            mask = jnp.arange(cache[0].keys.shape[1])[None, None, :] <= positions[:, :, None]  # [B or 1, T, S]
+        else:
+            positions, mask = places, places[:, None, :] <= places[:, :, None]
+        if segments is not None:
+            begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+            positions = places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+            mask = mask & (segments[:, None, :] == segments[:, :, None])
         x = self.wte(tokens)
         if self.config.position == "learned":
             x = x + self.wpe(positions)
         if self.is_initializing() and not self.config.tie_embeddings:
             _ = self.lm_head.embedding  # makes it: linen is lazy, and only `unembedding` uses this one
-        x = dropout(self, deterministic)(x)
+        x = dropout(self, self.config.dropout, deterministic)(x)
         layers: list[LayerCache] = []
         for i, block in enumerate(self.h):
-            x, layer = block(x, positions, mask, cache[i] if cache is not None else None, deterministic)
+            x, layer = block(x, positions, mask, prefill, cache[i] if cache is not None else None, deterministic)
             layers += [layer] if layer is not None else []
         return Output(self.norm(x), tuple(layers) if cache is not None else None)
 

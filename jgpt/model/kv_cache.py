@@ -5,6 +5,7 @@ In the data path: made by `inference/decode.py`, filled by the blocks of `model/
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -14,6 +15,14 @@ class LayerCache(NamedTuple):
 
     keys: Array
     values: Array
+
+    def fill(self, k: Array, v: Array) -> "LayerCache":
+        """Put `k` and `v` [B, T, K, H] at positions 0..T-1 of every row."""
+        start = (0, 0, 0, 0)
+        return LayerCache(
+            jax.lax.dynamic_update_slice(self.keys, k.astype(self.keys.dtype), start),
+            jax.lax.dynamic_update_slice(self.values, v.astype(self.values.dtype), start),
+        )
 
     def write(self, k: Array, v: Array, positions: Array) -> "LayerCache":
         """Put `k` and `v` [B, T, K, H] at `positions` int32 [B or 1, T] of each row.

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jgpt.data.batches import Batch
 from jgpt.data.corpus import Corpus
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.training.setup import LoadedRun
@@ -17,26 +18,32 @@ from jgpt.training.step import EvalStep, Pmap, make_eval_step
 
 
 def evaluate(
-    runner: Pmap, eval_step: EvalStep, params: Any, blocks: Iterable[np.ndarray], rows: int, context_length: int
+    runner: Pmap,
+    eval_step: EvalStep,
+    params: Any,
+    frozen: Any,
+    blocks: Iterable[np.ndarray],
+    rows: int,
+    context_length: int,
 ) -> tuple[float, int]:
     """Return the mean loss in nats per target token, and the number of targets.
 
     `blocks` are int arrays of at most context_length + 1 tokens, each predicting all but its first; `rows` of them go
-    to each device at a time. `eval_step` is the runner's; `params` are where its step has them. Short blocks and
+    to each device at a time. `eval_step` is the runner's; `params` and `frozen` are where its step has them. Short blocks and
     missing rows are filled up with targets of weight zero.
     """
     total, n_targets = 0.0, 0
-    devices = len(runner.devices)
-    for batch in _batched(blocks, devices * rows):
-        tokens = np.zeros((devices * rows, context_length + 1), np.int32)
-        weights = np.zeros((devices * rows, context_length), np.float32)
+    shares = runner.shares
+    for batch in _batched(blocks, shares * rows):
+        tokens = np.zeros((shares * rows, context_length + 1), np.int32)
+        weights = np.zeros((shares * rows, context_length), np.float32)
         for row, block in enumerate(batch):
             tokens[row, : len(block)] = block
             weights[row, : len(block) - 1] = 1
             n_targets += len(block) - 1
-        shape = devices, rows, -1
-        placed = runner.place_batch(tokens.reshape(shape)), runner.place_batch(weights.reshape(shape))
-        total += float(runner.on_host(eval_step(params, *placed)))
+        shape = shares, rows, -1
+        placed = runner.place_batch(Batch(tokens.reshape(shape), weights.reshape(shape)))
+        total += float(runner.on_host(eval_step(params, frozen, placed)))
     return total / n_targets, n_targets
 
 
@@ -65,7 +72,7 @@ def evaluate_run(loaded: LoadedRun, blocks: Iterable[np.ndarray], rows: int = 8)
     runner = Pmap(jax.local_devices())
     step = runner.eval_step(make_eval_step(loaded.model, loaded.policy, loaded.config.loss_chunk_tokens))
     params = runner.place_state(loaded.params)
-    return evaluate(runner, step, params, blocks, rows, loaded.config.model.context_length)
+    return evaluate(runner, step, params, {}, blocks, rows, loaded.config.model.context_length)
 
 
 class TokenStream:

@@ -82,7 +82,7 @@ def loop(run: Run, stop: Stop) -> None:
     first_step, began, step_seconds = run.step + 1, time.monotonic(), 0.0
     with Prefetcher(run.training.batch, run.step) as prefetcher:
         while run.step < run.total_steps:
-            run.state, numbers = run.training.train_step(run.state, prefetcher.next(run.step))
+            run.state, numbers = run.training.train_step(run.state, run.frozen, prefetcher.next(run.step))
             run.step += 1
             run.tokens += run.training.tokens_per_step
             run.val_loss = None

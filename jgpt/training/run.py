@@ -45,6 +45,7 @@ class Run:
         self.total_steps = config.optimizer.total_steps
         self.checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
         self.state: TrainState
+        self.frozen: Any = {}  # the base parameters under LoRA's adapters
         self.step = 0
         self.tokens = 0
         self.elapsed_before = 0.0  # seconds of the run's earlier processes
@@ -148,7 +149,13 @@ class Run:
         t = self.training
         with self.throughput.pause():
             loss, _ = evaluate(
-                t.runner, t.eval_step, self.state.params, t.val_blocks, t.rows, self.config.model.context_length
+                t.runner,
+                t.eval_step,
+                self.state.params,
+                self.frozen,
+                t.val_blocks,
+                t.rows,
+                self.config.model.context_length,
             )
         self.val_loss = loss
         meta = self.data.meta

@@ -50,9 +50,10 @@ class Training:
     tokens_per_step: int
 
     def batch(self, step: int) -> Any:
-        """Return the batch that follows `step` steps, int32 [devices, A, B, T+1], on its way to the devices."""
-        tokens = self.batches.batch(step)
-        return self.runner.place_batch(tokens.reshape(len(self.runner.devices), self.accumulation, self.rows, -1))
+        """Return the batch that follows `step` steps, [shares, A, B, ...], on its way to the devices."""
+        batch = self.batches.batch(step)
+        shape = self.runner.shares, self.accumulation, self.rows, -1
+        return self.runner.place_batch(jax.tree.map(lambda x: x.reshape(shape), batch))
 
 
 def choose_device_policy(config: ConfigDict, device: jax.Device) -> Policy:

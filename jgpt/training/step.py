@@ -15,7 +15,9 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jgpt.data.batches import Batch
 from jgpt.model.gpt import GPT, Output, unembedding
+from jgpt.model.lora import init_adapters
 from jgpt.model.loss import cross_entropy
 from jgpt.model.precision import Policy
 
@@ -36,31 +38,51 @@ class TrainState(NamedTuple):
 
     step: Array  # int32: batches consumed, skipped ones included
     updates: Array  # int32: updates made, which is where the schedule stands
-    params: Any
+    params: Any  # what is trained: all parameters, or LoRA's adapters beside frozen ones, which are not in the state
     opt_state: Any
     loss_scale: LossScale
 
 
 Average = Callable[[Any], Any]  # over the devices
 Numbers = dict[str, Array]  # scalars
-Step = Callable[[TrainState, Array, Average, Any], tuple[TrainState, Numbers]]
-TrainStep = Callable[[TrainState, Array], tuple[TrainState, Numbers]]
-EvalStep = Callable[[Any, Array, Array], Array]
+Step = Callable[[TrainState, Any, Batch, Average, Any], tuple[TrainState, Numbers]]
+TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Numbers]]
+EvalStep = Callable[[Any, Any, Batch], Array]
 
 
 def init_state(
-    model: GPT, policy: Policy, optimizer: optax.GradientTransformation, seed: int, loss_scale: float
+    model: GPT,
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    loss_scale: float,
+    params: Any = None,
 ) -> TrainState:
-    """Make the state of step 0: parameters from `seed`, zero moments. Pure: `jax.eval_shape` gives its shapes."""
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    """Make the state of step 0: `params`, or else new ones from `seed`, and zero moments.
+
+    With LoRA what is trained are new adapters. Pure: `jax.eval_shape` gives the state's shapes.
+    """
+    key = jax.random.key(seed)
+    if model.lora is not None:
+        params = init_adapters(model, key)
+    elif params is None:
+        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        params = jax.tree.map(lambda x: x.astype(policy.param), params)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(
-        step=zero,
-        updates=zero,
-        params=jax.tree.map(lambda x: x.astype(policy.param), params),
-        opt_state=optimizer.init(params),  # fp32 moments, whatever the parameters' dtype
-        loss_scale=LossScale(jnp.float32(loss_scale if policy.scales_loss else 1.0), zero, zero, zero),
-    )
+    moments = optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))  # whatever the parameters' dtype
+    scale = LossScale(jnp.float32(loss_scale if policy.scales_loss else 1.0), zero, zero, zero)
+    return TrainState(zero, zero, params, moments, scale)
+
+
+def hidden_states(model: GPT, params: Any, frozen: Any, batch: Batch, **how: Any) -> tuple[Array, Array]:
+    """Run the model on a batch's inputs; return the hidden states [B, T, D] and the output layer's matrix [V, D].
+
+    `params` are all parameters, or with LoRA the adapters to the `frozen` ones.
+    """
+    base = params if model.lora is None else frozen
+    variables = {"params": base} if model.lora is None else {"params": base, "lora": params}
+    output = cast(Output, model.apply(variables, batch.tokens[..., :-1], segments=batch.segments, **how))
+    return output.hidden, unembedding(base)
 
 
 def make_train_step(
@@ -73,7 +95,7 @@ def make_train_step(
     loss_chunk_tokens: int,
     growth_steps: int,
 ) -> Step:
-    """Return the step as a pure function (state, tokens int [A, B, T+1], average, device) -> (state, metrics).
+    """Return the step as a pure function (state, frozen, batch [A, B, ...], average, device) -> (state, metrics).
 
     `average` averages a tree over the devices that share the batch (the identity on one), `device` is this one's index.
     A micro-batches run one after another and `optax.MultiSteps` keeps the mean of their gradients; its accumulator
@@ -83,23 +105,26 @@ def make_train_step(
     """
     accumulate = optax.MultiSteps(optax.identity(), every_k_schedule=accumulation)
 
-    def scaled_loss(params: Any, tokens: Array, key: Array, scale: Array) -> tuple[Array, Array]:
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        output = cast(Output, model.apply({"params": params}, inputs, deterministic=False, rngs={"dropout": key}))
-        ones = jnp.ones(targets.shape, jnp.float32)
-        loss = cross_entropy(output.hidden, unembedding(params), targets, ones, loss_chunk_tokens) / targets.size
+    def scaled_loss(params: Any, frozen: Any, batch: Batch, key: Array, scale: Array) -> tuple[Array, Array]:
+        hidden, matrix = hidden_states(model, params, frozen, batch, deterministic=False, rngs={"dropout": key})
+        targets = batch.tokens[:, 1:]
+        weights = jnp.ones(targets.shape, jnp.float32) if batch.weights is None else batch.weights
+        loss = cross_entropy(hidden, matrix, targets, weights, loss_chunk_tokens) / targets.size
         return loss * scale, loss
 
-    def train_step(state: TrainState, tokens: Array, average: Average, device: Any) -> tuple[TrainState, Numbers]:
+    def train_step(
+        state: TrainState, frozen: Any, batch: Batch, average: Average, device: Any
+    ) -> tuple[TrainState, Numbers]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), device)
         params = policy.cast_to_compute(state.params)  # once a step, not once a micro-batch
+        base = policy.cast_to_compute(frozen)
         scale = state.loss_scale.scale
 
-        def micro_step(carry: tuple, x: tuple[Array, Array]) -> tuple[tuple, Array]:
+        def micro_step(carry: tuple, x: tuple[Batch, Array]) -> tuple[tuple, Array]:
             accumulated, _ = carry
-            micro_tokens, index = x
+            micro_batch, index = x
             gradient, loss = jax.grad(scaled_loss, has_aux=True)(
-                params, micro_tokens, jax.random.fold_in(key, index), scale
+                params, base, micro_batch, jax.random.fold_in(key, index), scale
             )
             gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradient)
             mean, accumulated = accumulate.update(gradient, accumulated)
@@ -107,7 +132,7 @@ def make_train_step(
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
         (_, gradient), losses = jax.lax.scan(
-            micro_step, (accumulate.init(zeros), zeros), (tokens, jnp.arange(accumulation))
+            micro_step, (accumulate.init(zeros), zeros), (batch, jnp.arange(accumulation))
         )
         gradient, loss = average((gradient, jnp.mean(losses)))
         norm = optax.tree.norm(gradient)
@@ -154,13 +179,13 @@ def _next_loss_scale(old: LossScale, finite: Array, growth_steps: int) -> LossSc
 
 
 def make_eval_step(model: GPT, policy: Policy, loss_chunk_tokens: int) -> EvalStep:
-    """Return (params, tokens int [B, T+1], weights fp32 [B, T] of the targets) -> their weighted, summed loss, fp32."""
+    """Return (params, frozen, batch [B, ...]) -> the loss of its targets, weighted and summed, fp32."""
 
-    def eval_step(params: Any, tokens: Array, weights: Array) -> Array:
-        params = policy.cast_to_compute(params)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        hidden = cast(Output, model.apply({"params": params}, inputs)).hidden
-        return cross_entropy(hidden, unembedding(params), targets, weights, loss_chunk_tokens)
+    def eval_step(params: Any, frozen: Any, batch: Batch) -> Array:
+        params, frozen = policy.cast_to_compute(params), policy.cast_to_compute(frozen)
+        hidden, matrix = hidden_states(model, params, frozen, batch)
+        assert batch.weights is not None
+        return cross_entropy(hidden, matrix, batch.tokens[:, 1:], batch.weights, loss_chunk_tokens)
 
     return eval_step
 
@@ -172,38 +197,42 @@ class Pmap:
 
     def __init__(self, devices: Sequence[jax.Device]) -> None:
         self.devices = list(devices)
+        self.shares = len(self.devices)  # parts that a batch is divided into
         mesh = Mesh(np.array(self.devices), (self.AXIS,))
         self._copied = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(self.AXIS))
 
     def train_step(self, step: Step) -> TrainStep:
-        """Compile (state, tokens [devices, A, B, T+1]) -> (state, metrics); the state's memory is reused."""
+        """Compile (state, frozen, batch [devices, A, B, ...]) -> (state, metrics); the state's memory is reused."""
 
-        def on_one_device(state: TrainState, tokens: Array) -> tuple[TrainState, Numbers]:
-            return step(state, tokens, partial(jax.lax.pmean, axis_name=self.AXIS), jax.lax.axis_index(self.AXIS))
+        def on_one_device(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Numbers]:
+            average = partial(jax.lax.pmean, axis_name=self.AXIS)
+            return step(state, frozen, batch, average, jax.lax.axis_index(self.AXIS))
 
         return jax.pmap(
             on_one_device,
             axis_name=self.AXIS,
             devices=self.devices,
-            in_axes=(None, 0),
+            in_axes=(None, None, 0),
             out_axes=(None, None),
             donate_argnums=0,
         )
 
     def eval_step(self, step: EvalStep) -> EvalStep:
-        """Compile (params, tokens [devices, B, T+1], weights [devices, B, T]) -> the loss summed over all devices."""
+        """Compile (params, frozen, batch [devices, B, ...]) -> the loss summed over all devices."""
 
-        def on_one_device(params: Any, tokens: Array, weights: Array) -> Array:
-            return jax.lax.psum(step(params, tokens, weights), self.AXIS)
+        def on_one_device(params: Any, frozen: Any, batch: Batch) -> Array:
+            return jax.lax.psum(step(params, frozen, batch), self.AXIS)
 
-        return jax.pmap(on_one_device, axis_name=self.AXIS, devices=self.devices, in_axes=(None, 0, 0), out_axes=None)
+        return jax.pmap(
+            on_one_device, axis_name=self.AXIS, devices=self.devices, in_axes=(None, None, 0), out_axes=None
+        )
 
     def place_state(self, state: Any) -> Any:
         """Copy a state (or parameters) to every device, laid out as the step returns it (else it compiles twice)."""
         return jax.device_put(state, self._copied)
 
-    def place_batch(self, batch: np.ndarray) -> Array:
+    def place_batch(self, batch: Batch) -> Batch:
         """Split a host batch [devices, ...] over the devices, one row each."""
         return jax.device_put(batch, self._split)
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from jgpt.data.batches import Batch
 from jgpt.model.build import count_parameters, model_config
 from jgpt.model.gpt import GPT
 from jgpt.model.precision import choose_policy
@@ -49,9 +50,9 @@ def main(config_file: str, *overrides: str) -> None:
         make_train_step(model, policy, optimizer, schedule, accumulation, 0, config.loss_chunk_tokens, 1000)
     )
     state = jax.eval_shape(lambda: init_state(model, policy, optimizer, 0, 1.0))
-    tokens = jax.ShapeDtypeStruct((len(runner.devices), accumulation, rows, shapes.context_length + 1), jnp.int32)
+    batch = Batch(jax.ShapeDtypeStruct((runner.shares, accumulation, rows, shapes.context_length + 1), jnp.int32))
     began = time.perf_counter()
-    compiled = step.lower(state, tokens).compile()  # type: ignore[attr-defined]
+    compiled = step.lower(state, {}, batch).compile()  # type: ignore[attr-defined]
     m, program = compiled.memory_analysis(), compiled.as_text()
     peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     millions, seconds = count_parameters(shapes) / 1e6, time.perf_counter() - began
