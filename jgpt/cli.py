@@ -5,6 +5,7 @@ Beside the data path: the commands (`python -m jgpt.NAME`) are the only callers.
 
 import difflib
 import errno
+import inspect
 import logging
 import os
 import re
@@ -37,20 +38,20 @@ def load_config() -> ConfigDict:
     return flags.FLAGS.config
 
 
-def run(main: Callable[[], int | None], doc: str | None) -> None:
+def run(main: Callable[..., int | None], doc: str | None) -> None:
     """Run a command: parse its flags, call `main`, exit with 0 done or stopped on purpose, 2 the user's input,
     3 out of memory, 4 training diverged, 1 a bug of ours (the only one that shows a traceback).
 
-    `doc` is the command's docstring, which heads its --help.
+    What is no flag goes to `main`, which may take as many arguments as it has parameters, each a string with a
+    default. `doc` is the command's docstring, which heads its --help.
     """
-    set_up_logging()
+    set_up_logging(to_stderr="config" not in flags.FLAGS)  # what such a command prints is its result
     try:
         if {"-h", "--help", "-help", "--helpfull"} & set(sys.argv[1:]):
             print(help_text(doc or ""))
             code = EXIT_DONE
         else:
-            parse_flags()
-            code = main() or EXIT_DONE
+            code = main(*parse_flags(len(inspect.signature(main).parameters))) or EXIT_DONE
         sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
@@ -80,17 +81,20 @@ def run(main: Callable[[], int | None], doc: str | None) -> None:
     sys.exit(code)
 
 
-def set_up_logging() -> None:
+def set_up_logging(to_stderr: bool = False) -> None:
     """Send the log of jgpt to the terminal as plain lines, once."""
     log = logging.getLogger("jgpt")
     if not log.handlers:
-        log.addHandler(TerminalHandler())
+        log.addHandler(TerminalHandler(to_stderr))
         log.setLevel(logging.INFO)
         log.propagate = False
 
 
-def parse_flags() -> None:
-    """Parse sys.argv; every mistake in it is a UserError, and so is one in the config file."""
+def parse_flags(positional: int = 0) -> list[str]:
+    """Parse sys.argv and return its arguments that are no flags, at most `positional`.
+
+    Every mistake in it is a UserError, and so is one in the config file.
+    """
     path = _config_file(sys.argv[1:]) if "config" in flags.FLAGS else None
     if path:
         _check_keys(sys.argv[1:])
@@ -98,7 +102,8 @@ def parse_flags() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads the file by load_module
             logging.disable(logging.WARNING)  # and warns where _check_config answers
-            rest = flags.FLAGS(sys.argv)
+            flags.FLAGS.set_gnu_getopt(positional > 0)  # flags may follow other arguments
+            rest = flags.FLAGS(sys.argv)[1:]
         if path:
             hasattr(flags.FLAGS.config, "keys")  # raises the OSError that get_config() raised: ml_collections keeps it
     except flags.UnrecognizedFlagError as error:
@@ -112,12 +117,14 @@ def parse_flags() -> None:
         raise UserError(place or _wrong_value(str(error))) from None
     finally:
         logging.disable(logging.NOTSET)
-    if len(rest) > 1:
+    if len(rest) > positional:
+        others = "Everything else" if positional else "Everything"
         raise UserError(
-            f"unexpected argument {rest[1]!r}. Everything is a flag, --NAME=VALUE. All flags are in --help."
+            f"unexpected argument {rest[positional]!r}. {others} is a flag, --NAME=VALUE. All flags are in --help."
         )
     if path:
         _check_config(path, flags.FLAGS.config)
+    return rest
 
 
 def _config_file(arguments: list[str]) -> Path:

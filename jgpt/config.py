@@ -157,6 +157,8 @@ CHOICES = {
     "checkpoint.resume": ("auto", "must", "never"),
 }
 
+LORA_TARGETS = ("qkv", "proj", "gate_up", "up", "down")  # the linear layers of a block, by their names
+
 RANGES = (  # key, lowest, highest
     ("seed", 0, 2**31 - 1),
     ("log_every_steps", 1, math.inf),
@@ -309,11 +311,34 @@ def problems(config: ConfigDict, text_bytes: int | None = None) -> list[str]:
         found.append("out_dir='': a run writes into a directory of its own; set out_dir='runs/NAME'")
     if not config.data.text_glob.strip():
         found.append("data.text_glob='': name the text, a glob or a directory; set data.text_glob='texts/**/*.txt'")
-    if text_bytes is not None and text_bytes <= m.context_length and fine("model.context_length"):
+    length = "batch.sequence_length" if b.sequence_length else "model.context_length"
+    if fine("model.context_length", "batch.sequence_length"):
+        # With init_from the context is that model's, which is not known here.
+        if not config.init_from and b.sequence_length > m.context_length:
+            found.append(
+                f"batch.sequence_length={b.sequence_length} is above model.context_length={m.context_length}, which is "
+                "all that the model sees; set batch.sequence_length=0"
+            )
+        if text_bytes is not None and text_bytes <= flat[length] and (b.sequence_length or not config.init_from):
+            found.append(
+                f"{length}={flat[length]} is longer than the data: {text_bytes:,} bytes of text in all; set a smaller "
+                f"{length}, or give more text"
+            )
+    if config.lora.rank and not config.init_from:
         found.append(
-            f"model.context_length={m.context_length} is longer than the data: {text_bytes:,} bytes of text in all; "
-            "set a smaller model.context_length, or give more text"
+            f"lora.rank={config.lora.rank} without init_from: adapters are trained beside a model that is there; set "
+            "init_from to a model, or lora.rank=0"
         )
+    if config.parallel == "tensor" and not config.lora.rank:
+        found.append(
+            "parallel='tensor' without lora: the optimizer of all parameters is not split over devices; set "
+            "lora.rank=16, or parallel='pmap'"
+        )
+    targets = [target.strip() for target in config.lora.targets.split(",")]
+    if unknown := [target for target in targets if target not in LORA_TARGETS]:
+        close = difflib.get_close_matches(unknown[0], LORA_TARGETS, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        found.append(f"lora.targets: {unknown[0]!r} is no layer; they are {', '.join(LORA_TARGETS)}{hint}")
     return found
 
 

@@ -1,33 +1,38 @@
 """Measure a trained model on text: loss in nats per token, perplexity, bits per byte of text.
 
-    python -m jgpt.evaluate --run_dir runs/quickstart
-    python -m jgpt.evaluate --run_dir runs/quickstart --text_glob 'other/**/*.txt'
+    python -m jgpt.evaluate --model runs/quickstart
+    python -m jgpt.evaluate --model runs/quickstart --text_glob 'other/**/*.txt'
+    python -m jgpt.evaluate --model HuggingFaceTB/SmolLM2-135M-Instruct --text_glob 'other/**/*.txt'
 
-Without --text_glob the text is all of the run's own validation split. Every token but the
-first is predicted once, in blocks of the model's context length.
+Without --text_glob the text is all of the run's own validation split. Every token but the first is predicted once, in
+blocks of the length that the run was trained on; of conversations those that are learned.
 """
 
 import math
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 
-import numpy as np
 from absl import flags
 
 from jgpt.cli import run
 from jgpt.config import UserError
+from jgpt.data.batches import Batch, validation_blocks
 from jgpt.data.corpus import Corpus
 from jgpt.data.files import find_files
-from jgpt.data.memmap import open_token_data, token_directory
+from jgpt.data.memmap import TokenData, open_token_data, token_directory
 from jgpt.hardware.devices import set_up_process
 from jgpt.training.evaluation import TokenStream, bits_per_byte, blocks, evaluate_run
-from jgpt.training.setup import LoadedRun, load_run
+from jgpt.training.loading import LoadedModel, load_model
+
+LONGEST = 2048  # tokens of a block, where neither the user nor a run says how many
 
 
 def define_flags() -> None:
     """Define the flags; not at import, because absl takes a name once a process and other commands have --run_dir."""
-    flags.DEFINE_string("run_dir", None, "the run directory: a run's config.out_dir")
+    flags.DEFINE_string("model", None, "a run directory, a Hugging Face model directory, or a name on its Hub")
+    flags.DEFINE_alias("run_dir", "model")
+    flags.DEFINE_string("base", "", "where the base model of a LoRA run is, if not where it was trained from")
+    flags.DEFINE_integer("sequence_length", 0, "tokens of a block; 0: as trained, or up to 2048", lower_bound=0)
     flags.DEFINE_integer("step", None, "the checkpoint to measure; without it the newest whole one", lower_bound=0)
     flags.DEFINE_string("text_glob", "", "text to measure on: a glob, a directory, or several with commas between")
     flags.DEFINE_string("text_field", "text", "the field that holds the text in .jsonl and .parquet")
@@ -39,33 +44,45 @@ def define_flags() -> None:
 def main() -> None:
     """Load, measure, print."""
     args = flags.FLAGS
-    if not args.run_dir:
+    if not args.model:
         raise UserError(
-            "no --run_dir was given. Allowed: a directory that training wrote. For example: --run_dir runs/quickstart"
+            "no --model was given. Allowed: a directory that training wrote, or a Hugging Face model. For example:"
+            " --model runs/quickstart"
         )
     set_up_process()
-    loaded = load_run(Path(args.run_dir), args.step)
+    loaded = load_model(args.model, args.step, context_length=args.sequence_length or LONGEST, base=args.base)
+    most = loaded.model.config.context_length
+    length = args.sequence_length or loaded.config.batch.sequence_length or min(most, LONGEST)
+    if length > most:
+        raise UserError(
+            f"--sequence_length={length}, and the model sees {most} tokens. Allowed: up to that. Give less."
+        )
+    rows = max(1, min(8, 8192 // length))
     if args.text_glob:
         try:
             corpus = Corpus(find_files(args.text_glob), args.text_field, args.encoding_errors)
             stream = TokenStream(corpus, loaded.tokenizer)
-            loss, n_tokens = evaluate_run(loaded, _some(blocks(stream, loaded.config.model.context_length)))
+            loss, n_tokens = evaluate_run(loaded, _some(blocks(stream, length)), rows, length)
         except UserError as error:  # of the corpus, which knows these options by their names in a config
             raise UserError(str(error).replace("--config.data.", "--").replace("data.text_glob", "text_glob")) from None
-        n_bytes, text = stream.n_bytes, args.text_glob
+        n_targets, n_bytes, text = n_tokens + 1, stream.n_bytes, args.text_glob
     else:
-        val, n_bytes = _validation_split(loaded, args.run_dir)
-        loss, n_tokens = evaluate_run(loaded, _some(blocks([val], loaded.config.model.context_length)))
-        text = "the run's validation split"
+        data = _own_tokens(loaded, args.model)
+        sequences = iter(validation_blocks(data, length, len(data.val))) if data.is_chat else blocks([data.val], length)
+        loss, n_tokens = evaluate_run(loaded, _some(sequences), rows, length)
+        n_targets, n_bytes, text = data.val_targets, data.meta["val_bytes"], "the run's validation split"
     print(f"text              {text}")
     print(f"tokens            {n_tokens:,} predicted, of {n_bytes:,} bytes of text")
-    print(f"loss              {loss:.4f} nats per token (step {loaded.step})")
+    at_step = "" if loaded.step is None else f" (step {loaded.step})"
+    print(f"loss              {loss:.4f} nats per token{at_step}")
     print(f"perplexity        {math.exp(loss):.2f}")
-    print(f"bits per byte     {bits_per_byte(loss, n_tokens + 1, n_bytes):.4f}")
+    print(f"bits per byte     {bits_per_byte(loss, n_targets, n_bytes):.4f}")
 
 
-def _validation_split(loaded: LoadedRun, run_dir: str) -> tuple[np.ndarray, int]:
-    """Return the run's own validation tokens and the bytes of their text."""
+def _own_tokens(loaded: LoadedModel, run_dir: str) -> TokenData:
+    """Open the token directory that a run was trained on."""
+    if loaded.step is None:
+        raise UserError(f"{run_dir} is no run: it has no validation split. Name the text by --text_glob=GLOB.")
     loaded.config.out_dir = run_dir  # where the run is now: it may have been moved
     directory = token_directory(loaded.config)
     data = open_token_data(directory)
@@ -74,10 +91,10 @@ def _validation_split(loaded: LoadedRun, run_dir: str) -> tuple[np.ndarray, int]
             f"{directory} holds tokens of another tokenizer ({data.tokenizer.vocab_size:,} ids) than the run's "
             f"({loaded.tokenizer.vocab_size:,} ids). They must be the same. Name the text itself by --text_glob=GLOB."
         )
-    return data.val, data.meta["val_bytes"]
+    return data
 
 
-def _some(found: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def _some(found: Iterator[Batch]) -> Iterator[Batch]:
     """Return the same blocks; raise UserError when there are none."""
     first = next(found, None)
     if first is None:

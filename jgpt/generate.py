@@ -24,7 +24,7 @@ from jgpt.hardware.devices import compute_capability, describe, set_up_process
 from jgpt.inference.decode import generate
 from jgpt.inference.sampling import Sampling
 from jgpt.model.precision import choose_policy
-from jgpt.training.setup import load_run
+from jgpt.training.loading import load_model
 
 SEPARATOR = "-" * 80
 
@@ -63,7 +63,7 @@ def main() -> None:
         )
     prompt = read_prompt(args.prompt, args.prompt_file)
     set_up_process()
-    loaded = load_run(Path(args.run_dir), args.step)
+    loaded = load_model(args.run_dir, args.step)
     device = jax.devices()[0]
     model, tokenizer = loaded.model, loaded.tokenizer
     if args.compute:

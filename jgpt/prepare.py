@@ -20,12 +20,17 @@ def main() -> None:
     meta = data.meta
     n_tokens, n_bytes = len(data.train) + len(data.val), meta["train_bytes"] + meta["val_bytes"]
     print(f"token directory   {token_directory(config)}")
-    print(f"documents         {meta['n_documents']:,} ({n_bytes / 1e6:.1f} MB of text)")
+    if data.is_chat:
+        n_targets = meta["train_targets"] + meta["val_targets"]
+        print(f"conversations     {meta['n_documents']:,} ({n_bytes / 1e6:.1f} MB of answers)")
+        print(f"learned           {n_targets:,} tokens, {n_targets / n_tokens:.0%} of all")
+    else:
+        print(f"documents         {meta['n_documents']:,} ({n_bytes / 1e6:.1f} MB of text)")
+        print(f"bytes per token   {n_bytes / n_tokens:.2f}")
     print(f"tokens            {len(data.train):,} train, {len(data.val):,} validation (split by {meta['split']})")
-    print(f"bytes per token   {n_bytes / n_tokens:.2f}")
     print(f"vocabulary        {data.tokenizer.vocab_size:,} ids ({meta['tokenizer_kind']}), stored as {meta['dtype']}")
     print("begins with")
-    for line in data.tokenizer.decode(data.train[:PREVIEW_TOKENS]).splitlines()[:3]:
+    for line in data.tokenizer.decode(data.ids(data.train[:PREVIEW_TOKENS])).splitlines()[:3]:
         print(f"    {line[:100]}")
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jgpt.data.batches import Batch
 from jgpt.model.gpt import GPT, ModelConfig, unembedding
 from jgpt.model.precision import Policy
 from jgpt.training.evaluation import bits_per_byte, blocks, evaluate
@@ -53,22 +54,27 @@ def test_is_the_plain_mean_over_every_target(n: int, devices: int, rows: int):
     cut = list(blocks([stream(n)], T))
     padded = np.zeros((12, T + 1), np.int32)
     for row, block in enumerate(cut):
-        padded[row, : len(block)] = block
+        padded[row, : len(block.tokens)] = block.tokens
     losses = np.asarray(plain_losses()(params(), padded))
-    expected = sum(float(losses[row, : len(block) - 1].sum()) for row, block in enumerate(cut))
+    expected = sum(float(losses[row, : len(block.tokens) - 1].sum()) for row, block in enumerate(cut))
     runner, step, placed = running(devices)
-    loss, n_targets = evaluate(runner, step, placed, cut, rows, T)
+    loss, n_targets = evaluate(runner, step, placed, {}, cut, rows, T)
     assert n_targets == n - 1
     assert loss == pytest.approx(expected / (n - 1), rel=1e-5)
 
 
-def test_takes_an_array_of_blocks_as_well():
-    tokens = stream(5 * (T + 1)).reshape(5, T + 1)
+def test_counts_the_targets_of_weight_one_alone_and_keeps_segments_apart():
+    """The second half of each sequence is another text, which begins anew, and of which three targets count."""
+    tokens = stream(5 * (T + 1)).reshape(5, T + 1).astype(np.int32)
+    weights, segments = np.zeros((5, T), np.float32), np.repeat(np.int32([[0] * 4 + [1] * 4]), 5, axis=0)
+    weights[:, 4:7] = 1
+    sequences = [Batch(*arrays) for arrays in zip(tokens, weights, segments, strict=True)]
     runner, step, placed = running(2)
-    loss, n_targets = evaluate(runner, step, placed, tokens, 2, T)
-    assert n_targets == 5 * T
-    padded = np.concatenate([tokens, np.zeros((7, T + 1), np.uint16)]).astype(np.int32)
-    assert loss == pytest.approx(float(np.mean(plain_losses()(params(), padded)[:5])), rel=1e-5)
+    loss, n_targets = evaluate(runner, step, placed, {}, sequences, 2, T)
+    assert n_targets == 15
+    padded = np.zeros((12, T + 1), np.int32)
+    padded[:5, :5] = tokens[:, 4:]
+    assert loss == pytest.approx(float(np.mean(plain_losses()(params(), padded)[:5, :3])), rel=1e-5)
 
 
 @pytest.mark.parametrize("cut_at", [[], [1], [T], [T + 1], [3, 3, 40], [5, 6, 7, 8, 9, 100]])
@@ -76,7 +82,7 @@ def test_takes_an_array_of_blocks_as_well():
 def test_blocks_predict_every_token_but_the_first_once(n: int, cut_at: list[int]):
     """Wherever the pieces of the stream end."""
     tokens = np.arange(n)
-    cut = list(blocks(np.split(tokens, [min(at, n) for at in cut_at]), T))
+    cut = [block.tokens for block in blocks(np.split(tokens, [min(at, n) for at in cut_at]), T)]
     assert all(len(block) == T + 1 for block in cut[:-1]) and all(2 <= len(block) <= T + 1 for block in cut)
     assert np.concatenate([block[1:] for block in cut] or [tokens[1:]]).tolist() == tokens[1:].tolist()
     assert all(a[-1] == b[0] for a, b in zip(cut, cut[1:], strict=False))
@@ -84,11 +90,11 @@ def test_blocks_predict_every_token_but_the_first_once(n: int, cut_at: list[int]
         assert cut[0][0] == 0
 
 
-def test_blocks_of_a_long_piece(monkeypatch: pytest.MonkeyPatch):
+def test_blocks_of_a_long_piece():
     """Longer than what is read of a piece at a time."""
     tokens = np.arange((1 << 20) + 1000, dtype=np.uint32)
     cut = list(blocks([tokens], 100_000))
-    assert np.array_equal(np.concatenate([block[1:] for block in cut]), tokens[1:])
+    assert np.array_equal(np.concatenate([block.tokens[1:] for block in cut]), tokens[1:])
 
 
 def test_bits_per_byte_of_a_uniform_guess():

@@ -368,3 +368,60 @@ def test_a_failed_save_ends_the_run_with_the_reason(copy: Path, config: Callable
     assert status(copy)["state"] == "failed" and "No space left" in status(copy)["reason"]
     train(config(**{"optimizer.total_steps": STEPS + 3}))
     assert status(copy)["state"] == "finished"
+
+
+@pytest.fixture
+def from_full(full: Path, config: Callable[..., ConfigDict], tmp_path: Path) -> Callable[..., ConfigDict]:
+    """Make a config that begins from a copy of the untouched run, of which it says no more than that."""
+    base = shutil.copytree(full, tmp_path / "base")
+    plain = {"tokenizer.kind": "bpe", "init_from": str(base), "data.cache_dir": "", "model.dropout": 0.0}
+    return lambda **changes: config(**plain, **changes)
+
+
+LORA = {"lora.rank": 2, "lora.dropout": 0.1, "optimizer.learning_rate": 1e-2, "batch.sequence_length": 16}
+
+
+def test_a_full_fine_tune_begins_at_the_source_and_does_not_need_it_again(
+    full: Path, from_full: Callable[..., ConfigDict], tmp_path: Path
+):
+    train(from_full(out_dir=str(tmp_path / "tuned")))
+    assert metrics(tmp_path / "tuned")[0]["val_loss"] == metrics(full)[-1]["val_loss"]
+    with stop_after(5):
+        train(from_full())
+    shutil.rmtree(tmp_path / "base")
+    train(from_full())
+    assert_same_run(tmp_path / "tuned", tmp_path / "run")
+    with pytest.raises(UserError, match="init_from: .*base' -> ''"):
+        train(from_full(init_from="", **{"tokenizer.kind": "hf", "tokenizer.pretrained": str(tmp_path / "run")}))
+
+
+def test_lora_stopped_and_started_again(from_full: Callable[..., ConfigDict], tmp_path: Path):
+    """Bit for bit, its base unchanged, also where that has moved; another base is refused."""
+    before = digest(tmp_path / "base")
+    train(from_full(out_dir=str(tmp_path / "whole"), **LORA))
+    with stop_after(5):
+        train(from_full(**LORA))
+    moved = (tmp_path / "base").rename(tmp_path / "moved")
+    train(from_full(**{**LORA, "init_from": str(moved)}))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.02
+    assert digest(moved).replace("moved/", "base/") == before
+    with pytest.raises(UserError, match="holds another model than the one that this run began from"):
+        train(from_full(**{**LORA, "init_from": str(tmp_path / "whole")}))
+    with pytest.raises(UserError, match="lora.rank: 2 -> 4"):
+        train(from_full(**{**LORA, "init_from": str(moved), "lora.rank": 4}))
+
+
+def test_lora_on_a_base_that_both_devices_share(from_full: Callable[..., ConfigDict], tmp_path: Path):
+    """The same run as with a copy on each, and its checkpoint goes on there."""
+    changes = {**LORA, "lora.dropout": 0.0}
+    train(from_full(out_dir=str(tmp_path / "copies"), **changes))
+    with stop_after(6):
+        train(from_full(parallel="tensor", **changes))
+    a, b = ([line["loss"] for line in metrics(tmp_path / name) if "loss" in line][:6] for name in ("copies", "run"))
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+    train(from_full(**changes))
+    for key in ("loss", "val_loss", "grad_norm"):
+        a, b = ([line[key] for line in metrics(tmp_path / name) if key in line] for name in ("copies", "run"))
+        np.testing.assert_allclose(a, b, rtol=1e-3)

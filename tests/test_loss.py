@@ -54,6 +54,24 @@ def test_huge_logits_do_not_overflow():
     assert np.isfinite(gradient).all()
 
 
+def test_a_large_weight_does_not_overflow_fp16():
+    """As where few of a batch's targets are learned: the others weigh nothing."""
+    hidden, unembedding, targets, _ = inputs(jnp.float16)
+    weights = jnp.zeros((B, T)).at[1, 2].set(512.0)
+
+    def gradients(function, scale):
+        return jax.grad(lambda h, u: function(h, u, targets, weights * scale) / scale, argnums=(0, 1))(
+            hidden, unembedding
+        )
+
+    large, small = gradients(cross_entropy, 1.0), gradients(cross_entropy, 1 / 512)
+    for ours, same in zip(large, small, strict=True):
+        assert np.isfinite(ours).all() and np.abs(ours).max() > 1
+        np.testing.assert_array_equal(ours, same)
+    nothing = jax.grad(cross_entropy)(hidden, unembedding, targets, 0 * weights)
+    np.testing.assert_array_equal(nothing, 0)
+
+
 def test_no_float_array_holds_more_logits_than_one_chunk():
     tokens, vocabulary, chunk = 1024, 3000, 128
     hidden = jax.ShapeDtypeStruct((4, tokens // 4, 8), jnp.float32)

@@ -39,6 +39,21 @@ def test_it_says_what_it_made_and_makes_it_once(command, tiny, tmp_path):
     assert state(directory) != before
 
 
+def test_it_says_what_is_learned_of_conversations(command, tiny, tmp_path):
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4, the table says."}]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 20)
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    paths = f"--config.data.text_glob={tmp_path}/chat.jsonl", f"--config.tokenizer.chat_template={tmp_path}/chat.jinja"
+    result = command("prepare", *tiny, "--config.data.format=chat", *paths)
+    assert result.code == 0 and result.err == ""
+    assert "conversations     20 (0.0 MB of answers)" in result.out
+    assert "learned           380 tokens, 73% of all" in result.out
+    assert "tokens            468 train, 52 validation (split by conversation)" in result.out
+    assert "begins with\n    2 + 2?\n    4, the table says.\n" in result.out
+    refused(command("prepare", *tiny, "--config.data.format=chat"), "matches only what is no .jsonl file (.txt)")
+    refused(command("prepare", *tiny, "--config.data.format=chat", paths[0]), "needs a chat template")
+
+
 def test_cache_dir(command, tiny, tmp_path):
     assert command("prepare", *tiny, f"--config.data.cache_dir={tmp_path}/cache").code == 0
     assert (tmp_path / "cache" / "meta.json").is_file() and not (tmp_path / "run").exists()

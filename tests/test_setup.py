@@ -19,7 +19,7 @@ from jgpt.model.build import abstract_params, count_parameters, flops_per_token,
 from jgpt.model.gpt import ModelConfig
 from jgpt.training import setup
 from jgpt.training.checkpoint import Checkpoints, state_bytes
-from jgpt.training.setup import check_disk, load_run, set_up
+from jgpt.training.setup import check_disk, set_up
 
 GPT2 = ModelConfig(
     50304, 1024, 12, 12, 12, 768, 64, 3072, position="learned", norm="layernorm", mlp="gelu", bias=True
@@ -47,7 +47,7 @@ def with_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(setup, "training_devices", lambda size: [devices[i % 2] for i in range(n)])
         if n > 2:
             monkeypatch.setattr(setup, "Pmap", lambda devices: SimpleNamespace(
-                devices=devices, train_step=lambda step: step, eval_step=lambda step: step, place_batch=lambda x: x
+                devices=devices, shares=n, train_step=lambda step: step, eval_step=lambda step: step, place_batch=lambda x: x
             ))  # fmt: skip
 
     return pretend
@@ -63,7 +63,7 @@ def test_rows_times_accumulation_times_devices_is_the_global_batch(devices: int,
         share = size // devices
         assert training.rows == max(n for n in range(1, micro + 1) if share % n == 0)  # as large as allowed
         assert training.tokens_per_step == size * 8
-        assert training.batch(0).shape == (devices, training.accumulation, training.rows, 9)
+        assert training.batch(0).tokens.shape == (devices, training.accumulation, training.rows, 9)
 
 
 @pytest.mark.parametrize("step", [0, 7])
@@ -73,16 +73,16 @@ def test_global_batch_does_not_depend_on_devices_or_micro_batches(step: int, wit
     for devices, micro in [(1, 24), (1, 2), (2, 12), (2, 3), (4, 6), (8, 1)]:
         with_devices(devices)
         training = set_up(config_of(**{"batch.global_batch_size": 24, "batch.micro_batch_size": micro}), data_of())
-        seen.append(np.asarray(training.batch(step)).reshape(24, 9))
+        seen.append(np.asarray(training.batch(step).tokens).reshape(24, 9))
     for batch in seen:
         np.testing.assert_array_equal(batch, seen[0])
-    np.testing.assert_array_equal(seen[0], Batches(data_of().train, 1337, 24, 8, 64).batch(step))
+    np.testing.assert_array_equal(seen[0], Batches(data_of().train, 1337, 24, 8, 64).batch(step).tokens)
 
 
 def test_validation_blocks_are_as_many_as_planned():
     training = set_up(config_of(**{"batch.global_batch_size": 4, "eval.batches": 3}), data_of())
-    assert training.val_blocks.shape == (12, 9)
-    assert set_up(config_of(**{"eval.batches": 9}), data_of()).val_blocks.shape == (62, 9)  # all there are
+    assert [block.tokens.shape for block in training.val_blocks] == [(9,)] * 12
+    assert len(set_up(config_of(**{"eval.batches": 9}), data_of()).val_blocks) == 62  # all there are
 
 
 def test_half_precision_parameters_come_with_a_warning(caplog: pytest.LogCaptureFixture):
@@ -182,30 +182,3 @@ def test_check_disk_counts_what_the_old_checkpoints_hold(
     (tmp_path / "checkpoints" / "5" / "params").mkdir(parents=True)
     (tmp_path / "checkpoints" / "5" / "params" / "data").write_bytes(b"x" * state_bytes(abstract))
     check_disk(tmp_path, abstract, options)
-
-
-def test_load_run_is_the_run(trained: Path):
-    loaded = load_run(trained)
-    assert (
-        loaded.step == 4
-        and loaded.val_loss is not None
-        and loaded.tokenizer.vocab_size <= loaded.model.config.vocab_size
-    )
-    assert all(leaf.devices() == {jax.local_devices()[0]} for leaf in jax.tree.leaves(loaded.params))
-    assert count_parameters(loaded.model.config) == sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
-    assert load_run(trained, 2).step == 2
-
-
-def test_load_run_refuses(own_run: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="holds no trained model"):
-        load_run(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"step 3 is not among the checkpoints of .*Allowed: 2, 4\."):
-        load_run(own_run, 3)
-    (own_run / "checkpoints" / "4" / "params" / "_METADATA").write_text("{}")
-    with pytest.raises(UserError, match=r"checkpoint 4 in .* is damaged: .*_METADATA\. .*--step.*2"):
-        load_run(own_run)
-    assert load_run(own_run, 2).step == 2
-    for step in (2, 4):
-        (own_run / "checkpoints" / f"{step}.sha256").unlink()
-    with pytest.raises(UserError, match="holds no trained model"):
-        load_run(own_run)

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from jgpt.config import default_config
+from jgpt.data.batches import Batch
 from jgpt.model.gpt import GPT, ModelConfig
 from jgpt.model.precision import Policy
 from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
@@ -76,7 +77,7 @@ def run(p: Parts, state: TrainState, *batches: np.ndarray) -> tuple[TrainState, 
     placed, metrics = p.runner.place_state(state), []
     for batch in batches:
         shape = len(p.runner.devices), p.accumulation, -1, T + 1
-        placed, numbers = p.step(placed, p.runner.place_batch(batch.reshape(shape)))
+        placed, numbers = p.step(placed, {}, p.runner.place_batch(Batch(batch.reshape(shape))))
         metrics.append(p.runner.on_host(numbers))
     return placed, metrics
 
@@ -205,7 +206,7 @@ def poisoned_step(policy: Policy) -> Any:
     p = parts(policy, devices=1)
 
     def step(state: TrainState, batch: jax.Array, factor: jax.Array) -> Any:
-        return p.pure(state, batch, lambda tree: jax.tree.map(lambda x: jnp.full(x.shape, factor), tree), 0)
+        return p.pure(state, {}, Batch(batch), lambda tree: jax.tree.map(lambda x: jnp.full(x.shape, factor), tree), 0)
 
     return jax.jit(step)
 
@@ -274,15 +275,15 @@ def test_scale_cancels_out():
 def test_state_is_donated():
     p = parts(accumulation=2)
     before = p.runner.place_state(p.initial)
-    p.step(before, p.runner.place_batch(tokens(0).reshape(2, 2, 2, T + 1)))
+    p.step(before, {}, p.runner.place_batch(Batch(tokens(0).reshape(2, 2, 2, T + 1))))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
 
 
 def test_one_gradient_all_reduce():
     """The compiled step holds one all-reduce of everything, though two micro-batches make the gradient."""
     p = parts(accumulation=2)
-    state, batch = p.runner.place_state(p.initial), p.runner.place_batch(tokens(0).reshape(2, 2, 2, T + 1))
-    text = p.step.lower(state, batch).compile().as_text()
+    state, batch = p.runner.place_state(p.initial), p.runner.place_batch(Batch(tokens(0).reshape(2, 2, 2, T + 1)))
+    text = p.step.lower(state, {}, batch).compile().as_text()
     reduces = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
     n_parameters = sum(x.size for x in jax.tree.leaves(p.initial.params))
     sizes = [
@@ -296,7 +297,7 @@ def test_one_gradient_all_reduce():
 @cache
 def losses_with_dropout(seed: int, accumulation: int) -> Any:
     p = parts(devices=1, accumulation=accumulation, dropout=0.4, seed=seed)
-    return jax.jit(lambda state, batch, device: p.pure(state, batch, lambda tree: tree, device)[1]["loss"])
+    return jax.jit(lambda state, batch, device: p.pure(state, {}, Batch(batch), lambda tree: tree, device)[1]["loss"])
 
 
 def test_dropout_is_a_function_of_seed_step_device_and_micro_batch():
@@ -351,8 +352,8 @@ def test_eval_step_counts_what_its_weights_say_and_drops_nothing():
     params, batch = p.runner.place_state(p.initial.params), tokens(0)
 
     def total(weights: np.ndarray) -> float:
-        placed = p.runner.place_batch(batch.reshape(2, 4, -1)), p.runner.place_batch(weights.reshape(2, 4, -1))
-        return float(evaluate(params, *placed))
+        placed = p.runner.place_batch(Batch(batch.reshape(2, 4, -1), weights.reshape(2, 4, -1)))
+        return float(evaluate(params, {}, placed))
 
     @jax.jit
     def log_probabilities(params: Any) -> jax.Array:

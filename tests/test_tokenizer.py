@@ -116,6 +116,49 @@ def test_auto_tokenizer_gives_the_same_ids(tokenizer: Tokenizer, tmp_path: Path)
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
 
 
+def test_parts_together_have_the_ids_of_the_text(tokenizer: Tokenizer) -> None:
+    """The borders lie where a token begins anyway; then a part's ids are the text's, as inference has them."""
+    texts = [
+        [f"<user>\n{text}\n<assistant>\n", f"hello world, 12 🙂 {text}<|endoftext|>\n", "", "<user>\n"]
+        for text in ("hello", "the quick  brown\n", "naïve 漢字 🙂")
+    ]
+    for parts, ids in zip(texts, tokenizer.encode_parts(texts), strict=True):
+        assert len(ids) == len(parts) and all(part.dtype == np.uint32 for part in ids)
+        assert tokenizer.decode(np.concatenate(ids)) == "".join(parts)
+    for parts, ids in zip(texts, tokenizer.encode_parts([parts[:2] for parts in texts]), strict=True):
+        assert np.concatenate(ids).tolist() == tokenizer.encode("".join(parts[:2])).tolist()
+        assert ids[0].tolist() == tokenizer.encode(parts[0]).tolist()
+
+
+def test_a_token_over_the_border_is_not_made() -> None:
+    bpe = train_bpe(["\n\n\n ab" * 99], 300)
+    assert len(bpe.encode("\n\n\n")) == 1
+    ((prompt, answer),) = bpe.encode_parts([["ab\n", "\n\n ab"]])
+    assert prompt.tolist() == bpe.encode("ab\n").tolist() and answer.tolist() == bpe.encode("\n\n ab").tolist()
+
+
+def test_a_part_has_no_space_of_its_own(tmp_path: Path) -> None:
+    """Llama 2's tokenizer puts one before a text, and would before every part."""
+    llama = load_pretrained(str(pretrained_like(tmp_path / "llama", "llama")))
+    ((_, answer),) = llama.encode_parts([["<user>\n", "hello"]])
+    assert llama.backend.id_to_token(int(llama.encode("hello")[0])).startswith("▁")
+    assert "".join(map(llama.backend.id_to_token, answer.tolist())) == "hello"
+
+
+def test_chat_templates_of_a_file_and_of_several_names(tmp_path: Path) -> None:
+    directory = pretrained_like(tmp_path / "llama", "llama")
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    for templates, expected in (
+        ([{"name": "default", "template": "{{ 1 }}"}, {"name": "tool_use", "template": "{{ 2 }}"}], "{{ 1 }}"),
+        ([{"name": "tool_use", "template": "{{ 2 }}"}], None),
+    ):
+        settings["chat_template"] = templates
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert load_pretrained(str(directory)).settings.get("chat_template") == expected
+    (directory / "chat_template.jinja").write_text("{{ 3 }}")
+    assert load_pretrained(str(directory)).settings["chat_template"] == "{{ 3 }}"
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_pretrained_ids_are_the_originals(family: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer

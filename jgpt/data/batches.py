@@ -1,7 +1,8 @@
 """Tokens to batches: the last step of the data path before the model, a pure function of (seed, step).
 
-An epoch is a no-repeat shuffled order of blocks of tokens; resuming needs no state but the step, and the order does not
-depend on how many devices share a batch. Before: `memmap.py`; after: `training/`.
+An epoch is a no-repeat shuffled order of blocks of tokens, or of rows of whole conversations; resuming needs no state
+but the step, and the order does not depend on how many devices share a batch. Before: `memmap.py` and `packing.py`;
+after: `training/`.
 """
 
 from collections import deque
@@ -14,6 +15,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from jgpt.config import UserError
+from jgpt.data.conversations import BEGINS, IDS, LEARNED
+from jgpt.data.memmap import TokenData
+from jgpt.data.packing import Rows, pack_rows
 
 Made = TypeVar("Made")
 
@@ -84,11 +88,7 @@ class Batches:
         """
         first = step * self.global_batch_size
         batch = np.stack([self._block(index) for index in range(first, first + self.global_batch_size)])
-        if (highest := int(batch.max())) >= self.vocab_size:  # on a device it would be clamped, and train on silently
-            raise UserError(
-                f"the training tokens hold the id {highest}, and the vocabulary ends at {self.vocab_size - 1}. They "
-                "are damaged or of another tokenizer. Delete the token directory; the next run makes it anew."
-            )
+        _check_ids(batch, self.vocab_size)
         return Batch(batch.astype(np.int32))
 
     def _block(self, index: int) -> np.ndarray:
@@ -98,20 +98,92 @@ class Batches:
         return self.tokens[start : start + self.context_length + 1]
 
 
-def validation_blocks(tokens: np.ndarray, context_length: int, max_sequences: int) -> np.ndarray:
-    """Return at most `max_sequences` blocks, spread evenly over the validation tokens: int32 [n, T+1].
+@dataclass(frozen=True)
+class ChatBatches:
+    """The training batches over rows of conversations, of which the answers are learned; else as `Batches`."""
 
-    Raises UserError when there is not even one.
+    rows: Rows
+    seed: int
+    global_batch_size: int
+    vocab_size: int
+
+    @property
+    def n_blocks(self) -> int:
+        """Rows in an epoch."""
+        return len(self.rows)
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Targets in an epoch's rows, those that are not learned included."""
+        return self.n_blocks * (self.rows.capacity - 1)
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step: tokens int32 [G, T+1], weights fp32 [G, T], segments int32 [G, T].
+
+        The weights have mean 1, so that the mean of weighted losses, however the batch is shared out, is that of the
+        learned targets. Raises UserError when the tokens hold an id past the vocabulary.
+        """
+        first = step * self.global_batch_size
+        rows = [self._row(index) for index in range(first, first + self.global_batch_size)]
+        tokens, weights, segments = (np.stack(arrays) for arrays in zip(*rows, strict=True))
+        _check_ids(tokens, self.vocab_size)
+        return Batch(tokens, weights / max(weights.mean(dtype=np.float64), 1e-9).astype(np.float32), segments)
+
+    def _row(self, index: int) -> Batch:
+        epoch, position = divmod(index, self.n_blocks)
+        return chat_row(self.rows, block_order(self.seed, epoch, self.n_blocks)[position])
+
+
+def chat_row(rows: Rows, index: int) -> Batch:
+    """Return a packed row as one sequence, its weights 1 where a target is learned and 0 elsewhere."""
+    words, numbers = rows.row(index)
+    learned = (words & (LEARNED | BEGINS)) == LEARNED  # nothing before it leads to a conversation's first token
+    return Batch((words & IDS).astype(np.int32), learned[1:].astype(np.float32), numbers[:-1])
+
+
+def _check_ids(tokens: np.ndarray, vocab_size: int) -> None:
+    if (highest := int(tokens.max())) >= vocab_size:  # on a device it would be clamped, and train on silently
+        raise UserError(
+            f"the training tokens hold the id {highest}, and the vocabulary ends at {vocab_size - 1}. They "
+            "are damaged or of another tokenizer. Delete the token directory; the next run makes it anew."
+        )
+
+
+def make_batches(
+    data: TokenData, seed: int, global_batch_size: int, context_length: int, vocab_size: int
+) -> Batches | ChatBatches:
+    """Return the training batches over a token directory, in its own format.
+
+    Raises UserError when there is not even one sequence.
     """
-    n_blocks = (len(tokens) - 1) // context_length
+    if data.is_chat:
+        rows = pack_rows(data.train, context_length + 1, "training")
+        return ChatBatches(rows, seed, global_batch_size, vocab_size)
+    return Batches(data.train, seed, global_batch_size, context_length, vocab_size)
+
+
+def validation_blocks(data: TokenData, context_length: int, max_sequences: int) -> list[Batch]:
+    """Return at most `max_sequences` sequences, spread evenly over the validation tokens: each one row of a batch.
+
+    Their weights, where they have any, are 1 and 0. Raises UserError when there is not even one.
+    """
+    if data.is_chat:
+        rows = pack_rows(data.val, context_length + 1, "validation")
+        return [chat_row(rows, index) for index in _spread(len(rows), max_sequences)]
+    n_blocks = (len(data.val) - 1) // context_length
     if n_blocks < 1:
         raise UserError(
-            f"model.context_length is {context_length} and the validation text has {len(tokens):,} tokens. At least "
+            f"model.context_length is {context_length} and the validation text has {len(data.val):,} tokens. At least "
             f"{context_length + 1:,} are needed. Shorten the context, raise data.val_fraction, or give more text."
         )
-    n = min(max_sequences, n_blocks)
-    starts = np.arange(n) * n_blocks // n * context_length
-    return np.stack([tokens[start : start + context_length + 1] for start in starts]).astype(np.int32)
+    starts = _spread(n_blocks, max_sequences) * context_length
+    return [Batch(data.val[start : start + context_length + 1].astype(np.int32)) for start in starts]
+
+
+def _spread(n: int, at_most: int) -> np.ndarray:
+    """Choose at most so many of range(n), evenly."""
+    chosen = min(n, at_most)
+    return np.arange(chosen) * n // chosen
 
 
 class Prefetcher(Generic[Made]):

@@ -7,11 +7,11 @@ no newline is translated, nothing is stripped but a byte order mark. Before in t
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -19,6 +19,7 @@ from jgpt.config import UserError
 from jgpt.data.files import CORRUPT, decompress
 
 PIECE_CHARACTERS = 1 << 18  # small, as tokenizers need some 100 bytes a token while they work
+Read = TypeVar("Read")
 REPLACE_HINT = "pass --config.data.encoding_errors=replace to read what cannot be decoded as U+FFFD"
 
 
@@ -49,14 +50,17 @@ class Corpus:
 
         Raises UserError, naming the file, on what cannot be read.
         """
+        return self._read(lambda file: chain.from_iterable(map(cut, self._documents(file))), progress)
+
+    def _read(self, read: Callable[[Path], Iterator[Read]], progress: str) -> Iterator[Read]:
         self.replaced = self.bytes_read = done = 0
         hidden = None if progress else True  # None: tqdm shows it on terminals alone
         with tqdm(total=self.n_bytes, desc=progress, unit="B", unit_scale=True, disable=hidden) as bar:
             for file in self.files:
                 try:
-                    for piece in chain.from_iterable(map(cut, self._documents(file))):
+                    for item in read(file):
                         bar.update(self.bytes_read - bar.n)
-                        yield piece
+                        yield item
                     self.bytes_read = done = done + file.stat().st_size
                 except CORRUPT as error:
                     raise UserError(
@@ -73,7 +77,8 @@ class Corpus:
             texts = self._decode(self._blocks(file), 0, str(file))
             yield chain([next(texts, "").removeprefix("\ufeff")], texts)
 
-    def _jsonl_documents(self, file: Path) -> Iterator[list[str]]:
+    def _jsonl_records(self, file: Path) -> Iterator[tuple[str, Any]]:
+        """Yield what each line holds, and where it stands: "FILE, line N"."""
         offset = 0
         for number, line in enumerate(_lines(self._blocks(file)), start=1):
             place = f"{file}, line {number}"
@@ -85,6 +90,10 @@ class Corpus:
                 record = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{place} is not JSON: {error}. A .jsonl file holds one object a line.") from error
+            yield place, record
+
+    def _jsonl_documents(self, file: Path) -> Iterator[list[str]]:
+        for place, record in self._jsonl_records(file):
             if not isinstance(record, dict) or not isinstance(record.get(self.text_field), str):
                 have = f"has the fields {sorted(record)}" if isinstance(record, dict) else f"is {str(record)[:40]!r}"
                 raise UserError(

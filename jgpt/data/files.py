@@ -19,14 +19,21 @@ else:
     CORRUPT = (OSError, EOFError, zlib.error)  # EOFError: a truncated .gz or .zst
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in ("", ".gz", ".zst")), ".parquet")
+SUFFIXES = {  # by data.format
+    "text": (*(text + packed for text in TEXT_SUFFIXES for packed in ("", ".gz", ".zst")), ".parquet"),
+    "chat": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+}
+SUPPORTED = {
+    "text": f"{', '.join(TEXT_SUFFIXES)}, each also with .gz or .zst, and .parquet",
+    "chat": ".jsonl, also with .gz or .zst, as data.format is 'chat'",
+}
 BLOCK_BYTES = 1 << 18
 
 
-def find_files(text_glob: str) -> list[Path]:
+def find_files(text_glob: str, format: str = "text") -> list[Path]:
     """List the files that comma-separated globs or directories name: absolute, sorted, each once.
 
-    Raises UserError when one of them names nothing that can be read.
+    `format` is data.format: chat takes .jsonl alone. Raises UserError when one of them names nothing that can be read.
     """
     found: set[str] = set()
     for part in filter(None, (part.strip() for part in text_glob.split(","))):
@@ -35,13 +42,14 @@ def find_files(text_glob: str) -> list[Path]:
         # A name that exists is itself, even when it holds a [ that a glob would read as its own.
         names = [path] if os.path.isfile(path) else glob.iglob(pattern, recursive=True)
         matches = list(names)
-        supported = [match for match in matches if match.endswith(SUFFIXES) and os.path.isfile(match)]
+        supported = [match for match in matches if match.endswith(SUFFIXES[format]) and os.path.isfile(match)]
         if not supported:
             others = sorted({"".join(Path(match).suffixes[-2:]) or "without a suffix" for match in matches})
-            what = f"only what is no text file ({', '.join(others[:8])})" if others else "no file"
+            kind = "text" if format == "text" else ".jsonl"
+            what = f"only what is no {kind} file ({', '.join(others[:8])})" if others else "no file"
             raise UserError(
                 f"data.text_glob: {part!r} matches {what} (current folder: {os.getcwd()}). Supported are "
-                f"{', '.join(TEXT_SUFFIXES)}, each also with .gz or .zst, and .parquet. "
+                f"{SUPPORTED[format]}. "
                 "Pass --config.data.text_glob=GLOB with an existing folder, or a glob like 'folder/**/*.txt'."
             )
         found.update(map(os.path.abspath, supported))

@@ -1,7 +1,8 @@
-"""Documents to token files, `train.bin` and `val.bin` (plain arrays of ids), written once and read as memmaps.
+"""Documents to token files, `train.bin` and `val.bin`, written once and read as memmaps.
 
-Before in the data path: `corpus.py` and `tokenizer.py`; after: `batches.py`. A token directory is whole when its
-meta.json is there: that file is removed first and written last.
+Before in the data path: `corpus.py` and `tokenizer.py`; after: `batches.py`. The files are plain arrays: of ids, or
+where meta.json has "format": "chat", of the words of `conversations.py`, ids with two marks in their high bits. A token
+directory is whole when its meta.json is there: that file is removed first and written last.
 """
 
 import errno
@@ -21,25 +22,40 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jgpt.config import UserError
+from jgpt.data.chat import read_template
+from jgpt.data.conversations import BATCH_CHARACTERS, IDS, ChatCorpus, write_conversations
 from jgpt.data.corpus import Corpus, Piece
 from jgpt.data.files import find_files
-from jgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, write_file
+from jgpt.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer, write_file
 
 FORMAT_VERSION = 1
 FILES = ("meta.json", "train.bin", "val.bin")  # meta.json: first to go, last to come
-BATCH_CHARACTERS = 1 << 22  # text that is tokenized at a time: enough pieces for all cores, little memory
 CHUNK_BYTES = 1 << 24
 log = logging.getLogger("jgpt")
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """A token directory, open: 1-D memmaps of ids, what meta.json says, and the tokenizer that made them."""
+    """A token directory, open: 1-D memmaps, what meta.json says, and the tokenizer that made them."""
 
-    train: np.ndarray
+    train: np.ndarray  # ids, or of conversations words
     val: np.ndarray
     meta: dict[str, Any]
     tokenizer: Tokenizer
+
+    @property
+    def is_chat(self) -> bool:
+        """Tell conversations, of which the answers are learned, from plain text."""
+        return self.meta.get("format") == "chat"
+
+    def ids(self, words: np.ndarray) -> np.ndarray:
+        """Return the ids of a part of `train` or `val`."""
+        return words & IDS if self.is_chat else words
+
+    @property
+    def val_targets(self) -> int:
+        """Tokens that stand for meta's `val_bytes` of text: all, or of conversations those that are learned."""
+        return self.meta["val_targets" if self.is_chat else "val_tokens"]
 
 
 def token_directory(config: ConfigDict) -> Path:
@@ -54,19 +70,24 @@ def prepare(config: ConfigDict, tokenizer_dir: Path | None = None) -> TokenData:
     Raises UserError on bad text, an unwritable or full disk, and token files that are damaged.
     """
     directory = token_directory(config)
-    corpus = Corpus(find_files(config.data.text_glob), config.data.text_field, config.data.encoding_errors)
     given = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
+    corpus = _open_corpus(config, given)
+    template = corpus.template if isinstance(corpus, ChatCorpus) else ""
     fingerprint = _fingerprint(config, corpus.files)
     meta = _read_meta(directory)
     # Tokens that a run made with a tokenizer of its own are that run's alone, also when the text is the same.
     same_tokenizer = meta.get("tokenizer_sha256") == given.sha256 if given else not meta.get("tokenizer_given")
-    if meta.get("fingerprint") == fingerprint and same_tokenizer:
+    same_template = not template or meta.get("template_sha256") == _sha256(template)
+    if meta.get("fingerprint") == fingerprint and same_tokenizer and same_template:
         data = open_token_data(directory)
         log.info("tokens: %s tokens in %s are up to date", f"{len(data.train) + len(data.val):,}", directory)
         return data
     with _storage(directory):
         _check_directory(directory, corpus)
         tokenizer = given or make_tokenizer(config.tokenizer, corpus)
+        if isinstance(corpus, ChatCorpus):
+            corpus.template = tokenizer.settings["chat_template"] = _chat_template(config, tokenizer)
+            corpus.settings = tokenizer.settings
         for name in FILES:  # not before the tokenizer is there: a mistake in its name shall cost nothing
             (directory / name).unlink(missing_ok=True)
         tokenizer.save(directory / "tokenizer", config.model.context_length)
@@ -81,6 +102,32 @@ def prepare(config: ConfigDict, tokenizer_dir: Path | None = None) -> TokenData:
         } | _write_tokens(directory, corpus, tokenizer, config.data.val_fraction)
         write_file(directory / "meta.json", json.dumps(meta, indent=2) + "\n")
     return open_token_data(directory)
+
+
+def _open_corpus(config: ConfigDict, given: Tokenizer | None) -> Corpus:
+    """Find the text of a config; of conversations with the template, where it does not come with the tokenizer."""
+    data, chat = config.data, config.data.format == "chat"
+    files = find_files(data.text_glob, data.format)
+    if not chat:
+        return Corpus(files, data.text_field, data.encoding_errors)
+    unknown = config.tokenizer.kind == "hf" and not given and not config.tokenizer.chat_template
+    template = "" if unknown else _chat_template(config, given)
+    # These settings are for a tokenizer that is trained on the rendered text.
+    return ChatCorpus(files, "", data.encoding_errors, template, {"eos_token": END_OF_TEXT})
+
+
+def _chat_template(config: ConfigDict, tokenizer: Tokenizer | None) -> str:
+    """Return the template of conversations: the file that a config names, else the tokenizer's own."""
+    if config.tokenizer.chat_template:
+        return read_template(config.tokenizer.chat_template)
+    own = tokenizer.settings.get("chat_template") if tokenizer else None
+    if not own:
+        raise UserError(
+            "data.format='chat' needs a chat template, which turns messages into text, and the tokenizer has none. "
+            "Tokenizers of instruct models have one. Begin from such a model, or name a Jinja file by "
+            "--config.tokenizer.chat_template=FILE."
+        )
+    return own
 
 
 def open_token_data(directory: Path) -> TokenData:
@@ -115,7 +162,8 @@ def _open_tokens(directory: Path, split: str, meta: dict[str, Any]) -> np.ndarra
     # All of a small file; of a big one 16 places spread evenly, 64 MB in all, so that opening takes no time.
     n_places, n_each = 16, (1 << 22) // dtype.itemsize
     starts = range(0, n_tokens, n_each) if n_tokens <= n_places * n_each else range(0, n_tokens, n_tokens // n_places)
-    highest = max(int(tokens[start : start + n_each].max()) for start in starts)
+    mask = IDS if meta.get("format") == "chat" else np.iinfo(dtype).max
+    highest = max(int((tokens[start : start + n_each] & mask).max()) for start in starts)
     if highest >= meta["vocab_size"]:
         raise UserError(
             f"{path} is damaged: it holds the id {highest}, and the vocabulary ends at {meta['vocab_size'] - 1}. "
@@ -138,7 +186,13 @@ def _fingerprint(config: ConfigDict, files: list[Path]) -> str:
     matters = {"char": [], "bpe": [options.vocab_size, options.training_megabytes], "hf": [options.pretrained]}[kind]
     sources = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     data = [config.data.text_field, config.data.val_fraction, config.data.encoding_errors]
-    return hashlib.sha256(json.dumps([FORMAT_VERSION, sources, data, kind, matters]).encode()).hexdigest()
+    if config.data.format == "chat":  # the template itself is compared by its own hash
+        data += ["chat", bool(options.chat_template)]
+    return _sha256(json.dumps([FORMAT_VERSION, sources, data, kind, matters]))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextmanager
@@ -150,7 +204,7 @@ def _storage(directory: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise UserError(
             f"the token directory {directory} {'has no space left' if full else 'cannot be written'}: {error}. It "
-            "takes 2 bytes a token. Free or mend it, or name another directory by --config.data.cache_dir=DIR."
+            "takes 2 or 4 bytes a token. Free or mend it, or name another directory by --config.data.cache_dir=DIR."
         ) from error
     finally:
         for name in FILES:
@@ -191,41 +245,52 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 def _write_tokens(directory: Path, corpus: Corpus, tokenizer: Tokenizer, val_fraction: float) -> dict[str, Any]:
     """Tokenize a corpus into train.bin and val.bin; return what meta.json says of them."""
-    started = time.monotonic()
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    end_of_text = np.array([tokenizer.eot_id], dtype).tobytes()
-    period = max(2, round(1 / val_fraction)) if val_fraction else 0  # every so many documents one is for validation
-    n_documents, text_bytes, paths = 0, [0, 0], (directory / "train.bin", directory / "val.bin")
+    paths = (directory / "train.bin", directory / "val.bin")
     with _temporary(paths[0]).open("w+b") as train, _temporary(paths[1]).open("w+b") as val:
-        files = (train, val)
-        for batch in _batches(corpus.pieces("tokens")):
-            all_ids = tokenizer.encode_batch([piece.text for piece in batch])
-            for piece, ids in zip(batch, all_ids, strict=True):
-                assert ids.max(initial=0) < tokenizer.vocab_size
-                split = int(period > 0 and n_documents % period == period - 1)
-                files[split].write(ids.astype(dtype).tobytes() + end_of_text * piece.ends_document)
-                text_bytes[split] += len(piece.text.encode())
-                n_documents += piece.ends_document
-        n_tokens = [file.tell() // dtype.itemsize for file in files]
-        total, total_bytes = sum(n_tokens), sum(text_bytes)
-        if total == 0:
-            raise UserError(
-                f"the {len(corpus.files)} files that data.text_glob matches hold no text. Training needs some. "
-                "Pass --config.data.text_glob=GLOB with files that are not empty."
-            )
-        by_document = val_fraction / 2 <= n_tokens[1] / total <= val_fraction * 2
-        if not by_document:
-            n_tokens = [total - round(total * val_fraction), round(total * val_fraction)]
-            _split_by_position(train, val, n_tokens[0] * dtype.itemsize)
-            text_bytes[1] = _text_bytes(val, dtype, tokenizer)
-            text_bytes[0] = total_bytes - text_bytes[1]
-        for file in files:
+        if isinstance(corpus, ChatCorpus):
+            meta = write_conversations(train, val, corpus, tokenizer, val_fraction)
+            meta["template_sha256"] = _sha256(corpus.template)
+        else:
+            meta = _write_documents(train, val, corpus, tokenizer, val_fraction)
+        for file in (train, val):
             file.flush()
             os.fsync(file.fileno())
     for path in paths:
         _temporary(path).replace(path)
     with paths[0].open("rb") as written:
-        train_sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+        return meta | {"train_sha256": hashlib.file_digest(written, "sha256").hexdigest()}
+
+
+def _write_documents(
+    train: BinaryIO, val: BinaryIO, corpus: Corpus, tokenizer: Tokenizer, val_fraction: float
+) -> dict[str, Any]:
+    """Tokenize plain text into two files of ids, an end-of-text id behind each document."""
+    started = time.monotonic()
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    end_of_text = np.array([tokenizer.eot_id], dtype).tobytes()
+    period = max(2, round(1 / val_fraction)) if val_fraction else 0  # every so many documents one is for validation
+    n_documents, text_bytes, files = 0, [0, 0], (train, val)
+    for batch in _batches(corpus.pieces("tokens")):
+        all_ids = tokenizer.encode_batch([piece.text for piece in batch])
+        for piece, ids in zip(batch, all_ids, strict=True):
+            assert ids.max(initial=0) < tokenizer.vocab_size
+            split = int(period > 0 and n_documents % period == period - 1)
+            files[split].write(ids.astype(dtype).tobytes() + end_of_text * piece.ends_document)
+            text_bytes[split] += len(piece.text.encode())
+            n_documents += piece.ends_document
+    n_tokens = [file.tell() // dtype.itemsize for file in files]
+    total, total_bytes = sum(n_tokens), sum(text_bytes)
+    if total == 0:
+        raise UserError(
+            f"the {len(corpus.files)} files that data.text_glob matches hold no text. Training needs some. "
+            "Pass --config.data.text_glob=GLOB with files that are not empty."
+        )
+    by_document = val_fraction / 2 <= n_tokens[1] / total <= val_fraction * 2
+    if not by_document:
+        n_tokens = [total - round(total * val_fraction), round(total * val_fraction)]
+        _split_by_position(train, val, n_tokens[0] * dtype.itemsize)
+        text_bytes[1] = _text_bytes(val, dtype, tokenizer)
+        text_bytes[0] = total_bytes - text_bytes[1]
     seconds = time.monotonic() - started
     log.info(
         "tokens: files %d, documents %s, %.1f MB at %.1f MB/s: %s tokens, %.2f bytes a token, %.1f s%s",
@@ -233,6 +298,7 @@ def _write_tokens(directory: Path, corpus: Corpus, tokenizer: Tokenizer, val_fra
         *(total_bytes / total, seconds, f", {corpus.replaced:,} characters replaced" if corpus.replaced else ""),
     )
     return {
+        "format": "text",
         "dtype": dtype.name,
         "train_tokens": n_tokens[0],
         "val_tokens": n_tokens[1],
@@ -241,7 +307,6 @@ def _write_tokens(directory: Path, corpus: Corpus, tokenizer: Tokenizer, val_fra
         "n_documents": n_documents,
         "split": "document" if by_document else "position",
         "replaced_characters": corpus.replaced,
-        "train_sha256": train_sha256,
     }
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,16 @@ class Tokenizer:
     """
 
     def __init__(self, tokenizer_json: str, settings: dict[str, Any]):
-        """Open the text of tokenizer.json; `settings` are tokenizer_config.json's: at least `eos_token`."""
+        """Open the text of tokenizer.json; `settings` are tokenizer_config.json's: at least `eos_token`.
+
+        `chat_template` among them is what `chat.py` turns messages into text by.
+        """
         self.tokenizer_json = tokenizer_json
         self.settings = settings
         self.backend = tokenizers.Tokenizer.from_str(tokenizer_json)
         self.backend.no_truncation()
         self.backend.no_padding()
+        self.backend.post_processor = None  # it adds special tokens, which is never asked for, and trims offsets
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1  # as many as the ids, though a vocabulary may leave some out
         self.eot_id: int = vocabulary[settings["eos_token"]]
@@ -60,6 +65,22 @@ class Tokenizer:
             texts = [without_surrogates(text) for text in texts]
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode_parts(self, texts: Sequence[Sequence[str]]) -> list[list[np.ndarray]]:
+        """Return the ids of many texts that come in parts, each part's own; together they are the whole text's ids.
+
+        Where a token would reach over a border, the parts of that text are encoded by themselves.
+        """
+        if self._character_ids is not None:
+            return [self.encode_batch(parts) for parts in texts]
+        # Parts by themselves would be no text that the model has seen: Llama 2's tokenizer puts a space before each.
+        found = []
+        encodings = self.backend.encode_batch(["".join(parts) for parts in texts], add_special_tokens=False)
+        for parts, encoding in zip(texts, encodings, strict=True):
+            cuts = _tokens_at(encoding, list(accumulate(map(len, parts[:-1]))))
+            ids = np.array(encoding.ids, np.uint32)
+            found.append(self.encode_batch(parts) if cuts is None else np.split(ids, cuts))
+        return found
 
     def _encode_characters(self, text: str) -> np.ndarray:
         """Look every character up in one table: some fifty times faster than a general tokenizer."""
@@ -192,8 +213,11 @@ def load_pretrained(name: str) -> Tokenizer:
             "A fast tokenizer is needed. Choose another, such as gpt2."
         )
     settings: dict[str, Any] = {key: str(token) for key, token in found.special_tokens_map.items() if str(token)}
-    if found.chat_template:
-        settings["chat_template"] = found.chat_template
+    template = found.chat_template  # from tokenizer_config.json, or chat_template.jinja beside it
+    if isinstance(template, dict):  # several, by name; the others are for tools and retrieval
+        template = template.get("default")
+    if template:
+        settings["chat_template"] = template
     if "eos_token" not in settings:
         raise UserError(
             f"tokenizer.pretrained: {name!r} has no eos_token, which must end every document. Choose another, "
@@ -210,6 +234,18 @@ def write_file(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _tokens_at(encoding: tokenizers.Encoding, places: Sequence[int]) -> list[int] | None:
+    """Find the tokens that begin at these places, counted in characters; None when at one of them there is none."""
+    found = []
+    for place in places:
+        token = encoding.char_to_token(place)
+        characters = None if token is None else encoding.token_to_chars(token)
+        if token is None or characters is None or characters[0] != place:
+            return None
+        found.append(token)
+    return found
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -147,3 +147,14 @@ def training_devices(global_batch_size: int) -> list[jax.Device]:
             f"--config.batch.global_batch_size={nearest}, or hide devices with CUDA_VISIBLE_DEVICES=0."
         )
     return devices
+
+
+def free_memory(device: jax.Device) -> int | None:
+    """Return the bytes that JAX can still allocate on a device; None for a CPU, which has the machine's memory.
+
+    Where the allocator does not say, all of the card counts, as its maker describes it.
+    """
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return describe(device).memory_bytes

@@ -11,7 +11,7 @@ key or value can be used again and each token costs a full forward pass. Here a 
 next round starts from the newer: one prefill each context_length / 2 tokens, and half a context is always in view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -24,9 +24,12 @@ from jgpt.config import UserError
 from jgpt.inference.sampling import RULED_OUT, Sampling, sample
 from jgpt.model.gpt import GPT, unembedding
 from jgpt.model.kv_cache import KVCache, empty_cache
+from jgpt.model.layers import product
 from jgpt.model.precision import Policy
 
 SMALLEST_BUCKET = 16
+STREAM_STEPS = 4  # tokens between two calls of `on_tokens`
+UNLIMITED = 2**31 - 1
 
 
 class NonFiniteLogits(UserError):
@@ -39,7 +42,7 @@ class Task(NamedTuple):
     key: Array
     start: Array  # int32 [B]: where in its whole text each row's window begins
     stop: Array  # int32 [B]: the tokens in the window when enough are drawn
-    eot_id: Array  # int32: the token that ends a text
+    stop_ids: Array  # int32 [a multiple of 4]: the tokens that end a text, filled up with -1
     n_ids: Array  # int32: ids from here on are padding of the vocabulary
 
 
@@ -48,27 +51,30 @@ class Rows(NamedTuple):
 
     tokens: Array  # int32 [B, S + 1]: the last may be drawn, though it can no longer be fed
     length: Array  # int32 [B]: tokens so far, the newest not yet fed to the model
-    done: Array  # bool [B]: ended by eot_id, or as long as asked
+    done: Array  # bool [B]: ended by a stop token, or as long as asked
     finite: Array  # bool [B]: the row's logits have been, for as long as it was not done
+    seen: Array | None  # bool [B, V]: the ids in the whole text so far; None where no rule asks
     cache: KVCache
 
 
 def generate(
     model: GPT,
-    params: Any,
+    variables: Mapping[str, Any],
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling,
     max_new_tokens: int,
-    eot_id: int,
+    stop_ids: Sequence[int],
     n_ids: int,
     seed: int,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by up to `max_new_tokens` tokens and return what is new, without the end-of-text token.
+    """Continue each prompt by up to `max_new_tokens` tokens and return what is new, without the stop token.
 
-    An empty prompt begins a new document. Ids from `n_ids` on are never drawn. What row b draws depends on
-    (seed, b, place in the text) alone, not on the rows beside it. `params` may be the fp32 masters: the matrices
-    are cast to `model.dtype` once.
+    `variables` holds "params", and "lora" where the model has adapters; they may be the fp32 masters: matrices are cast
+    to `model.dtype` once. A text ends with any of `stop_ids`. Ids from `n_ids` on are never drawn. What row b draws
+    depends on (seed, b, place in the text) alone, not on the rows beside it. `on_tokens(b, ids)` is told what row b has
+    got since the last time, every few tokens, beginning with the first: all of it adds up to what is returned.
 
     Raises:
         UserError: an id of a prompt, `sampling` or `max_new_tokens` is out of range.
@@ -77,14 +83,17 @@ def generate(
     sampling.validate()
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens}. Allowed: 0 and above. Take 200.")
-    texts = [[int(i) for i in prompt] or [eot_id] for prompt in prompts]
+    texts = [[int(i) for i in prompt] for prompt in prompts]
+    if not all(texts):
+        raise UserError("a prompt is empty. Allowed: one id and more. Begin a text with the id that begins documents.")
     if bad := [i for text in texts for i in text if not 0 <= i < n_ids]:
         raise UserError(
             f"a prompt holds the id {bad[0]}. Allowed: 0 to {n_ids - 1}. Encode it with the model's own tokenizer."
         )
     if not texts:
         return []
-    params = jax.device_put(Policy(compute=model.dtype).cast_to_compute(params))
+    variables = jax.device_put(Policy(compute=model.dtype).cast_to_compute(variables))
+    stops = np.array([*stop_ids, *[-1] * (-len(stop_ids) % 4)] or [-1] * 4, np.int32)
     starts, wanted = [len(text) for text in texts], [len(text) + max_new_tokens for text in texts]
     done = [max_new_tokens == 0] * len(texts)
     most, keep = max(wanted), model.config.context_length
@@ -98,18 +107,38 @@ def generate(
             row[: len(window)] = window
         start = np.array([len(text) for text in texts], np.int32) - lengths
         stop = np.where(done, lengths, np.array(wanted, np.int32) - start)
-        task = Task(jax.random.key(seed), *map(jnp.asarray, (start, stop, np.int32(eot_id), np.int32(n_ids))))
-        rows = prefill(model, sampling, size, params, task, padded, lengths)
-        rows = decode(model, sampling, params, task, rows)
-        tokens, ends, done_now, finite = jax.device_get(rows[:4])
-        if not finite.all():
-            raise NonFiniteLogits(_advice(model))
-        for b, text in enumerate(texts):
-            text += tokens[b, lengths[b] : ends[b]].tolist()
-        done = done_now.tolist()
+        task = Task(jax.random.key(seed), *map(jnp.asarray, (start, stop, stops, np.int32(n_ids))))
+        seen = _seen(texts, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
+        rows = prefill(model, sampling, size, variables, task, padded, lengths, seen)
+        if on_tokens is None:
+            rows = decode(model, sampling, variables, task, rows, UNLIMITED)
+        while True:
+            tokens, ends, now_done, finite = jax.device_get(rows[:4])
+            if not finite.all():
+                raise NonFiniteLogits(_advice(model))
+            for b, text in enumerate(texts):
+                new = tokens[b, lengths[b] : ends[b]].tolist()
+                text += new
+                if on_tokens is not None and (told := _without_stop(new, stops)):
+                    on_tokens(b, told)
+            lengths, done = ends, now_done.tolist()
+            if np.all(now_done | (ends > size)):
+                break
+            rows = decode(model, sampling, variables, task, rows, STREAM_STEPS)
         keep = max(1, model.config.context_length // 2)
-    new = [text[start:] for text, start in zip(texts, starts, strict=True)]
-    return [ids[:-1] if ids and ids[-1] == eot_id else ids for ids in new]
+    return [_without_stop(text[start:], stops) for text, start in zip(texts, starts, strict=True)]
+
+
+def _without_stop(ids: list[int], stops: np.ndarray) -> list[int]:
+    return ids[:-1] if ids and ids[-1] in stops else ids
+
+
+def _seen(texts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
+    """Mark the ids that each text holds: bool [B, V]."""
+    seen = np.zeros((len(texts), vocab_size), bool)
+    for row, text in zip(seen, texts, strict=True):
+        row[list(text)] = True
+    return seen
 
 
 def bucket(n: int, most: int) -> int:
@@ -122,7 +151,16 @@ def bucket(n: int, most: int) -> int:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def prefill(model: GPT, sampling: Sampling, size: int, params: Any, task: Task, tokens: Array, length: Array) -> Rows:
+def prefill(
+    model: GPT,
+    sampling: Sampling,
+    size: int,
+    variables: Any,
+    task: Task,
+    tokens: Array,
+    length: Array,
+    seen: Array | None,
+) -> Rows:
     """Run the windows `tokens` int32 [B, P], each `length` [B] long, through the model and draw one token for each row.
 
     The cache has `size` positions. What the padding on the right writes there is not seen before it is overwritten.
@@ -133,32 +171,36 @@ def prefill(model: GPT, sampling: Sampling, size: int, params: Any, task: Task, 
         length=length,
         done=length >= task.stop,
         finite=jnp.ones(batch, bool),
+        seen=seen,
         cache=empty_cache(c.n_layers, batch, size, c.n_kv_heads, c.d_head, model.dtype),
     )
-    return _advance(model, sampling, params, task, rows, tokens, None, length - 1)
+    return _advance(model, sampling, variables, task, rows, tokens, None, length - 1)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def decode(model: GPT, sampling: Sampling, params: Any, task: Task, rows: Rows) -> Rows:
-    """Draw token after token until each row is done or full, or the logits of one are no longer finite."""
+def decode(model: GPT, sampling: Sampling, variables: Any, task: Task, rows: Rows, steps: Array | int) -> Rows:
+    """Draw token after token, at most `steps`, until each row is done or full, or the logits of one are not finite."""
     size = rows.tokens.shape[1] - 1
 
-    def go_on(rows: Rows) -> Array:
-        return jnp.any(~rows.done & (rows.length <= size)) & jnp.all(rows.finite)
+    def go_on(carry: tuple[Rows, Array]) -> Array:
+        rows, left = carry
+        return jnp.any(~rows.done & (rows.length <= size)) & jnp.all(rows.finite) & (left > 0)
 
-    def step(rows: Rows) -> Rows:
+    def step(carry: tuple[Rows, Array]) -> tuple[Rows, Array]:
+        rows, left = carry
         # A row that waits for the others is fed its last token again, to the same effect.
         position = jnp.minimum(rows.length - 1, size - 1)[:, None]
         newest = jnp.take_along_axis(rows.tokens, position, axis=1)
-        return _advance(model, sampling, params, task, rows, newest, position, jnp.zeros_like(rows.length))
+        last = jnp.zeros_like(rows.length)
+        return _advance(model, sampling, variables, task, rows, newest, position, last), left - 1
 
-    return jax.lax.while_loop(go_on, step, rows)
+    return jax.lax.while_loop(go_on, step, (rows, jnp.asarray(steps, jnp.int32)))[0]
 
 
 def _advance(
     model: GPT,
     sampling: Sampling,
-    params: Any,
+    variables: Any,
     task: Task,
     rows: Rows,
     fed: Array,
@@ -166,19 +208,21 @@ def _advance(
     last: Array,
 ) -> Rows:
     """Feed `fed` [B, T] at `positions`, and draw the token that follows the one in column `last` [B] of it."""
-    hidden, cache = cast(tuple[Array, KVCache], model.apply({"params": params}, fed, positions, rows.cache))
+    hidden, cache = cast(tuple[Array, KVCache], model.apply(variables, fed, positions, rows.cache))
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    matrix = unembedding(params)
-    logits = jnp.einsum("BD,VD->BV", hidden.astype(matrix.dtype), matrix, preferred_element_type=jnp.float32)
+    matrix = unembedding(variables["params"])
+    logits = product(hidden.astype(matrix.dtype), matrix, True, jnp.float32)
     going = ~rows.done & (rows.length < rows.tokens.shape[1])
     real = (jnp.arange(logits.shape[1]) < task.n_ids)[None, :]
     finite = rows.finite & (~going | jnp.all(jnp.isfinite(logits) | ~real, axis=1))
-    drawn = sample(_keys(task, rows.length), jnp.where(real, logits, RULED_OUT), sampling)
+    drawn = sample(_keys(task, rows.length), jnp.where(real, logits, RULED_OUT), sampling, rows.seen)
 
     here = going[:, None] & (jnp.arange(rows.tokens.shape[1])[None, :] == rows.length[:, None])
     length = rows.length + going
-    done = rows.done | (going & ((drawn == task.eot_id) | (length >= task.stop)))
-    return Rows(jnp.where(here, drawn[:, None], rows.tokens), length, done, finite, cache)
+    ends = jnp.any(drawn[:, None] == task.stop_ids[None, :], axis=1)
+    done = rows.done | (going & (ends | (length >= task.stop)))
+    seen = None if rows.seen is None else rows.seen.at[jnp.arange(len(drawn)), drawn].set(True)
+    return Rows(jnp.where(here, drawn[:, None], rows.tokens), length, done, finite, seen, cache)
 
 
 def _keys(task: Task, length: Array) -> Array:

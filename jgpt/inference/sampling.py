@@ -29,6 +29,7 @@ class Sampling:
     top_k: int = 50  # keep the k likeliest ids; 0: all
     top_p: float = 1.0  # keep the fewest likeliest ids that add up to this probability; 1: all
     min_p: float = 0.0  # keep the ids at least this share as likely as the likeliest; 0: all
+    repetition_penalty: float = 1.0  # makes ids that the text holds less likely; 1: does not
 
     def validate(self) -> None:
         """Raise one UserError that names every field out of its range."""
@@ -48,6 +49,10 @@ class Sampling:
             ]
         if not 0 <= self.min_p <= 1:
             problems += [f"min_p={self.min_p}. Allowed: 0 to 1. 0 keeps all ids, 0.05 is a usual choice."]
+        if not 0.01 <= self.repetition_penalty <= 100:
+            problems += [
+                f"repetition_penalty={self.repetition_penalty}. Allowed: 0.01 to 100. 1 is none, 1.1 a usual choice."
+            ]
         if problems:
             raise UserError("\n".join(problems))
 
@@ -87,16 +92,27 @@ def keep_min_p(logits: Array, p: float) -> Array:
     return jnp.where(logits >= least, logits, RULED_OUT)
 
 
-def sample(keys: Array, logits: Array, sampling: Sampling) -> Array:
+def penalize(logits: Array, seen: Array, penalty: float) -> Array:
+    """Make the `seen` ids, bool [B, V], less likely (Keskar et al., arXiv 1909.05858).
+
+    >>> penalize(jnp.array([[2.0, -2.0, 2.0]]), jnp.array([[True, True, False]]), 2.0)
+    Array([[ 1., -4.,  2.]], dtype=float32)
+    """
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(keys: Array, logits: Array, sampling: Sampling, seen: Array | None = None) -> Array:
     """Draw one id for each row of fp32 `logits` [B, V] with its own key of `keys` [B]; int32 [B].
 
-    Temperature first, then top_k, top_p, min_p, each on what the one before left: the order of transformers. Filters
-    that keep everything cost nothing.
+    The penalty for `seen` ids [B, V] first, then temperature, top_k, top_p, min_p, each on what the one before left:
+    the order of transformers. Rules that change nothing cost nothing.
 
     >>> logits = jnp.array([[1.0, 3.0, 2.0]])
     >>> sample(jax.random.split(jax.random.key(0), 1), logits, Sampling(temperature=0))
     Array([1], dtype=int32)
     """
+    if seen is not None:
+        logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # Less the maximum, a low temperature cannot overflow.

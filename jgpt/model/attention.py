@@ -31,10 +31,12 @@ def attend(
     # In training the scores leave in the compute dtype and are cast after: asking the GEMM itself for fp32 would make
     # the GEMMs of its backward pass fp32 ones, which a T4 runs without tensor cores. Decoding, which has no backward
     # pass, asks for fp32: pretrained models have scores that fp16 cannot hold (Qwen2).
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=scores_dtype or q.dtype).astype(jnp.float32)
+    # q first goes to the order that the scores want: einsum would leave them transposed, and they are the larger.
+    q = q.transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("BKGTH,BSKH->BKGTS", q, k, preferred_element_type=scores_dtype or q.dtype).astype(jnp.float32)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
+    return jnp.einsum("BKGTS,BSKH->BKGTH", weights, v).transpose(0, 3, 1, 2, 4)
 
 
 def attend_causally(

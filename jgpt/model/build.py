@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jgpt.config import UserError
 from jgpt.model.gpt import GPT, ModelConfig
-from jgpt.model.lora import LoRA
+from jgpt.model.lora import LoRA, init_adapters
 from jgpt.model.rope import RopeScaling
 
 
@@ -67,20 +67,26 @@ def abstract_params(config: ModelConfig) -> Any:
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
 
 
+def abstract_adapters(config: ModelConfig, lora: LoRA) -> Any:
+    """Return the tree of LoRA's adapters as shapes and dtypes, without making it."""
+    return jax.eval_shape(lambda: init_adapters(GPT(config, lora=lora), jax.random.key(0)))
+
+
 def count_parameters(config: ModelConfig) -> int:
     """Count the parameters, embeddings included."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-def flops_per_token(config: ModelConfig) -> float:
+def flops_per_token(config: ModelConfig, adapters: int = 0) -> float:
     """Return the model's floating-point operations for one token of training: forward, and backward at twice that.
 
     6 for every parameter that takes part in a matrix product, and 12 L N H T for attention's two products over
     all T positions (Chowdhery et al., arXiv 2204.02311, appendix B). Recomputation (remat) does not count, nor do
-    skipped halves of causal attention: the number says what the model needs, not what a program does.
+    skipped halves of causal attention: the number says what the model needs, not what a program does. With so many
+    `adapters` (LoRA's parameters) the others are frozen, and have no gradient of their own: 4 for each.
     """
     lookups = config.context_length * config.d_model if config.position == "learned" else 0
     if not config.tie_embeddings:
         lookups += config.vocab_size * config.d_model
     attention = 12 * config.n_layers * config.n_heads * config.d_head * config.context_length
-    return 6.0 * (count_parameters(config) - lookups) + attention
+    return (4.0 if adapters else 6.0) * (count_parameters(config) - lookups) + 6.0 * adapters + attention

@@ -99,7 +99,7 @@ class Attention(nn.Module):
             mixed = attend_causally(q, k, v, context.mask, scores_dtype=jnp.float32)
         else:
             cache = cache.write(k, v, context.positions)
-            keys, values = cache.keys.astype(self.dtype), cache.values.astype(self.dtype)
+            keys, values = (x.swapaxes(1, 2).astype(self.dtype) for x in cache)
             mixed = attend(q, keys, values, context.mask, scores_dtype=jnp.float32)
         mixed = mixed.reshape(*mixed.shape[:2], c.n_heads * c.d_head)
         std = INIT["residual"] * (2 * c.n_layers) ** -0.5
@@ -194,7 +194,7 @@ class GPT(nn.Module):
         places = jnp.arange(length, dtype=jnp.int32)[None, :]
         if positions is not None:
             assert cache is not None and segments is None
-            mask = jnp.arange(cache[0].keys.shape[1])[None, None, :] <= positions[:, :, None]  # [B or 1, T, S]
+            mask = jnp.arange(cache[0].keys.shape[2])[None, None, :] <= positions[:, :, None]  # [B or 1, T, S]
         else:
             positions, mask = places, places[:, None, :] <= places[:, :, None]
         if segments is not None:

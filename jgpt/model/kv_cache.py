@@ -11,7 +11,10 @@ from jax import Array
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values: each [B, S, K, H], S the most tokens that it can hold."""
+    """One layer's keys and values: each [B, K, S, H], S the most tokens that it can hold.
+
+    A head's tokens lie together, as the products of attention read them: any other order is copied at every step.
+    """
 
     keys: Array
     values: Array
@@ -19,9 +22,9 @@ class LayerCache(NamedTuple):
     def fill(self, k: Array, v: Array) -> "LayerCache":
         """Put `k` and `v` [B, T, K, H] at positions 0..T-1 of every row."""
         start = (0, 0, 0, 0)
+        k, v = (x.swapaxes(1, 2).astype(self.keys.dtype) for x in (k, v))
         return LayerCache(
-            jax.lax.dynamic_update_slice(self.keys, k.astype(self.keys.dtype), start),
-            jax.lax.dynamic_update_slice(self.values, v.astype(self.values.dtype), start),
+            jax.lax.dynamic_update_slice(self.keys, k, start), jax.lax.dynamic_update_slice(self.values, v, start)
         )
 
     def write(self, k: Array, v: Array, positions: Array) -> "LayerCache":
@@ -30,11 +33,12 @@ class LayerCache(NamedTuple):
         A position past the end is dropped. What a row holds at positions that it has not reached is garbage, which
         no query sees: it is masked by position, and overwritten before it comes into view.
         """
-        positions = jnp.broadcast_to(positions, k.shape[:2])
-        rows = jnp.arange(k.shape[0])[:, None]
+        positions = jnp.broadcast_to(positions, k.shape[:2])[:, None, :]
+        rows, heads = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[2])[None, :, None]
+        k, v = (x.swapaxes(1, 2).astype(self.keys.dtype) for x in (k, v))
         return LayerCache(
-            self.keys.at[rows, positions].set(k.astype(self.keys.dtype), mode="drop"),
-            self.values.at[rows, positions].set(v.astype(self.values.dtype), mode="drop"),
+            self.keys.at[rows, heads, positions].set(k, mode="drop"),
+            self.values.at[rows, heads, positions].set(v, mode="drop"),
         )
 
 
@@ -43,5 +47,5 @@ KVCache = tuple[LayerCache, ...]
 
 def empty_cache(n_layers: int, batch: int, length: int, n_kv_heads: int, d_head: int, dtype: Any) -> KVCache:
     """Allocate a cache of `length` tokens for `batch` sequences."""
-    shape = (batch, length, n_kv_heads, d_head)
+    shape = (batch, n_kv_heads, length, d_head)
     return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_layers))

@@ -77,10 +77,11 @@ class Linear(nn.Module):
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         a = self.variable("lora", "a", lambda: uniform(self.make_rng("params"), (inputs, rank)))
         b = self.variable("lora", "b", lambda: jnp.zeros((rank, *self.features)))
-        mixed = x @ a.value.astype(self.dtype)
-        return product(mixed, b.value.astype(self.dtype), False, self.output) * jnp.asarray(
-            self.lora.scale, self.output
-        )
+        # On a GPU XLA would join these products with the layer's own, which have the same operands, and keep a copy of
+        # every kernel for that: the barriers part them, in the forward pass and in the backward pass.
+        mixed = jax.lax.optimization_barrier(x) @ a.value.astype(self.dtype)
+        y = product(mixed, b.value.astype(self.dtype), False, self.output) * jnp.asarray(self.lora.scale, self.output)
+        return jax.lax.optimization_barrier(y)
 
 
 def product(x: Array, kernel: Array, transposed: bool, output: Any) -> Array:
@@ -98,8 +99,15 @@ def product(x: Array, kernel: Array, transposed: bool, output: Any) -> Array:
 def _product(x: Array, kernel: Array, transposed: bool, output: Any) -> Array:
     inputs = x.shape[-1]
     features = kernel.shape[:-1] if transposed else kernel.shape[1:]
-    kernel = kernel.reshape(-1, inputs).T if transposed else kernel.reshape(inputs, -1)
-    return jnp.matmul(x, kernel, preferred_element_type=output).reshape(-1, *features)
+    kernel = kernel.reshape(-1, inputs) if transposed else kernel.reshape(inputs, -1)
+    over = 1 if transposed else 0
+    if len(x) == 1 and output != x.dtype:
+        # One row, as in decoding: XLA would write an fp32 copy of the matrix to memory first. This it fuses.
+        x = (x if transposed else x.T).astype(output)
+        return jnp.sum(x * kernel.astype(output), axis=over).reshape(1, *features)
+    # Not x @ kernel.T: for one row XLA would write the transposed matrix to memory first.
+    y = jax.lax.dot_general(x, kernel, (((1,), (over,)), ((), ())), preferred_element_type=output)
+    return y.reshape(-1, *features)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -131,7 +139,9 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", nn.initializers.normal(self.std), (self.rows, self.width))
 
     def __call__(self, ids: Array) -> Array:
-        return jnp.take(self.embedding, ids, axis=0).astype(jnp.float32)
+        # XLA makes a slice of one row's lookup, and where the table is split over devices gathers all of it for that.
+        twice = jnp.concatenate([ids, ids]) if ids.size == 1 else ids
+        return jnp.take(self.embedding, twice, axis=0)[: len(ids)].astype(jnp.float32)
 
 
 def dropout(module: nn.Module, rate: float, deterministic: bool) -> Callable[[Array], Array]:

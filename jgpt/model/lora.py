@@ -11,8 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-TARGETS = ("qkv", "proj", "gate_up", "up", "down")  # the linear layers of a block, by their names
+from jgpt.config import LORA_TARGETS
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class LoRA:
     rank: int
     alpha: float
     dropout: float = 0.0  # on the input of `a`
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = LORA_TARGETS
 
     @property
     def scale(self) -> float:
@@ -35,19 +36,18 @@ def init_adapters(model: nn.Module, key: jax.Array) -> Any:
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["lora"]
 
 
-def merge(params: Any, adapters: Any, lora: LoRA) -> Any:
-    """Return the parameters with the adapters added to the kernels, each in its kernel's dtype.
+def merge(path: tuple[str, ...], array: np.ndarray, adapters: Any, lora: LoRA) -> np.ndarray:
+    """Return a parameter of the plain model with its adapter added, if it has one, in its own dtype.
 
-    The sum is formed in fp32. `adapters` holds {"a": [inputs, rank], "b": [rank, *features]} where `params` holds
-    {"kernel": [inputs, *features]}, or [features, inputs] in "down", which is stored transposed.
+    `path` is its keys in the tree. The sum is formed in fp32. `adapters` holds {"a": [inputs, rank], "b": [rank,
+    *features]} beside a kernel [inputs, *features], or [features, inputs] in "down", which is stored transposed.
     """
-    merged = dict(params)
-    for name, adapter in adapters.items():
-        if "a" not in adapter:
-            merged[name] = merge(params[name], adapter, lora)
-            continue
-        kernel = params[name]["kernel"]
-        update = jnp.tensordot(adapter["a"].astype(jnp.float32), adapter["b"].astype(jnp.float32), 1) * lora.scale
-        update = update.T if name == "down" else update
-        merged[name] = {**params[name], "kernel": (kernel.astype(jnp.float32) + update).astype(kernel.dtype)}
-    return merged
+    adapter = adapters
+    for key in path[:-1]:
+        adapter = adapter.get(key, {})
+    if path[-1] != "kernel" or "a" not in adapter:
+        return array
+    a, b = (np.asarray(adapter[name], np.float32) for name in ("a", "b"))
+    update = a @ b.reshape(lora.rank, -1) * lora.scale
+    update = update.T if path[-2] == "down" else update
+    return (array.astype(np.float32) + update.reshape(array.shape)).astype(array.dtype)

@@ -54,13 +54,16 @@ def _losses(hidden: Array, unembedding: Array, targets: Array) -> tuple[Array, A
 
 
 def _summed_forward(hidden: Array, unembedding: Array, targets: Array, weights: Array) -> tuple[Array, tuple]:
+    peak = jnp.max(jnp.abs(weights))  # where few targets count, theirs are large
+    scale = SCALE / jnp.where(peak > 0, peak, 1)
+
     def add_chunk(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], tuple]:
         total, d_unembedding = carry
         hidden, targets, weights = chunk
         losses, probabilities = _losses(hidden, unembedding, targets)
         d_logits = probabilities - jax.nn.one_hot(targets, unembedding.shape[0], dtype=jnp.float32)
-        # At most SCALE in size: fp16 holds it, and with it the small ones; exact to undo, being a power of two.
-        d_logits = (d_logits * (weights * SCALE)[:, None]).astype(unembedding.dtype)
+        # At most SCALE in size: fp16 holds it, and with it the small ones. Undone in the backward pass.
+        d_logits = (d_logits * (weights * scale)[:, None]).astype(unembedding.dtype)
         d_hidden = jnp.einsum("nV,VD->nD", d_logits, unembedding, preferred_element_type=jnp.float32)
         d_unembedding += jnp.einsum(
             "nV,nD->VD", d_logits, hidden.astype(unembedding.dtype), preferred_element_type=jnp.float32
@@ -70,12 +73,12 @@ def _summed_forward(hidden: Array, unembedding: Array, targets: Array, weights: 
     start = jnp.zeros((), jnp.float32), jnp.zeros(unembedding.shape, jnp.float32)
     (total, d_unembedding), (d_hidden, losses) = jax.lax.scan(add_chunk, start, (hidden, targets, weights))
     # The empty arrays carry dtypes only.
-    return total, (d_hidden, d_unembedding, losses, hidden[:0], unembedding[:0])
+    return total, (d_hidden, d_unembedding, losses, peak, hidden[:0], unembedding[:0])
 
 
 def _summed_backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array, None, Array]:
-    d_hidden, d_unembedding, losses, hidden, unembedding = residuals
-    scale = cotangent / SCALE
+    d_hidden, d_unembedding, losses, peak, hidden, unembedding = residuals
+    scale = cotangent * peak / SCALE
     return (
         (d_hidden * scale).astype(hidden.dtype),
         (d_unembedding * scale).astype(unembedding.dtype),

@@ -48,7 +48,7 @@ def frequencies(d_head: int, theta: float, scaling: RopeScaling) -> tuple[np.nda
 
         low = max(math.floor(pair(s.beta_fast)), 0)
         high = min(math.ceil(pair(s.beta_slow)), d_head - 1)
-        share = 1 - np.clip((np.arange(half) - low) / max(high - low, 0.001), 0, 1)
+        share = 1 - np.clip((np.arange(half) - low) / ((high - low) or 0.001), 0, 1)
     else:
         return plain.astype(np.float32), 1.0
     mixed = plain * share + plain / s.factor * (1 - share)

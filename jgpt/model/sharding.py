@@ -50,6 +50,8 @@ def regroup(path: tuple[str, ...], array: Any, config: ModelConfig) -> Any:
     `array` is numpy's or JAX's; `path` is its keys in the tree, as ("h_0", "attn", "qkv", "kernel").
     """
     layer, leaf = path[-2], path[-1]
+    if leaf == "a":  # an adapter's inputs are what they are in the plain model
+        return array
     join = np.concatenate if isinstance(array, np.ndarray) else jnp.concatenate
     if layer == "qkv" and array.shape[-3] != config.n_kv_heads:  # [(D,) K, G+2, H]
         *lead, k, per_head, h = array.shape
@@ -89,16 +91,30 @@ def param_shardings(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
     """Return the tree of shardings for a tree of parameters (arrays or their shapes)."""
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        names = tuple(key.key for key in path)
-        return NamedSharding(mesh, partition_spec(names, leaf.shape, config, mesh.size))
+        return NamedSharding(mesh, partition_spec(_names(path), leaf.shape, config, mesh.size))
 
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
+def regroup_tree(params: Any, config: ModelConfig) -> Any:
+    """Rearrange all parameters of the plain model, or all adapters to it, for `config`, which `for_devices` made."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: regroup(_names(path), leaf, config), params)
+
+
+def place(path: tuple[str, ...], array: Any, config: ModelConfig, mesh: Mesh) -> Array:
+    """Put one parameter of the plain model on the devices of `mesh`, which share it; each is sent its own part only."""
+    array = regroup(path, array, config)
+    return jax.device_put(array, NamedSharding(mesh, partition_spec(path, array.shape, config, mesh.size)))
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(key.key for key in path)
+
+
 def cache_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
-    """Return the sharding of a layer's keys or values [B, S, K, H]: by heads, where attention is."""
+    """Return the sharding of a layer's keys or values [B, K, S, H]: by heads, where attention is."""
     split = config.n_kv_heads % mesh.size == 0
-    return NamedSharding(mesh, PartitionSpec(None, None, AXIS) if split else PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(None, AXIS) if split else PartitionSpec())
 
 
 def split_bytes(params: Any, shardings: Any) -> int:

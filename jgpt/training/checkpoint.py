@@ -11,6 +11,7 @@ import math
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -202,17 +203,37 @@ def _val_loss(step_directory: Path) -> float:
     return math.inf if loss is None or math.isnan(loss) else loss
 
 
-def restore_params(directory: Path, step: int, abstract: Any, device: jax.Device) -> Any:
-    """Restore the parameters of a step alone, verified, onto `device`."""
+def save_params(directory: Path, step: int, params: Any, meta: dict[str, Any]) -> None:
+    """Write a checkpoint of parameters alone (numpy arrays) and its `meta` (JSON): one to begin from, not to go on."""
+    args = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))  # pyright: ignore[reportCallIssue]
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(directory / str(step), args=args, force=True)
+    write_file(directory / f"{step}.sha256", digest(directory / str(step)))
+
+
+def restore_params(
+    directory: Path, step: int, abstract: Any, place: Callable[[tuple[str, ...], np.ndarray], Any]
+) -> Any:
+    """Restore the parameters of a step alone, verified, in the dtypes of `abstract`.
+
+    Each goes through `place(path, array)`, `path` its keys in the tree; no more than one layer waits on the host.
+    """
     damage = verify(directory, step)
     if damage:
         others = [other for other in whole_steps(directory) if other != step]
         advice = f"Take another with --step: {others}." if others else "There is no other."
         raise UserError(f"checkpoint {step} in {directory} is damaged: {damage}. {advice}")
-    on_device = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), abstract
-    )
-    return ocp.StandardCheckpointer().restore(directory / str(step) / "params", on_device)
+    restored = {}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        for name in abstract:
+            layer = {name: abstract[name]}
+            as_numpy = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), layer)
+            args = ocp.args.PyTreeRestore(item=layer, restore_args=as_numpy, partial_restore=True)  # pyright: ignore[reportCallIssue]
+            arrays = checkpointer.restore(directory / str(step) / "params", args=args)
+            restored |= jax.tree_util.tree_map_with_path(
+                lambda path, x: place(tuple(key.key for key in path), x), arrays
+            )
+    return restored
 
 
 def state_bytes(abstract: TrainState) -> int:

@@ -13,41 +13,51 @@ import numpy as np
 from jgpt.data.batches import Batch
 from jgpt.data.corpus import Corpus
 from jgpt.data.tokenizer import Tokenizer
-from jgpt.training.setup import LoadedRun
+from jgpt.training.loading import LoadedModel
 from jgpt.training.step import EvalStep, Pmap, make_eval_step
+from jgpt.training.tensor_parallel import TensorParallel
 
 
 def evaluate(
-    runner: Pmap,
+    runner: Pmap | TensorParallel,
     eval_step: EvalStep,
     params: Any,
     frozen: Any,
-    blocks: Iterable[np.ndarray],
+    blocks: Iterable[Batch],
     rows: int,
     context_length: int,
 ) -> tuple[float, int]:
     """Return the mean loss in nats per target token, and the number of targets.
 
-    `blocks` are int arrays of at most context_length + 1 tokens, each predicting all but its first; `rows` of them go
-    to each device at a time. `eval_step` is the runner's; `params` and `frozen` are where its step has them. Short blocks and
-    missing rows are filled up with targets of weight zero.
+    `blocks` are single sequences of at most context_length + 1 tokens, each predicting all but its first, or those that
+    have the weight 1 and not 0; `rows` of them go to each device at a time. `eval_step` is the runner's; `params` and
+    `frozen` are where its step has them. Short blocks and missing rows are filled up with targets of weight zero.
     """
     total, n_targets = 0.0, 0
-    shares = runner.shares
-    for batch in _batched(blocks, shares * rows):
-        tokens = np.zeros((shares * rows, context_length + 1), np.int32)
-        weights = np.zeros((shares * rows, context_length), np.float32)
-        for row, block in enumerate(batch):
-            tokens[row, : len(block)] = block
-            weights[row, : len(block) - 1] = 1
-            n_targets += len(block) - 1
-        shape = shares, rows, -1
-        placed = runner.place_batch(Batch(tokens.reshape(shape), weights.reshape(shape)))
+    for batch in _batched(blocks, runner.shares * rows):
+        whole = _fill(batch, runner.shares * rows, context_length)
+        assert whole.weights is not None
+        n_targets += int(whole.weights.sum(dtype=np.float64))
+        placed = runner.place_batch(jax.tree.map(lambda x: x.reshape(runner.shares, rows, -1), whole))
         total += float(runner.on_host(eval_step(params, frozen, placed)))
     return total / n_targets, n_targets
 
 
-def _batched(blocks: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+def _fill(blocks: list[Batch], rows: int, context_length: int) -> Batch:
+    """Make one batch of single sequences."""
+    tokens = np.zeros((rows, context_length + 1), np.int32)
+    weights = np.zeros((rows, context_length), np.float32)
+    segments = None if blocks[0].segments is None else np.zeros((rows, context_length), np.int32)
+    for row, block in enumerate(blocks):
+        n = len(block.tokens)
+        tokens[row, :n] = block.tokens
+        weights[row, : n - 1] = 1 if block.weights is None else block.weights
+        if segments is not None:
+            segments[row, : n - 1] = block.segments
+    return Batch(tokens, weights, segments)
+
+
+def _batched(blocks: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     batch = []
     for block in blocks:
         batch.append(block)
@@ -67,12 +77,19 @@ def bits_per_byte(loss: float, n_tokens: int, n_bytes: int) -> float:
     return loss / math.log(2) * n_tokens / n_bytes
 
 
-def evaluate_run(loaded: LoadedRun, blocks: Iterable[np.ndarray], rows: int = 8) -> tuple[float, int]:
-    """Evaluate a loaded run on `blocks`, on every device of this machine; returns as `evaluate` does."""
-    runner = Pmap(jax.local_devices())
+def evaluate_run(
+    loaded: LoadedModel, blocks: Iterable[Batch], rows: int = 8, context_length: int = 0
+) -> tuple[float, int]:
+    """Evaluate a loaded model on `blocks`, on every device of this machine; returns as `evaluate` does.
+
+    A model that one device holds is copied to all of them. `context_length` is the blocks' (0: the model's).
+    """
+    devices = sorted(jax.tree.leaves(loaded.params)[0].devices(), key=lambda device: device.id)
+    shared = len(devices) > 1
+    runner = TensorParallel(devices, loaded.model.config) if shared else Pmap(jax.local_devices())
     step = runner.eval_step(make_eval_step(loaded.model, loaded.policy, loaded.config.loss_chunk_tokens))
-    params = runner.place_state(loaded.params)
-    return evaluate(runner, step, params, {}, blocks, rows, loaded.config.model.context_length)
+    params = loaded.params if shared else runner.place_state(loaded.params)
+    return evaluate(runner, step, params, {}, blocks, rows, context_length or loaded.model.config.context_length)
 
 
 class TokenStream:
@@ -88,14 +105,14 @@ class TokenStream:
             yield np.append(ids, np.uint32(self.tokenizer.eot_id)) if piece.ends_document else ids
 
 
-def blocks(pieces: Iterable[np.ndarray], context_length: int) -> Iterator[np.ndarray]:
+def blocks(pieces: Iterable[np.ndarray], context_length: int) -> Iterator[Batch]:
     """Cut a stream of ids into blocks of context_length + 1, neighbours sharing one id; the last may be shorter."""
     rest = np.zeros(0, np.int64)
     for piece in pieces:
         for start in range(0, len(piece), 1 << 20):  # a memmap is read a part at a time
             rest = np.concatenate([rest, piece[start : start + (1 << 20)]])
             while len(rest) > context_length:
-                yield rest[: context_length + 1]
+                yield Batch(rest[: context_length + 1])
                 rest = rest[context_length:]
     if len(rest) > 1:
-        yield rest
+        yield Batch(rest)

@@ -16,11 +16,12 @@ from jgpt.data.batches import Prefetcher
 from jgpt.data.corpus import Corpus
 from jgpt.data.files import find_files
 from jgpt.data.memmap import prepare
-from jgpt.hardware.devices import set_up_process, training_devices
+from jgpt.hardware.devices import set_up_process
+from jgpt.training.loading import choose_device_policy
 from jgpt.training.metrics import format_duration
 from jgpt.training.run import Run
 from jgpt.training.run_dir import look_for_run, open_run_dir, write_identity
-from jgpt.training.setup import check_disk, choose_device_policy, set_up
+from jgpt.training.setup import adopt_source, check_disk, devices_of, set_up
 from jgpt.training.step import Numbers
 from jgpt.training.stop import Stop
 
@@ -41,10 +42,12 @@ def train(config: ConfigDict, command: str = "") -> None:
     plain = not any(file.suffix in (".gz", ".zst", ".parquet") for file in files)  # else a file says little of its text
     check(config, Corpus(files, config.data.text_field, config.data.encoding_errors).n_bytes if plain else None)
     with open_run_dir(config.out_dir) as run_dir:
+        config, source = adopt_source(config, run_dir)
         resuming = look_for_run(run_dir, config)
-        choose_device_policy(config, training_devices(config.batch.global_batch_size)[0])  # refuse before the long work
+        p = config.precision
+        choose_device_policy(p.compute, p.params, devices_of(config)[0])  # refuse before the long work
         data = prepare(config, run_dir / "tokenizer" if resuming else None)
-        training = set_up(config, data)
+        training = set_up(config, data, source)
         abstract = jax.eval_shape(training.init)
         check_disk(run_dir, abstract, config.checkpoint)
         if not resuming:

@@ -172,14 +172,19 @@ class Progress:
 
 
 class TerminalHandler(logging.Handler):
-    """Print log records on stdout, above tqdm's bars instead of through them."""
+    """Print log records on stdout or stderr, above tqdm's bars instead of through them."""
+
+    def __init__(self, to_stderr: bool = False) -> None:
+        super().__init__()
+        self.to_stderr = to_stderr
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            encoding = sys.stdout.encoding or "utf-8"
+            stream = sys.stderr if self.to_stderr else sys.stdout
+            encoding = stream.encoding or "utf-8"
             # A sample may hold what an ASCII terminal cannot show: better an escape than a lost line.
-            tqdm.write(self.format(record).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
-            sys.stdout.flush()  # a pipe or a log file holds lines back, and a killed run would lose them
+            tqdm.write(self.format(record).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+            stream.flush()  # a pipe or a log file holds lines back, and a killed run would lose them
         except Exception:
             self.handleError(record)
 

@@ -52,5 +52,6 @@ def make_optimizer(optimizer: ConfigDict) -> optax.GradientTransformation:
 
 
 def decayed(params: Any) -> Any:
-    """Mark the parameters that weight decay acts on: kernels and embeddings, whatever the rank of their biases."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    """Mark the parameters that weight decay acts on: kernels, embeddings and LoRA's a and b, never a bias or a norm."""
+    names = ("kernel", "embedding", "a", "b")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)

@@ -25,7 +25,7 @@ from jgpt.training.report import write_report
 from jgpt.training.run_dir import write_status
 from jgpt.training.samples import append_samples, drop_samples_after
 from jgpt.training.setup import Training
-from jgpt.training.step import Numbers, TrainState
+from jgpt.training.step import Numbers, TrainState, variables
 
 MOST_SKIPS_IN_A_ROW = 50  # of steps whose gradient is not finite: more will not mend themselves
 
@@ -46,6 +46,9 @@ class Run:
         self.checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
         self.state: TrainState
         self.frozen: Any = {}  # the base parameters under LoRA's adapters
+        source = training.source
+        self.base = source.fingerprint if source else None  # the model that this run began from
+        self.stop_ids = source.stop_ids if source else (data.tokenizer.eot_id,)
         self.step = 0
         self.tokens = 0
         self.elapsed_before = 0.0  # seconds of the run's earlier processes
@@ -64,17 +67,20 @@ class Run:
                 raise UserError(
                     f"checkpoint.resume='must', and {self.run_dir} holds no whole checkpoint yet. Set it to auto."
                 )
-            state = jax.jit(self.training.init)()
+            state = self.training.first_state()
         else:
             state, meta = restored
             self.step, self.tokens, self.elapsed_before = meta["step"], meta["tokens"], meta["elapsed_seconds"]
             self.val_loss, self.saved_step = meta["val_loss"], meta["step"]
+            self.base = meta.get("base")
+            self.stop_ids = tuple(meta.get("stop_ids") or self.stop_ids)
             log.info("resuming from step %d of %d", self.step, self.total_steps)
             self._warn_of_differences(meta)
             if self.training.policy.scales_loss and not meta["scales_loss"]:  # computed in fp32 or bf16 so far
                 scale = jnp.float32(self.config.precision.loss_scale)
                 state = state._replace(loss_scale=state.loss_scale._replace(scale=scale))
         self.state = self.training.runner.place_state(state)
+        self.frozen = self.training.frozen()
         # Killed before its first checkpoint, a run begins anew, and so do its metrics.
         self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", -1 if restored is None else self.step)
         drop_samples_after(self.run_dir / "samples.txt", self.step)
@@ -155,11 +161,11 @@ class Run:
                 self.frozen,
                 t.val_blocks,
                 t.rows,
-                self.config.model.context_length,
+                t.sequence_length,
             )
         self.val_loss = loss
-        meta = self.data.meta
-        return {"val_loss": loss, "bits_per_byte": bits_per_byte(loss, meta["val_tokens"], meta["val_bytes"])}
+        data = self.data
+        return {"val_loss": loss, "bits_per_byte": bits_per_byte(loss, data.val_targets, data.meta["val_bytes"])}
 
     def sample(self) -> None:
         """Let the model write; the text goes to the log and to samples.txt."""
@@ -170,11 +176,11 @@ class Run:
         try:
             texts = generate(
                 self.training.model,
-                self.training.runner.on_first(self.state.params),
+                variables(self.training.model, *self.training.runner.on_first((self.state.params, self.frozen))),
                 [prompt] * c.num_samples,
                 sampling=Sampling(c.temperature, c.top_k, c.top_p, c.min_p),
                 max_new_tokens=c.max_new_tokens,
-                eot_id=tokenizer.eot_id,
+                stop_ids=self.stop_ids,
                 n_ids=tokenizer.vocab_size,
                 seed=self.config.seed,
             )
@@ -204,6 +210,8 @@ class Run:
                 "train_sha256": self.data.meta["train_sha256"],
                 "devices": len(self.training.runner.devices),
                 "scales_loss": self.training.policy.scales_loss,
+                "base": self.base,
+                "stop_ids": list(self.stop_ids),
             },
         )
         self.saved_step, self.last_save = self.step, time.monotonic()

@@ -25,8 +25,8 @@ from jgpt.training.checkpoint import whole_steps
 log = logging.getLogger("jgpt")
 
 # What a run cannot change and still be the same run; anything else may be changed when it goes on.
-FIXED = ("model.", "tokenizer.", "precision.params")
-FREE = ("model.dropout",)
+FIXED = ("model.", "tokenizer.", "lora.", "precision.params")
+FREE = ("model.dropout", "lora.dropout")
 
 
 @contextmanager
@@ -75,6 +75,12 @@ def look_for_run(run_dir: Path, config: ConfigDict) -> bool:
             f"checkpoint.resume='never', and {run_dir} holds a run, which starting anew would overwrite. Set another "
             "--config.out_dir, or remove that directory yourself."
         )
+    steps = whole_steps(run_dir / "checkpoints")
+    if steps and not (run_dir / "checkpoints" / str(steps[-1]) / "training").is_dir():
+        raise UserError(
+            f"{run_dir} holds an imported model: its checkpoint has no optimizer state to go on with. A training run"
+            f" has a directory of its own. Set --config.init_from={run_dir} and another --config.out_dir."
+        )
     if found:
         for change in check_same_run(run_dir, config):
             log.info("changed since this run was last started: %s", change)
@@ -91,6 +97,8 @@ def check_same_run(run_dir: Path, config: ConfigDict) -> list[str]:
         key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
     }
     fixed = [text for key, text in changed.items() if key.startswith(FIXED) and key not in FREE]
+    if bool(old["init_from"]) != bool(new["init_from"]):  # two names may be one model: the files' fingerprint tells
+        fixed.append(changed["init_from"])
     if fixed:
         raise UserError(
             f"{run_dir} holds a run with another model or tokenizer:\n  "

@@ -20,6 +20,7 @@ from jgpt.model.gpt import GPT, Output, unembedding
 from jgpt.model.lora import init_adapters
 from jgpt.model.loss import cross_entropy
 from jgpt.model.precision import Policy
+from jgpt.model.sharding import regroup_tree
 
 MAX_LOSS_SCALE = 2.0**24
 
@@ -60,13 +61,14 @@ def init_state(
 ) -> TrainState:
     """Make the state of step 0: `params`, or else new ones from `seed`, and zero moments.
 
-    With LoRA what is trained are new adapters. Pure: `jax.eval_shape` gives the state's shapes.
+    With LoRA what is trained are new adapters, in fp32, of the plain model's shapes. Pure: `jax.eval_shape` gives the
+    state's shapes.
     """
     key = jax.random.key(seed)
     if model.lora is not None:
         params = init_adapters(model, key)
-    elif params is None:
-        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    else:
+        params = params or model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
         params = jax.tree.map(lambda x: x.astype(policy.param), params)
     zero = jnp.zeros((), jnp.int32)
     moments = optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))  # whatever the parameters' dtype
@@ -74,15 +76,22 @@ def init_state(
     return TrainState(zero, zero, params, moments, scale)
 
 
-def hidden_states(model: GPT, params: Any, frozen: Any, batch: Batch, **how: Any) -> tuple[Array, Array]:
-    """Run the model on a batch's inputs; return the hidden states [B, T, D] and the output layer's matrix [V, D].
+def variables(model: GPT, params: Any, frozen: Any) -> dict[str, Any]:
+    """Return what `model.apply` takes: `params` are all parameters, or with LoRA the adapters to the `frozen` ones.
 
-    `params` are all parameters, or with LoRA the adapters to the `frozen` ones.
+    Adapters are kept as the plain model has them. Where devices share the model they are rearranged here, inside the
+    step, so that copies of one key/value head stay one: their gradients are added up.
     """
-    base = params if model.lora is None else frozen
-    variables = {"params": base} if model.lora is None else {"params": base, "lora": params}
-    output = cast(Output, model.apply(variables, batch.tokens[..., :-1], segments=batch.segments, **how))
-    return output.hidden, unembedding(base)
+    if model.lora is None:
+        return {"params": params}
+    return {"params": frozen, "lora": regroup_tree(params, model.config)}
+
+
+def hidden_states(model: GPT, params: Any, frozen: Any, batch: Batch, **how: Any) -> tuple[Array, Array]:
+    """Run the model on a batch's inputs; return the hidden states [B, T, D] and the output layer's matrix [V, D]."""
+    given = variables(model, params, frozen)
+    output = cast(Output, model.apply(given, batch.tokens[..., :-1], segments=batch.segments, **how))
+    return output.hidden, unembedding(given["params"])
 
 
 def make_train_step(
@@ -231,6 +240,10 @@ class Pmap:
     def place_state(self, state: Any) -> Any:
         """Copy a state (or parameters) to every device, laid out as the step returns it (else it compiles twice)."""
         return jax.device_put(state, self._copied)
+
+    def place_param(self, path: tuple[str, ...], array: np.ndarray) -> Array:
+        """Copy one frozen parameter to every device; `path` is its keys in the tree."""
+        return self.place_state(array)
 
     def place_batch(self, batch: Batch) -> Batch:
         """Split a host batch [devices, ...] over the devices, one row each."""

@@ -97,6 +97,7 @@ def jgpt_contestant(shape: Shape, micro_batch: int) -> RunSteps:
     import jax
 
     from jgpt.config import default_config
+    from jgpt.data.batches import Batch
     from jgpt.model.gpt import GPT, ModelConfig
     from jgpt.model.precision import Policy
     from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
@@ -143,8 +144,8 @@ def jgpt_contestant(shape: Shape, micro_batch: int) -> RunSteps:
 
     def step(batch: np.ndarray) -> float:
         nonlocal state
-        placed = runner.place_batch(batch.reshape(len(devices), share // micro, micro, -1))
-        state, metrics = train_step(state, placed)
+        placed = runner.place_batch(Batch(batch.reshape(len(devices), share // micro, micro, -1)))
+        state, metrics = train_step(state, {}, placed)
         return float(metrics["loss"])
 
     return timed(step, shape)

@@ -1,0 +1,95 @@
+"""Bring in a model of the Hugging Face world, or give one to it.
+
+    python -m jgpt.convert import HuggingFaceTB/SmolLM2-135M-Instruct runs/smollm2
+    python -m jgpt.convert export runs/quickstart exported/quickstart
+
+import SRC RUN_DIR writes a run directory that generate, chat, evaluate and --config.init_from take. SRC is a model
+directory, a directory with one somewhere below it (as Kaggle mounts models), or a name on the Hub, which is downloaded:
+GPT-2, Llama (SmolLM2, TinyLlama), Mistral, Qwen2, Qwen2.5 or Qwen3, from safetensors. (They take SRC as it is, too:
+without a copy.)
+
+export RUN_DIR OUT writes a directory that transformers.AutoModelForCausalLM.from_pretrained(OUT) opens, and every tool
+that reads such directories. The adapters of a LoRA run are merged into their base. For GGUF, run llama.cpp's own
+convert_hf_to_gguf.py on OUT.
+
+Beside the data path: between the Hugging Face layout and run directories.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from jgpt.cli import run
+from jgpt.config import UserError
+from jgpt.exchange.hub import locate
+from jgpt.exchange.pretrained import check_export, export_model, open_pretrained
+from jgpt.kaggle.secrets import provide_hub_token
+from jgpt.model.build import count_parameters
+from jgpt.model.precision import DTYPES
+from jgpt.training.loading import import_model
+from jgpt.training.metrics import format_count
+from jgpt.training.source import Source, load_params, open_source
+
+KINDS = ["auto", "fp32", "fp16", "bf16"]
+
+
+def define_flags() -> None:
+    """Define the flags; not at import, because absl takes a name once a process and other commands have --step."""
+    flags.DEFINE_enum("params", "auto", KINDS, "import: the dtype to keep the weights in; auto: the one they have")
+    flags.DEFINE_enum("dtype", "auto", KINDS, "export: the dtype to write; auto: the one they are kept in")
+    flags.DEFINE_integer("step", None, "export: the checkpoint to take; without it the newest", lower_bound=0)
+    flags.DEFINE_string("base", "", "export: where the base model of a LoRA run is, if it was moved")
+
+
+def main(action: str = "", source: str = "", target: str = "") -> None:
+    """Do what the first argument says."""
+    if action not in ("import", "export") or not source or not target:
+        given = " ".join(filter(None, (action, source, target))) or "nothing"
+        raise UserError(
+            f"given was {given!r}. Allowed: import SRC RUN_DIR, or export RUN_DIR OUT. For example: python -m"
+            " jgpt.convert export runs/quickstart exported/quickstart"
+        )
+    (_import if action == "import" else _export)(source, target)
+
+
+def _import(name: str, run_dir: str) -> None:
+    args = flags.FLAGS
+    provide_hub_token(name)
+    pretrained = open_pretrained(locate(name))
+    dtype = pretrained.dtype if args.params == "auto" else args.params
+    n_params = format_count(count_parameters(pretrained.shapes))
+    print(f"{pretrained.directory}: {pretrained.family}, {n_params} parameters, {pretrained.dtype} kept in {dtype}")
+    import_model(pretrained, Path(run_dir), dtype)
+    print(f'{run_dir} is written. To try it:\n    python -m jgpt.generate --run_dir {run_dir} --prompt "Once"')
+
+
+def _export(run_dir: str, out: str) -> None:
+    args = flags.FLAGS
+    source = open_source(run_dir, args.step, base=args.base)
+    check_export(Path(out), source.shapes)  # before the weights are loaded
+    dtype = _kept_in(source) if args.dtype == "auto" else args.dtype
+    params = load_params(source, DTYPES[dtype], lambda path, array: array)
+    family = export_model(
+        Path(out),
+        params,
+        source.shapes,
+        source.tokenizer,
+        vocab_size=source.config.model.vocab_size or source.tokenizer.vocab_size,
+        stop_ids=source.stop_ids,
+        dtype=dtype,
+    )
+    gigabytes = sum(path.stat().st_size for path in Path(out).iterdir()) / 1e9
+    print(f"{out} is written: {family}, {dtype}, {gigabytes:.2f} GB. To open it:")
+    print(f'    transformers.AutoModelForCausalLM.from_pretrained("{out}")')
+
+
+def _kept_in(source: Source) -> str:
+    """Return the dtype of a model's weights on disk; of LoRA adapters, that of the base they are merged into."""
+    if source.base is not None:
+        return _kept_in(source.base)
+    return source.pretrained.dtype if source.pretrained is not None else source.config.precision.params
+
+
+if __name__ == "__main__":
+    define_flags()
+    run(main, __doc__)

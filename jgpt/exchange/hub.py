@@ -1,0 +1,96 @@
+"""Find a model by its name: a directory, one that is mounted somewhere below it, or a download from the Hub.
+
+Beside the data path: before `pretrained.py` opens the directory. The download is huggingface_hub's: it goes on where
+the connection broke, keeps the files that have arrived in HF_HOME for the next try, takes its token from HF_TOKEN, and
+stays offline with HF_HUB_OFFLINE=1.
+"""
+
+import errno
+import logging
+import os
+import re
+from pathlib import Path
+
+from jgpt.config import UserError
+
+log = logging.getLogger("jgpt")
+
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# Not every safetensors file: some models bring the same weights again in a layout of their own.
+FILES = [
+    "config.json", "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template*",
+]  # fmt: skip
+
+
+def locate(name: str) -> Path:
+    """Return the directory of a model, which holds config.json; download it where `name` is one on the Hub.
+
+    Raises UserError when there is no such model, several, or no way to get it.
+    """
+    directory = Path(name).expanduser()
+    if name and directory.is_dir():
+        return _below(directory)
+    if not is_hub_name(name):
+        raise UserError(
+            f"there is no directory {name!r} (current folder: {Path.cwd()}). Allowed: a model directory, or a name on"
+            " the Hugging Face Hub such as HuggingFaceTB/SmolLM2-135M-Instruct. Mend the name."
+        )
+    return _download(name)
+
+
+def is_hub_name(name: str) -> bool:
+    """Tell whether a name is neither a directory here nor a path: "gpt2", "OWNER/NAME"."""
+    return bool(HUB_NAME.fullmatch(name)) and not Path(name).expanduser().is_dir()
+
+
+def _below(directory: Path) -> Path:
+    """Return the directory itself, or the one below it that holds a model, as Kaggle mounts them."""
+    if (directory / "config.json").is_file():
+        return directory
+    found = sorted({path.parent for path in directory.rglob("config.json") if any(path.parent.glob("*.safetensors"))})
+    if len(found) == 1:
+        log.info("model: found in %s", found[0])
+        return found[0]
+    if found:
+        listed = ", ".join(map(str, found[:10]))
+        raise UserError(f"{directory} holds {len(found)} models: {listed}. Name one of them.")
+    raise UserError(
+        f"{directory} holds no model. Needed is config.json with weights in .safetensors beside it, there or in one"
+        " directory below. Name a directory that has them."
+    )
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except Exception as error:  # the network libraries below raise what they like
+        problem, advice = _reason(name, error)
+        raise UserError(f"the model {name!r} cannot be downloaded: {problem}. {advice}.") from None
+
+
+def _reason(name: str, error: Exception) -> tuple[str, str]:
+    """Say what went wrong, and what to do."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    again = "The files that have arrived are kept: the same command goes on from there"
+    if isinstance(error, LocalEntryNotFoundError):
+        if not isinstance(error.__cause__, HfHubHTTPError):
+            problem = "it is not on this machine, and the Hub cannot be reached"
+            return problem, "Turn the internet on (and HF_HUB_OFFLINE off), or name a directory with the model"
+        error = error.__cause__
+    if isinstance(error, GatedRepoError):
+        problem = "its owner gives access on request"
+        return problem, f"Ask for it at https://huggingface.co/{name}, then set HF_TOKEN to a token of yours"
+    if isinstance(error, RepositoryNotFoundError):
+        problem = "it is not on the Hugging Face Hub, or it is private"
+        return problem, "Mend the name (OWNER/NAME), or set HF_TOKEN to a token that may read it"
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return f"the Hub answered {error.response.status_code}", f"Try again later, or check HF_TOKEN. {again}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = os.environ.get("HF_HOME", "~/.cache/huggingface")
+        return f"the disk of {place} is full", f"Make room, or set HF_HOME to another disk. {again}"
+    return f"the download broke off ({type(error).__name__})", f"Check the network. {again}"

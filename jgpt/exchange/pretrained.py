@@ -1,0 +1,222 @@
+"""Hugging Face model directories: opened with everything checked and nothing loaded; and written.
+
+Beside the data path: `training/loading.py` and the convert command call it. A directory holds config.json,
+generation_config.json, weights in safetensors and the tokenizer's files.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+import jgpt
+from jgpt.config import UserError
+from jgpt.data.tokenizer import Tokenizer, load_pretrained, write_file
+from jgpt.exchange.families import ARCHITECTURES, home, read_config, write_config
+from jgpt.exchange.tensors import prefix, table
+from jgpt.exchange.weights import Stored, entry_bytes, find_tensors, main_dtype, match, save_params
+from jgpt.model.build import model_config
+from jgpt.model.gpt import ModelConfig
+from jgpt.model.precision import DTYPES
+
+SHARD_BYTES = 5_000_000_000
+DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model directory whose config.json and headers were checked; no weights are loaded."""
+
+    directory: Path
+    family: str  # "gpt2", "llama", "mistral", "qwen2", "qwen3"
+    model: ConfigDict  # the values of config.model, all filled in
+    shapes: ModelConfig
+    tensors: dict[str, Stored]  # by their names in `tensors.py`
+    stop_ids: tuple[int, ...]  # that end a text, by config.json and generation_config.json
+    dtype: str  # of most weights: "fp32", "fp16", "bf16"
+
+    def tokenizer(self) -> Tokenizer:
+        """Open the tokenizer; raise UserError when it has more ids than the model has rows."""
+        tokenizer = load_pretrained(str(self.directory))
+        if tokenizer.vocab_size > self.shapes.vocab_size:
+            raise UserError(
+                f"{self.directory}: the tokenizer has {tokenizer.vocab_size} ids, and the model's embedding"
+                f" {self.shapes.vocab_size} rows: it needs a row for each. Take the tokenizer and the weights from the"
+                " same place."
+            )
+        return tokenizer
+
+
+def is_pretrained(directory: Path) -> bool:
+    """Tell a Hugging Face model directory from a run directory, which has a config.json too, and checkpoints/."""
+    return (directory / "config.json").is_file() and not (directory / "checkpoints").is_dir()
+
+
+def open_pretrained(directory: Path) -> Pretrained:
+    """Open a model directory. Raises UserError, naming the directory, for anything that is missing or wrong in it."""
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"{directory} has no config.json. Needed is a Hugging Face model directory: config.json, weights in"
+            " safetensors, a tokenizer. Name the directory that holds them."
+        )
+    config = _read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    stops = _ids(config) + (_ids(_read_json(generation)) if generation.is_file() else ())
+    try:
+        family, model = read_config(config)
+        shapes = model_config(model, 0)
+        tensors = match(find_tensors(directory), table(family, shapes), family, shapes.tie_embeddings)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if str(directory) in text else f"{directory}: {text}") from None
+    return Pretrained(directory, family, model, shapes, tensors, tuple(dict.fromkeys(stops)), main_dtype(tensors))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        found = error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path} is no JSON object ({found if isinstance(found, ValueError) else type(found).__name__}). It must be"
+            " the file that its publisher wrote. Download it again."
+        )
+    return found
+
+
+def _ids(config: dict[str, Any]) -> tuple[int, ...]:
+    found = config.get("eos_token_id")
+    found = found if isinstance(found, list) else [found]
+    return tuple(i for i in found if isinstance(i, int))
+
+
+def export_model(
+    out: Path,
+    params: Any,
+    shapes: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    stop_ids: tuple[int, ...],
+    dtype: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> str:
+    """Write a model to the new directory `out`, as transformers opens it; return its family.
+
+    `params` is the plain model's tree; of its embedding's rows the first `vocab_size` are written, in `dtype` ("fp32",
+    "fp16", "bf16"). `stop_ids` end a text, beside the tokenizer's. `out` is there whole or not at all. Raises UserError
+    when no architecture holds the model, `out` holds something, or the disk is too small.
+    """
+    family = check_export(out, shapes)
+    entries = list(table(family, replace(shapes, vocab_size=vocab_size)))
+    with _new_directory(out, sum(entry_bytes(entry, DTYPES[dtype]) for entry in entries)) as directory:
+        tokenizer.save(directory, shapes.context_length)
+        ids = _token_ids(tokenizer)
+        config = write_config(family, shapes, vocab_size) | ids | {"dtype": DTYPE_NAMES[dtype]}
+        _write_json(directory / "config.json", config)
+        stops = list(dict.fromkeys((*stop_ids, tokenizer.eot_id)))
+        generation = ids | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
+        _write_json(directory / "generation_config.json", {**generation, "pad_token_id": _pad_id(ids)})
+        save_params(directory, params, entries, prefix(family), DTYPES[dtype], shard_bytes)
+        write_file(directory / "README.md", _model_card(out.name, family, shapes, vocab_size, dtype, params, tokenizer))
+    return family
+
+
+def check_export(out: Path, shapes: ModelConfig) -> str:
+    """Return the family that a model would be exported as; raise UserError when it has none, or `out` is taken."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty. Allowed: a new directory, or an empty one. Name another.")
+    return home(shapes)
+
+
+@contextmanager
+def _new_directory(out: Path, planned: int) -> Iterator[Path]:
+    """Give a directory to write `planned` bytes into, which becomes `out` when all went well and vanishes when not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if planned > free:
+        raise UserError(
+            f"the model takes {planned / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at {out.parent}. Make room, name"
+            " a directory on another disk, or export with --dtype=fp16."
+        )
+    directory = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    directory.mkdir()
+    try:
+        yield directory
+        directory.replace(out)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_file(path, json.dumps(content, indent=2) + "\n")
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the special ids of config.json; a model without a token for it begins a text with the end of the last."""
+    ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+    for key in ("bos_token", "pad_token"):
+        token = tokenizer.settings.get(key)
+        found = tokenizer.backend.token_to_id(token) if isinstance(token, str) else None
+        if found is not None:
+            ids[f"{key}_id"] = found
+    return ids
+
+
+def _pad_id(ids: dict[str, int]) -> int:
+    return ids.get("pad_token_id", ids["eos_token_id"])  # generate() of transformers asks for one
+
+
+def _model_card(
+    name: str, family: str, shapes: ModelConfig, vocab_size: int, dtype: str, params: Any, tokenizer: Tokenizer
+) -> str:
+    """Return the README.md that the Hub shows."""
+    c, lookups = shapes, shapes.vocab_size - vocab_size
+    n_params = sum(int(x.size) for x in jax.tree.leaves(params))
+    n_params -= lookups * c.d_model * (1 if c.tie_embeddings else 2)
+    chat = (
+        'messages = [{"role": "user", "content": "Hello"}]\n'
+        "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,"
+        ' return_tensors="pt")'
+    )
+    inputs = chat if "chat_template" in tokenizer.settings else 'inputs = tokenizer("Once", return_tensors="pt")'
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A language model of {n_params:,} parameters, written by jgpt {jgpt.__version__}.
+
+| | |
+|---|---|
+| architecture | {ARCHITECTURES[family]} |
+| layers | {c.n_layers} |
+| width | {c.d_model} (MLP {c.d_ff}) |
+| heads | {c.n_heads}, with {c.n_kv_heads} of keys and values, each {c.d_head} wide |
+| context | {c.context_length} tokens |
+| vocabulary | {vocab_size} |
+| weights | {DTYPE_NAMES[dtype]} |
+
+It opens without remote code:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+{inputs}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+```
+
+What it was trained on, its licence and its limits are for its maker to add here.
+"""

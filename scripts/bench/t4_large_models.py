@@ -1,0 +1,178 @@
+"""What a model that two T4s share takes on each, by compiling it for them on any machine: no GPU, driver or weights.
+
+    pip install jax-cuda12-plugin==V jax-cuda12-pjrt==V        # V: the version of jax here, 0.10 or newer
+    python scripts/bench/t4_large_models.py [--model qwen2.5-7b] [--decode 4096] [--lora 512,1024,2048,4096]
+
+Compiles, as `jgpt.generate` and `jgpt.train` run them, in fp16: the prefill of a whole context and the decoding loop
+behind it, one text; and a LoRA step (rank 16, all targets, remat=block), one sequence at a time. Prints the bytes of
+each card at the peak (XLA's memory analysis: arguments + outputs - aliased + temporary) against what JAX may take of it
+(0.92 of 14.6 GiB), what the cards exchange, and the dtypes of the matrix products. Takes minutes for 28 layers.
+"""
+
+import argparse
+import math
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: the plugin only compiles here
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from t4_memory import products
+
+from jgpt.config import default_config
+from jgpt.data.batches import Batch
+from jgpt.inference.decode import UNLIMITED, Task, decode, prefill
+from jgpt.inference.placement import needed
+from jgpt.inference.sampling import Sampling
+from jgpt.model.build import abstract_params, count_parameters
+from jgpt.model.gpt import GPT, ModelConfig
+from jgpt.model.lora import LoRA
+from jgpt.model.precision import Policy
+from jgpt.model.sharding import cache_sharding, device_mesh, for_devices, param_shardings
+from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
+from jgpt.training.step import init_state, make_train_step
+from jgpt.training.tensor_parallel import TensorParallel
+
+GIB = 2**30
+USABLE = 0.92 * 14.6 * GIB  # of a T4, by XLA_CLIENT_MEM_FRACTION as jgpt sets it
+BANDWIDTH = 256e9  # bytes a second that a T4 sustains, of 320 on paper
+ALL_REDUCE = 50e-6  # seconds, assumed: two cards that talk through the host, a few KB
+FP16 = Policy(compute=jnp.float16)
+
+
+def qwen(layers: int, width: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, tied: bool) -> ModelConfig:
+    """Shapes of a Qwen2.5 (its config.json on the Hub)."""
+    return ModelConfig(
+        vocabulary, 32_768, layers, heads, kv_heads, width, 128, mlp,
+        qkv_bias=True, tie_embeddings=tied, rope_theta=1e6, norm_eps=1e-6,
+    )  # fmt: skip
+
+
+MODELS = {
+    "smollm2-1.7b": ModelConfig(49_152, 8192, 24, 32, 32, 2048, 64, 8192, rope_theta=130_000.0),
+    "qwen2.5-1.5b": qwen(28, 1536, 12, 2, 8960, 151_936, True),
+    "qwen2.5-7b": qwen(28, 3584, 28, 4, 18_944, 152_064, False),
+    "qwen2.5-14b": qwen(48, 5120, 40, 8, 13_824, 152_064, False),
+}
+
+
+class TwoT4s:
+    """Compile-only devices, and a model as they share it: shapes in the place of arrays."""
+
+    def __init__(self, plain: ModelConfig) -> None:
+        target = (Path(__file__).parent / "t4_target_config.txt").read_text()
+        self.devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x2").devices
+        self.plain, self.shared, self.mesh = plain, for_devices(plain, 2), device_mesh(self.devices)
+        self.whole = NamedSharding(self.mesh, PartitionSpec())
+
+    def copied(self, tree: Any, sharding: NamedSharding | None = None) -> Any:
+        """Return shapes that lie whole on both cards, or as `sharding` says."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or self.whole), tree)
+
+    def params(self) -> Any:
+        """Return the parameters, matrices in fp16."""
+        params = jax.eval_shape(FP16.cast_to_compute, abstract_params(self.shared))
+        return jax.tree.map(self.copied, params, param_shardings(params, self.shared, self.mesh))
+
+    def compile_decoding(self, size: int) -> tuple[Any, Any]:
+        """Compile the prefill of `size` tokens and the loop that decodes with a cache of as many."""
+        model, sampling, params = GPT(self.shared, jnp.float16), Sampling(), {"params": self.params()}
+        one = jnp.zeros(1, jnp.int32)
+        task = self.copied(jax.eval_shape(lambda: Task(jax.random.key(0), one, one, jnp.zeros(4, jnp.int32), one[0])))
+        tokens, length, steps = map(self.copied, (jnp.zeros((1, size), jnp.int32), one, jnp.int32(UNLIMITED)))
+        lowered = prefill.lower(model, sampling, size, params, task, tokens, length, None)
+        rows = self.copied(lowered.out_info)
+        rows = rows._replace(cache=self.copied(rows.cache, cache_sharding(self.shared, self.mesh)))
+        return lowered.compile(), decode.lower(model, sampling, params, task, rows, steps).compile()
+
+    def compile_lora_step(self, length: int) -> Any:
+        """Compile a training step on one sequence of `length` tokens."""
+        config, lora = default_config(), LoRA(rank=16, alpha=32.0)
+        optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config.optimizer)
+        runner, model = TensorParallel(self.devices, self.shared), GPT(self.shared, jnp.float16, "block", lora)
+        step = make_train_step(model, FP16, optimizer, schedule, 1, 0, 512, 1000)
+        plain = GPT(self.plain, jnp.float16, "block", lora)  # adapters have the plain model's shapes
+        state = self.copied(jax.eval_shape(lambda: init_state(plain, FP16, optimizer, 0, 1024.0)))
+        batch = self.copied(Batch(jnp.zeros((1, 1, 1, length + 1), jnp.int32)))
+        return runner.train_step(step).lower(state, self.params(), batch).compile()  # type: ignore[attr-defined]
+
+
+def report(name: str, compiled: Any) -> None:
+    """Print a row of the table, and below it what the cards exchange and multiply."""
+    m, program = compiled.memory_analysis(), compiled.as_text()
+    kept, made, temporary = m.argument_size_in_bytes, m.output_size_in_bytes, m.temp_size_in_bytes
+    made -= m.alias_size_in_bytes
+    peak = kept + made + temporary
+    row = "".join(f"{part / GIB:11.2f}" for part in (kept, made, temporary, peak))
+    print(f"{name:<20}{row}   {'fits' if peak <= USABLE else 'DOES NOT FIT'}")
+    reduces = len(re.findall(r" all-reduce(?:-start)?\(", program))
+    print(f"    {reduces} all-reduces; gathered from the other card: {gathered(program)}")
+    print("    matrix products: " + ", ".join(f"{n} x {kind}" for kind, n in products(program).most_common()))
+    copies = re.findall(r"= f32\[[\d,]*\]\S* (?:fusion|convert)\(.*wrapped_convert", program)
+    print(f"    arrays that are converted to fp32 by themselves: {len(copies)}", flush=True)
+
+
+def gathered(program: str) -> str:
+    """Say what is fetched whole from the other card, not added up: the largest array, and MiB in all."""
+    results = re.findall(r"= (.*) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", program)
+    arrays = [array for result in results for array in re.findall(r"\w+\[[\d,]*\]", result)]
+    sizes = [mebibytes(array) for array in arrays]
+    largest = max(arrays, key=mebibytes, default="nothing")
+    return f"{largest}" + (f" the largest, {sum(sizes):.1f} MiB in all" if arrays else "")
+
+
+def mebibytes(array: str) -> float:
+    """Return the size of an array as HLO writes it.
+
+    >>> mebibytes("f16[1024,1024]")
+    2.0
+    """
+    dtype, dimensions = array.removesuffix("]").split("[")
+    bits = int("".join(filter(str.isdigit, dtype)) or 8)  # pred
+    return math.prod(int(n) for n in dimensions.split(",") if n) * bits / 8 / 2**20
+
+
+def predict(cards: TwoT4s, size: int) -> str:
+    """Predict the speed of decoding one text from the bytes that a card must read for each token (a roofline)."""
+    shared, need = cards.shared, needed(cards.plain, jnp.float16, size, 1, cards.devices)
+    lookup = 0 if shared.tie_embeddings else shared.vocab_size * shared.d_model * 2 // 2  # one row of this is read
+    reading = (need.weights - lookup + need.cache) / BANDWIDTH
+    talking = (2 * shared.n_layers + 3) * ALL_REDUCE
+    return (
+        f"predicted, not measured: {1 / (reading + talking):.0f} tokens/s of one text at a full cache:"
+        f" {reading * 1e3:.1f} ms to read weights and cache at {BANDWIDTH / 1e9:.0f} GB/s,"
+        f" {talking * 1e3:.1f} ms for all-reduces of {ALL_REDUCE * 1e6:.0f} us (assumed)"
+    )
+
+
+def main() -> None:
+    """Compile and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="qwen2.5-7b")
+    parser.add_argument("--decode", type=int, default=4096, help="tokens in the cache; 0: skip")
+    parser.add_argument("--lora", default="512,1024,2048,4096", help="lengths of a training sequence; '': skip")
+    flags = parser.parse_args()
+    began, plain = time.perf_counter(), MODELS[flags.model]
+    cards = TwoT4s(plain)
+    print(
+        f"{flags.model}: {count_parameters(plain) / 1e9:.2f} B parameters in fp16 over two T4s, jax {jax.__version__}"
+    )
+    print(f"{f'GiB of {USABLE / GIB:.1f} on each':<20}{'arguments':>11}{'results':>11}{'temporary':>11}{'peak':>11}")
+    if flags.decode:
+        for name, compiled in zip(("prefill", "decode"), cards.compile_decoding(flags.decode), strict=True):
+            report(f"{name} {flags.decode}", compiled)
+        print(f"    jgpt's own estimate before it loads: {needed(plain, jnp.float16, flags.decode, 1, cards.devices)}")
+        print(f"    {predict(cards, flags.decode)}")
+    for length in filter(None, flags.lora.split(",")):
+        report(f"LoRA step {length}", cards.compile_lora_step(int(length)))
+    print(f"compiled in {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
