@@ -120,7 +120,7 @@ def default_config() -> ConfigDict:
 
     config.sample = sample = ConfigDict()
     sample.every_steps = 500  # 0: only at the end
-    sample.prompt = ""  # "": begin a new document
+    sample.prompt = ""  # "": begin a new document; of conversations it is what the user says
     sample.num_samples = 2
     sample.max_new_tokens = 200
     sample.temperature = 0.8

@@ -60,7 +60,7 @@ def _import(name: str, run_dir: str) -> None:
     n_params = format_count(count_parameters(pretrained.shapes))
     print(f"{pretrained.directory}: {pretrained.family}, {n_params} parameters, {pretrained.dtype} kept in {dtype}")
     import_model(pretrained, Path(run_dir), dtype)
-    print(f'{run_dir} is written. To try it:\n    python -m jgpt.generate --run_dir {run_dir} --prompt "Once"')
+    print(f'{run_dir} is written. To try it:\n    python -m jgpt.generate --model {run_dir} --prompt "Once"')
 
 
 def _export(run_dir: str, out: str) -> None:

@@ -5,9 +5,12 @@
 Training does the same when the token directory is missing or out of date.
 """
 
+from pathlib import Path
+
 from jgpt.cli import define_config, load_config, run
 from jgpt.config import check
 from jgpt.data.memmap import prepare, token_directory
+from jgpt.training.setup import adopt_source
 
 PREVIEW_TOKENS = 200
 
@@ -16,6 +19,7 @@ def main() -> None:
     """Prepare the token directory that the config names, and say what is in it."""
     config = load_config()
     check(config)
+    config, _ = adopt_source(config, Path(config.out_dir).expanduser().absolute())
     data = prepare(config)
     meta = data.meta
     n_tokens, n_bytes = len(data.train) + len(data.val), meta["train_bytes"] + meta["val_bytes"]

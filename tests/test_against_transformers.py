@@ -103,7 +103,6 @@ def same_trees(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_comes_in_and_goes_out_as_the_same_function(name, tmp_path):
     theirs = make(tmp_path / "theirs", *MODELS[name])

@@ -160,6 +160,33 @@ def test_a_context_longer_than_the_data():
     assert found.startswith("model.context_length=1000 is longer than the data: 1,000 bytes of text in all;")
 
 
+def test_sequence_length_takes_the_place_of_the_context():
+    config = changed(model__context_length=1000, batch__sequence_length=100)
+    assert problems(config, text_bytes=101) == []
+    (found,) = problems(config, text_bytes=100)
+    assert found.startswith("batch.sequence_length=100 is longer than the data")
+    config.batch.sequence_length = 1001
+    (found,) = problems(config)
+    assert found.startswith("batch.sequence_length=1001 is above model.context_length=1000")
+    config.init_from = "some/model"  # whose context is not known yet
+    assert problems(config) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"lora__rank": 8}, "lora.rank=8 without init_from"),
+        ({"parallel": "tensor", "init_from": "some/model"}, "parallel='tensor' without lora"),
+        ({"lora__targets": "qkv,gate_upp"}, "lora.targets: 'gate_upp' is no layer; .*did you mean 'gate_up'"),
+        ({"lora__targets": ""}, "lora.targets: '' is no layer"),
+    ],
+)
+def test_fine_tuning_that_cannot_be(changes, part):
+    (found,) = problems(changed(**changes))
+    assert re.match(part, found), found
+    assert problems(changed(parallel="tensor", init_from="some/model", lora__rank=8, lora__targets="qkv, proj")) == []
+
+
 def test_all_problems_are_told_at_once():
     config = changed(model__n_heads=5, batch__micro_batch_size=5, model__context_length=100)
     with pytest.raises(UserError, match="these 3 problems") as error:

@@ -1,6 +1,7 @@
 """Decoding with a cache against the slow obvious way: the whole text through the model for each token."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from jgpt.inference.decode import NonFiniteLogits, bucket, generate
 from jgpt.inference.sampling import RULED_OUT, Sampling, sample
 from jgpt.model.gpt import GPT, ModelConfig, unembedding
 from jgpt.model.kv_cache import empty_cache
+from jgpt.model.lora import LoRA, init_adapters, merge
 
 N_IDS, EOT = 57, 0  # of 64 rows
 GREEDY, RANDOM = Sampling(0), Sampling(1.0, top_k=20, top_p=0.95)
@@ -40,24 +42,29 @@ def params_of(name: str) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def fast(name: str, prompts: Sequence[Sequence[int]], sampling: Sampling, new: int, seed: int = 0, eot: int = EOT):
-    return generate(
-        MODELS[name],
-        params_of(name),
-        prompts,
-        sampling=sampling,
-        max_new_tokens=new,
-        eot_id=eot,
-        n_ids=N_IDS,
-        seed=seed,
-    )
+def fast(
+    name: str,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    new: int,
+    seed: int = 0,
+    stops: Sequence[int] = (EOT,),
+    **more: Any,
+):
+    ask = dict(sampling=sampling, max_new_tokens=new, stop_ids=stops, n_ids=N_IDS, seed=seed)
+    return generate(MODELS[name], {"params": params_of(name)}, prompts, **ask, **more)
+
+
+@partial(jax.jit, static_argnums=0)
+def slow_logits(model: GPT, params: Any, window: jax.Array, length: int) -> jax.Array:
+    return model.apply({"params": params}, window).hidden[:, length - 1] @ unembedding(params).T
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def slow_token(
     model: GPT, sampling: Sampling, params: Any, window: jax.Array, length: int, key: jax.Array
 ) -> jax.Array:
-    logits = model.apply({"params": params}, window).hidden[:, length - 1] @ unembedding(params).T
+    logits = slow_logits(model, params, window, length)
     return sample(key[None], logits.at[:, N_IDS:].set(RULED_OUT), sampling)[0]
 
 
@@ -84,7 +91,7 @@ def test_cached_logits_are_the_uncached(name: str):
     run = jax.jit(lambda *inputs: model.apply({"params": params}, *inputs))
     expected = run(tokens).hidden
     cache = empty_cache(c.n_layers, 2, 24, c.n_kv_heads, c.d_head, jnp.float32)
-    hidden, cache = run(tokens[:, :16], jnp.arange(16)[None], cache)
+    hidden, cache = run(tokens[:, :16], None, cache)
     np.testing.assert_allclose(hidden, expected[:, :16], rtol=1e-4, atol=1e-4)
     places = np.array([[16], [5]])  # the second row goes back, over what the first pass wrote
     for _ in range(8):
@@ -98,7 +105,7 @@ def test_cached_logits_are_the_uncached(name: str):
 )
 def test_equals_the_slow_way_past_the_end_of_the_context(name: str, sampling: Sampling):
     """60 new tokens in a context of 24: every row drops half of it three times or more."""
-    got = fast(name, PROMPTS, sampling, 60, seed=3, eot=-1)
+    got = fast(name, PROMPTS, sampling, 60, seed=3, stops=[])
     assert got == slow(name, PROMPTS, sampling, 60, seed=3)
     assert [len(ids) for ids in got] == [60] * 4
 
@@ -106,7 +113,7 @@ def test_equals_the_slow_way_past_the_end_of_the_context(name: str, sampling: Sa
 def test_prompt_longer_than_the_context():
     prompt = np.random.default_rng(0).integers(1, N_IDS, 40).tolist()
     prompts = [prompt, prompt[-24:], [1], [2]]
-    assert fast("gpt2", prompts, RANDOM, 5, eot=-1) == slow("gpt2", prompts, RANDOM, 5)
+    assert fast("gpt2", prompts, RANDOM, 5, stops=[]) == slow("gpt2", prompts, RANDOM, 5)
     first, second, *_ = fast("gpt2", prompts, GREEDY, 5)
     assert first == second
 
@@ -122,24 +129,95 @@ def test_sampled_row_does_not_depend_on_the_others_nor_on_the_bucket():
 
 
 def test_going_on_is_never_having_stopped():
-    whole = fast("gpt2", TENS, RANDOM, 14, eot=-1)
-    half = fast("gpt2", TENS, RANDOM, 7, eot=-1)
-    more = fast("gpt2", [[*prompt, *ids] for prompt, ids in zip(TENS, half, strict=True)], RANDOM, 7, eot=-1)
+    whole = fast("gpt2", TENS, RANDOM, 14, stops=[])
+    half = fast("gpt2", TENS, RANDOM, 7, stops=[])
+    more = fast("gpt2", [[*prompt, *ids] for prompt, ids in zip(TENS, half, strict=True)], RANDOM, 7, stops=[])
     assert whole == [[*ids, *rest] for ids, rest in zip(half, more, strict=True)]
 
 
 def test_rows_and_seeds_differ():
-    ids = fast("gpt2", TENS, RANDOM, 10, eot=-1)
+    ids = fast("gpt2", TENS, RANDOM, 10, stops=[])
     assert len(set(map(tuple, ids))) == 4
-    assert fast("gpt2", TENS, RANDOM, 10, eot=-1) == ids
-    assert fast("gpt2", TENS, RANDOM, 10, eot=-1, seed=1) != ids
+    assert fast("gpt2", TENS, RANDOM, 10, stops=[]) == ids
+    assert fast("gpt2", TENS, RANDOM, 10, stops=[], seed=1) != ids
 
 
 def test_end_of_text_ends_its_row_and_no_other():
-    endless = fast("gpt2", PROMPTS, RANDOM, 60, seed=3, eot=-1)
+    endless = fast("gpt2", PROMPTS, RANDOM, 60, seed=3, stops=[])
     for eot in (endless[0][2], endless[1][30], endless[2][59]):
         expected = [ids[: ids.index(eot)] if eot in ids else ids for ids in endless]
-        assert fast("gpt2", PROMPTS, RANDOM, 60, seed=3, eot=eot) == expected
+        assert fast("gpt2", PROMPTS, RANDOM, 60, seed=3, stops=[eot]) == expected
+
+
+def test_any_of_many_stop_tokens_ends_a_row():
+    endless = fast("gpt2", PROMPTS, RANDOM, 20, seed=3, stops=[])
+    stops = [endless[0][12], endless[1][3], endless[2][7], endless[3][15], 63]
+    expected = [ids[: min(i for i, token in enumerate(ids) if token in stops)] for ids in endless]
+    assert fast("gpt2", PROMPTS, RANDOM, 20, seed=3, stops=stops) == expected
+
+
+@pytest.mark.parametrize("stops", [[], [EOT, 5, 6]])
+def test_tokens_are_told_while_they_are_made(stops: list[int]):
+    """Row by row in order, the first one alone, no more than four at a time; all of them are what is returned."""
+    told: list[tuple[int, list[int]]] = []
+    got = fast("gpt2", PROMPTS, RANDOM, 60, seed=3, stops=stops, on_tokens=lambda row, ids: told.append((row, ids)))
+    assert got == fast("gpt2", PROMPTS, RANDOM, 60, seed=3, stops=stops)
+    for row, ids in enumerate(got):
+        pieces = [piece for b, piece in told if b == row]
+        assert sum(pieces, []) == ids
+        assert not ids or len(pieces[0]) == 1 and max(map(len, pieces)) == 4
+    assert stops or [row for row, _ in told[:4]] == [0, 1, 2, 3]
+
+
+def test_an_error_in_the_callback_ends_decoding():
+    """Ctrl-C raises there, or between two calls."""
+
+    def stop(row: int, ids: list[int]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fast("gpt2", PROMPTS, RANDOM, 60, on_tokens=stop)
+
+
+def test_repetition_penalty_counts_the_prompt_and_what_was_written():
+    """Against the uncached model and the paper's formula, past the end of the context too."""
+    sampling = Sampling(0, repetition_penalty=1.3)
+    got = fast("llama", PROMPTS, sampling, 30, stops=[])
+    for prompt, ids in zip(PROMPTS, got, strict=True):
+        text, window = list(prompt), prompt[-24:]
+        for token in ids:
+            window = window if len(window) <= 24 else window[-12:]
+            padded = np.array([[*window, *[0] * (24 - len(window))]])
+            logits = np.asarray(slow_logits(MODELS["llama"], params_of("llama"), padded, len(window)))[0]
+            seen = np.isin(np.arange(64), text)
+            logits = np.where(seen, np.where(logits > 0, logits / 1.3, logits * 1.3), logits)
+            assert token == logits[:N_IDS].argmax()
+            text, window = [*text, token], [*window, token]
+    assert got != fast("llama", PROMPTS, GREEDY, 30, stops=[])
+
+
+def test_a_shorter_context_is_that_of_a_shorter_model():
+    """With rope, a model of 24 positions that is told to take 12 writes what a model of 12 does."""
+    short = GPT(replace(LLAMA, context_length=12))
+    ask = dict(sampling=RANDOM, max_new_tokens=30, stop_ids=[], n_ids=N_IDS, seed=0)
+    expected = generate(short, {"params": params_of("llama")}, PROMPTS, **ask)
+    assert fast("llama", PROMPTS, RANDOM, 30, stops=[], context_length=12) == expected
+    assert fast("llama", TENS, RANDOM, 10, context_length=99) == fast("llama", TENS, RANDOM, 10)
+
+
+def test_adapters_count():
+    """A model with LoRA adapters writes what the merged one does."""
+    lora, rng = LoRA(rank=2, alpha=4), np.random.default_rng(0)
+    model, base = MODELS["llama"].clone(lora=lora), params_of("llama")
+    shapes = jax.eval_shape(partial(init_adapters, model), jax.random.key(0))
+    adapters = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
+    merged = jax.tree_util.tree_map_with_path(
+        lambda path, x: merge(tuple(key.key for key in path), np.asarray(x), adapters, lora), base
+    )
+    ask = dict(sampling=GREEDY, max_new_tokens=8, stop_ids=[], n_ids=N_IDS, seed=0)
+    beside = generate(model, {"params": base, "lora": adapters}, TENS, **ask)
+    assert beside == generate(MODELS["llama"], {"params": merged}, TENS, **ask)
+    assert beside != generate(MODELS["llama"], {"params": base}, TENS, **ask)
 
 
 def test_padding_of_the_vocabulary_is_never_drawn():
@@ -147,9 +225,9 @@ def test_padding_of_the_vocabulary_is_never_drawn():
     params["norm"] = {**params["norm"], "bias": 5 * jnp.sign(params["wte"]["embedding"][60])}
     hidden = MODELS["gpt2"].apply({"params": params}, jnp.ones((1, 1), jnp.int32)).hidden
     assert jnp.argmax(hidden[0, 0] @ unembedding(params).T) >= N_IDS
-    ask = dict(max_new_tokens=20, eot_id=-1, n_ids=N_IDS, seed=0)
+    ask = dict(max_new_tokens=20, stop_ids=[], n_ids=N_IDS, seed=0)
     for sampling in (GREEDY, RANDOM):
-        ids = generate(MODELS["gpt2"], params, TENS, sampling=sampling, **ask)
+        ids = generate(MODELS["gpt2"], {"params": params}, TENS, sampling=sampling, **ask)
         assert max(map(max, ids)) < N_IDS
 
 
@@ -157,40 +235,41 @@ def test_half_precision_from_fp32_masters():
     """Cast by `generate` or before it, as numpy or JAX arrays: the same."""
     model, masters = MODELS["llama"].clone(dtype=jnp.float16), params_of("llama")
     halves = jax.tree.map(lambda x: np.asarray(x.astype(jnp.float16) if x.ndim > 1 else x), masters)
-    ask = dict(sampling=GREEDY, max_new_tokens=8, eot_id=-1, n_ids=N_IDS, seed=0)
-    assert generate(model, masters, PROMPTS, **ask) == generate(model, halves, PROMPTS, **ask)
+    ask = dict(sampling=GREEDY, max_new_tokens=8, stop_ids=[], n_ids=N_IDS, seed=0)
+    results = [generate(model, {"params": params}, PROMPTS, **ask) for params in (masters, halves)]
+    assert results[0] == results[1]
 
 
 def test_overflow_is_told():
     """Hidden states past 65,504 break fp16 alone; a broken parameter breaks fp32 as well."""
-    ask = dict(sampling=GREEDY, max_new_tokens=3, eot_id=-1, n_ids=N_IDS, seed=0)
+    ask = dict(sampling=GREEDY, max_new_tokens=3, stop_ids=[], n_ids=N_IDS, seed=0)
     params = dict(params_of("gpt2"))
     params["norm"] = {**params["norm"], "scale": params["norm"]["scale"] * 1e6}
     with pytest.raises(NonFiniteLogits, match="precision.compute=fp32"):
-        generate(MODELS["gpt2"].clone(dtype=jnp.float16), params, PROMPTS, **ask)
-    assert len(generate(MODELS["gpt2"], params, PROMPTS, **ask)[0]) == 3
+        generate(MODELS["gpt2"].clone(dtype=jnp.float16), {"params": params}, PROMPTS, **ask)
+    assert len(generate(MODELS["gpt2"], {"params": params}, PROMPTS, **ask)[0]) == 3
     params["norm"] = {**params["norm"], "scale": params["norm"]["scale"] * jnp.nan}
     with pytest.raises(NonFiniteLogits, match="--step"):
-        generate(MODELS["gpt2"], params, PROMPTS, **ask)
+        generate(MODELS["gpt2"], {"params": params}, PROMPTS, **ask)
 
 
 def test_new_prompts_compile_nothing():
     fast("gpt2", TENS, RANDOM, 10)
     before = decode.prefill._cache_size(), decode.decode._cache_size()
     for length in range(1, 11):
-        fast("gpt2", [[1] * length] * 4, RANDOM, 20 - length, seed=length, eot=length)
+        told = (lambda row, ids: None) if length % 2 else None
+        stops = range(length % 5)
+        fast("gpt2", [[1] * length] * 4, RANDOM, 20 - length, seed=length, stops=stops, on_tokens=told)
     assert (decode.prefill._cache_size(), decode.decode._cache_size()) == before
 
 
-def test_no_prompts_and_empty_ones():
+def test_nothing_to_do():
     assert fast("gpt2", [], GREEDY, 5) == []
-    assert fast("gpt2", [[1], []], GREEDY, 0) == [[], []]
-    first, second, *_ = fast("gpt2", [[], [EOT], [1], [2]], GREEDY, 20)
-    assert first == second
+    assert fast("gpt2", [[1], [2]], GREEDY, 0) == [[], []]
     assert bucket(1, 3) == 3
 
 
-@pytest.mark.parametrize(("prompt", "new"), [([N_IDS], 1), ([-1], 1), ([1], -1)])
+@pytest.mark.parametrize(("prompt", "new"), [([N_IDS], 1), ([-1], 1), ([1], -1), ([], 1)])
 def test_bad_input(prompt: list[int], new: int):
     with pytest.raises(UserError, match="Allowed: "):
         fast("gpt2", [prompt], GREEDY, new)

@@ -126,3 +126,14 @@ def test_gpus_are_all_used_or_the_batch_is_refused(monkeypatch):
     assert devices.training_devices(12) == pair
     with pytest.raises(UserError, match=r"is 7, and this machine has 2 devices.*multiple of 2.*global_batch_size=8"):
         devices.training_devices(7)
+
+
+def test_free_memory_is_what_the_allocator_says_else_the_cards():
+    """A T4 as JAX shows it, with and without an allocator that counts; a CPU has none."""
+    counts = SimpleNamespace(
+        **vars(fake_gpu("Tesla T4", "7.5")), memory_stats=lambda: dict(bytes_limit=9, bytes_in_use=2)
+    )
+    silent = SimpleNamespace(**vars(fake_gpu("Tesla T4", "7.5")), memory_stats=lambda: None)
+    assert devices.free_memory(counts) == 7  # type: ignore[arg-type]
+    assert devices.free_memory(silent) == devices.describe(silent).memory_bytes  # type: ignore[arg-type]
+    assert devices.free_memory(jax.local_devices()[0]) is None

@@ -1,8 +1,16 @@
 """The command that writes text: prompts from everywhere, one text a seed, nothing but the text on stdout."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+
+from jgpt.exchange.pretrained import export_model
+from jgpt.inference.decode import generate
+from jgpt.inference.sampling import Sampling
+from jgpt.training.loading import load_model
 
 PROMPT = "7 times "
 
@@ -58,10 +66,61 @@ def test_an_older_checkpoint(command, trained):
     assert result.code == 0 and "step 2" in result.err
 
 
+def test_streamed_text_is_the_same(write):
+    text = write(f"--prompt={PROMPT}")
+    assert write(f"--prompt={PROMPT}", "--stream") == text == write(f"--prompt={PROMPT}", "--nostream")
+
+
+def test_longer_than_the_context(write):
+    """The run's context is 16; with a single token in view some of many texts differ."""
+    ask = f"--prompt={PROMPT}", "--max_new_tokens=40", "--num_samples=50"
+    whole = write(*ask)
+    assert write(*ask, "--context_length=1") != whole == write(*ask, "--context_length=999")
+
+
+def test_penalized_repetitions_are_fewer(write):
+    ask = f"--prompt={PROMPT}", "--max_new_tokens=16", "--temperature=0"
+    plain, penalized = write(*ask), write(*ask, "--repetition_penalty=5")
+    assert len(set(plain[8:])) < len(set(penalized[8:]))
+
+
+@pytest.fixture
+def exported(trained, tmp_path) -> Path:
+    loaded = load_model(str(trained))
+    out, n_ids = tmp_path / "model", loaded.tokenizer.vocab_size
+    ids = dict(vocab_size=n_ids, stop_ids=loaded.stop_ids)
+    export_model(out, loaded.params, loaded.model.config, loaded.tokenizer, **ids, dtype="fp32")
+    return out
+
+
+def test_a_hugging_face_directory(command, write, exported):
+    result = command("generate", f"--model={exported}", "--max_new_tokens=12", f"--prompt={PROMPT}")
+    assert result.code == 0, result.err
+    assert result.out == write(f"--prompt={PROMPT}") and "step" not in result.err
+
+
+def test_a_text_begins_as_the_tokenizer_has_it(command, exported):
+    """Llama's models have seen a token before every text, which their tokenizer.json names: they are shown it here."""
+    path = exported / "tokenizer.json"
+    content = json.loads(path.read_text())
+    unknown = next(token["id"] for token in content["added_tokens"] if token["content"] == "<unk>")
+    processor = TemplateProcessing("<unk> $A", "$A $B", [("<unk>", unknown)])
+    path.write_text(json.dumps(content | {"post_processor": json.loads(processor.__getstate__())}))
+    loaded = load_model(str(exported))
+    for prompt in (PROMPT, ""):
+        ids = loaded.tokenizer.encode(prompt).tolist()
+        ask = dict(sampling=Sampling(0), max_new_tokens=12, stop_ids=loaded.stop_ids, seed=0)
+        n_ids = loaded.tokenizer.vocab_size
+        (new,) = generate(loaded.model, {"params": loaded.params}, [[unknown, *ids]], **ask, n_ids=n_ids)
+        flags = f"--model={exported}", "--max_new_tokens=12", f"--prompt={prompt}", "--temperature=0"
+        assert command("generate", *flags).out == loaded.tokenizer.decode(ids + new) + "\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "stdin", "parts"),
     [
-        (["--run_dir={tmp}/nothing"], "", ["/nothing holds no trained model"]),
+        (["--run_dir={tmp}/nothing"], "", ["there is no directory", "/nothing"]),
+        ([], "", ["no --model was given", "runs/quickstart"]),
         (["--run_dir={run}", "--step=3"], "", ["step 3 is not among the checkpoints", "Allowed: 2, 4"]),
         (["--run_dir={run}", "--prompt=a", "--prompt_file=b"], "", ["both --prompt and --prompt_file"]),
         (["--run_dir={run}", "--prompt_file={tmp}/none.txt"], "", ["none.txt", "No such file"]),

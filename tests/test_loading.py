@@ -1,13 +1,15 @@
 """Models by name: what is loaded is what was trained."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jgpt.config import UserError
 from jgpt.model.build import count_parameters
-from jgpt.training.loading import load_model
+from jgpt.training.loading import LoadedModel, load_model
 
 
 def test_load_model_is_the_run(trained: Path):
@@ -22,8 +24,20 @@ def test_load_model_is_the_run(trained: Path):
     assert load_model(str(trained), 2).step == 2
 
 
+def test_two_devices_share_what_one_holds(trained: Path):
+    one, two = (load_model(str(trained), devices=n) for n in ("1", "2"))
+    tokens = np.arange(12).reshape(1, -1) % 9
+
+    def hidden(loaded: LoadedModel) -> np.ndarray:
+        output: Any = jax.jit(lambda p: loaded.model.apply({"params": p}, tokens))(loaded.params)
+        return np.asarray(output.hidden)
+
+    assert not two.params["h_0"]["attn"]["qkv"]["kernel"].is_fully_replicated
+    np.testing.assert_allclose(hidden(one), hidden(two), atol=1e-5)
+
+
 def test_load_model_refuses(own_run: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="holds no trained model"):
+    with pytest.raises(UserError, match="there is no directory"):
         load_model(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"step 3 is not among the checkpoints of .*Allowed: 2, 4\."):
         load_model(str(own_run), 3)

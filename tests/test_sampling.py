@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jgpt.config import UserError
-from jgpt.inference.sampling import RULED_OUT, Sampling, keep_min_p, keep_top_k, keep_top_p, sample
+from jgpt.inference.sampling import RULED_OUT, Sampling, keep_min_p, keep_top_k, keep_top_p, penalize, sample
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (7, 50)).astype(np.float32)
 
@@ -47,6 +47,16 @@ def test_min_p(p: float):
     np.testing.assert_array_equal(
         kept(keep_min_p(LOGITS, p)), probabilities >= p * probabilities.max(-1, keepdims=True)
     )
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.3])
+def test_repetition_penalty(penalty: float):
+    seen = np.random.default_rng(1).random(LOGITS.shape) < 0.3
+    expected = np.where(seen, np.where(LOGITS > 0, LOGITS / np.float32(penalty), LOGITS * np.float32(penalty)), LOGITS)
+    np.testing.assert_allclose(penalize(jnp.asarray(LOGITS), jnp.asarray(seen), penalty), expected, rtol=1e-6)
+    keys = jax.random.split(jax.random.key(0), len(LOGITS))
+    greedy = sample(keys, jnp.asarray(LOGITS), Sampling(0, repetition_penalty=penalty), jnp.asarray(seen))
+    np.testing.assert_array_equal(greedy, expected.argmax(-1))
 
 
 def test_equal_logits_stay_together():
@@ -99,5 +109,6 @@ def test_out_of_range(sampling: Sampling):
 
 def test_all_problems_at_once():
     with pytest.raises(UserError) as error:
-        Sampling(-1, -1, -1, -1).validate()
-    assert [line.split("=")[0] for line in str(error.value).splitlines()] == ["temperature", "top_k", "top_p", "min_p"]
+        Sampling(-1, -1, -1, -1, -1).validate()
+    rules = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"]
+    assert [line.split("=")[0] for line in str(error.value).splitlines()] == rules

@@ -19,7 +19,8 @@ from jgpt.model.build import abstract_params, count_parameters, flops_per_token,
 from jgpt.model.gpt import ModelConfig
 from jgpt.training import setup
 from jgpt.training.checkpoint import Checkpoints, state_bytes
-from jgpt.training.setup import check_disk, set_up
+from jgpt.training.run_dir import read_config
+from jgpt.training.setup import adopt_source, check_disk, set_up
 
 GPT2 = ModelConfig(
     50304, 1024, 12, 12, 12, 768, 64, 3072, position="learned", norm="layernorm", mlp="gelu", bias=True
@@ -47,7 +48,8 @@ def with_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(setup, "training_devices", lambda size: [devices[i % 2] for i in range(n)])
         if n > 2:
             monkeypatch.setattr(setup, "Pmap", lambda devices: SimpleNamespace(
-                devices=devices, shares=n, train_step=lambda step: step, eval_step=lambda step: step, place_batch=lambda x: x
+                devices=devices, shares=n, train_step=lambda step: step, eval_step=lambda step: step,
+                place_batch=lambda x: x,
             ))  # fmt: skip
 
     return pretend
@@ -182,3 +184,68 @@ def test_check_disk_counts_what_the_old_checkpoints_hold(
     (tmp_path / "checkpoints" / "5" / "params").mkdir(parents=True)
     (tmp_path / "checkpoints" / "5" / "params" / "data").write_bytes(b"x" * state_bytes(abstract))
     check_disk(tmp_path, abstract, options)
+
+
+def test_sequence_length_is_what_is_trained_on(trained: Path):
+    """Batches, validation and FLOPs have it; the model sees its whole context."""
+    whole = set_up(config_of(), data_of())
+    short = set_up(config_of(**{"batch.sequence_length": 4}), data_of())
+    assert short.model.config.context_length == 8 and short.sequence_length == 4
+    assert short.batch(0).tokens.shape[-1] == 5 and all(len(block.tokens) == 5 for block in short.val_blocks)
+    assert short.tokens_per_step == whole.tokens_per_step / 2
+    assert whole.flops_per_token - short.flops_per_token == 12 * 2 * 8 * 4  # attention's: 12 L N H for each position
+
+
+def test_frozen_matrices_cost_two_thirds():
+    """Of 6 operations for a parameter 2 are its own gradient's; adapters have theirs."""
+    attention = 12 * 12 * 768 * 1024
+    assert flops_per_token(GPT2, 1000) == pytest.approx((flops_per_token(GPT2) - attention) * 2 / 3 + attention + 6000)
+
+
+def from_trained(trained: Path, **changes: Any) -> ConfigDict:
+    config = default_config()
+    config.update_from_flattened_dict({"init_from": str(trained)} | changes)
+    return config
+
+
+def test_init_from_settles_the_model_and_the_tokenizer(trained: Path, tmp_path: Path):
+    given = from_trained(trained, **{"model.dropout": 0.2, "model.d_model": 16, "tokenizer.chat_template": "a.jinja"})
+    config, source = adopt_source(given, tmp_path)
+    assert source is not None and source.step == 4
+    theirs = read_config(trained).model
+    assert {**config.model, "dropout": 0.0} == dict(theirs) and config.model.dropout == 0.2
+    assert (config.tokenizer.kind, config.tokenizer.pretrained) == ("hf", str(trained / "tokenizer"))
+    assert config.tokenizer.chat_template == "a.jinja" and given.model.n_layers == 6
+    untouched = default_config()
+    assert adopt_source(untouched, tmp_path) == (untouched, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model.d_model": 32, "model.context_length": 8},
+            r"(?s)model.context_length: 8 .* has 16.*model.d_model: 32 ",
+        ),
+        ({"tokenizer.kind": "char"}, "tokenizer.kind: 'char' was given, the model has 'hf'"),
+        ({"batch.sequence_length": 17}, "batch.sequence_length=17, and .* sees 16 tokens"),
+        ({"init_from": "/nowhere/at/all"}, "there is no directory '/nowhere/at/all'"),
+    ],
+)
+def test_what_contradicts_the_source_is_refused(changes: dict[str, Any], message: str, trained: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=message):
+        adopt_source(from_trained(trained, **changes), tmp_path)
+
+
+def test_adapters_need_a_layer_to_adapt():
+    lora = {"init_from": "some/model", "lora.rank": 2}
+    training = set_up(config_of(**lora, **{"lora.targets": "qkv, up"}), data_of())
+    assert set(jax.eval_shape(training.init).params["h_0"]) == {"attn"}  # the other name is of the other architecture
+    with pytest.raises(UserError, match=r"lora.targets='up', .* has none of these layers.*gate_up"):
+        set_up(config_of(**lora, **{"lora.targets": "up"}), data_of())
+
+
+def test_a_model_without_a_home_is_refused_where_export_is_required():
+    set_up(config_of(**{"export.require": True}), data_of())
+    with pytest.raises(UserError, match="no Hugging Face architecture"):
+        set_up(config_of(**{"export.require": True, "model.mlp": "gelu"}), data_of())

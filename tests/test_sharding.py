@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jgpt.inference.decode import generate
 from jgpt.inference.sampling import Sampling
 from jgpt.model.gpt import GPT, ModelConfig
+from jgpt.model.kv_cache import empty_cache
 from jgpt.model.sharding import (
     cache_sharding,
     device_mesh,
@@ -95,6 +96,19 @@ def test_devices_exchange_sums_only(name: str):
     assert not re.search(r"all-gather|all-to-all|collective-permute", program)
     whole = {"odd heads": 2, "odd mlp": 2, "odd vocabulary": 1}.get(name, 0)
     assert len(re.findall(r" all-reduce(?:-start)?\(", program)) == 5 - whole
+
+
+@pytest.mark.parametrize("name", ["even", "repeated", "gpt2"])
+def test_decoding_one_token_gathers_neither_the_embedding_nor_the_cache(name: str):
+    model, params = split(name)
+    c = model.config
+    sharding = cache_sharding(c, device_mesh(jax.local_devices()))
+    cache = jax.device_put(empty_cache(c.n_layers, 1, 24, c.n_kv_heads, c.d_head, jnp.float32), sharding)
+    step = jax.jit(lambda params, token, place, cache: model.apply({"params": params}, token, place, cache))
+    compiled = step.lower(params, TOKENS[:1, :1], np.array([[5]], np.int32), cache).compile()
+    assert not re.search(r"all-gather|all-to-all|collective-permute", compiled.as_text())
+    for layer in jax.tree.leaves(compiled.output_shardings.cache):
+        assert layer.shard_shape((1, 4, 24, 8)) == (1, 2, 24, 8)
 
 
 @every

@@ -58,8 +58,8 @@ def same(a: Any, b: Any) -> None:
 @pytest.mark.parametrize(
     ("family", "shapes"),
     [
-        ("llama", OWN), ("llama", replace(OWN, bias=True, tie_embeddings=False)), ("qwen2", replace(OWN, qkv_bias=True)),
-        ("qwen3", replace(OWN, qk_norm=True, qkv_bias=True)), ("mistral", OWN),
+        ("llama", OWN), ("llama", replace(OWN, bias=True, tie_embeddings=False)), ("mistral", OWN),
+        ("qwen2", replace(OWN, qkv_bias=True)), ("qwen3", replace(OWN, qk_norm=True, qkv_bias=True)),
         ("gpt2", replace(OWN, n_kv_heads=4, position="learned", norm="layernorm", mlp="gelu", bias=True)),
         ("gpt2", replace(OWN, n_kv_heads=4, position="learned", norm="layernorm", mlp="gelu")),
     ],

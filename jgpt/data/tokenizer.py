@@ -43,10 +43,13 @@ class Tokenizer:
         self.backend = tokenizers.Tokenizer.from_str(tokenizer_json)
         self.backend.no_truncation()
         self.backend.no_padding()
+        # What it puts before a text, as Llama's <s>; `encode` does not.
+        start = self.backend.encode("").ids
         self.backend.post_processor = None  # it adds special tokens, which is never asked for, and trims offsets
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1  # as many as the ids, though a vocabulary may leave some out
         self.eot_id: int = vocabulary[settings["eos_token"]]
+        self.start_ids = [i for i in start if i != self.eot_id]
         self.sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
         self._character_ids = _character_ids(tokenizer_json, vocabulary)
         self._specials = re.compile(f"({re.escape(UNKNOWN)}|{re.escape(END_OF_TEXT)})")

@@ -58,7 +58,7 @@ def _below(directory: Path) -> Path:
         raise UserError(f"{directory} holds {len(found)} models: {listed}. Name one of them.")
     raise UserError(
         f"{directory} holds no model. Needed is config.json with weights in .safetensors beside it, there or in one"
-        " directory below. Name a directory that has them."
+        " directory below; or a training run that has saved at least once. Name such a directory."
     )
 
 

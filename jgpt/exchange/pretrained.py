@@ -41,6 +41,7 @@ class Pretrained:
     tensors: dict[str, Stored]  # by their names in `tensors.py`
     stop_ids: tuple[int, ...]  # that end a text, by config.json and generation_config.json
     dtype: str  # of most weights: "fp32", "fp16", "bf16"
+    sampling: dict[str, float]  # temperature and the like, where generation_config.json advises any
 
     def tokenizer(self) -> Tokenizer:
         """Open the tokenizer; raise UserError when it has more ids than the model has rows."""
@@ -67,8 +68,11 @@ def open_pretrained(directory: Path) -> Pretrained:
             " safetensors, a tokenizer. Name the directory that holds them."
         )
     config = _read_json(directory / "config.json")
-    generation = directory / "generation_config.json"
-    stops = _ids(config) + (_ids(_read_json(generation)) if generation.is_file() else ())
+    path = directory / "generation_config.json"
+    generation = _read_json(path) if path.is_file() else {}
+    stops = _ids(config) + _ids(generation)
+    rules = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    sampling = {rule: generation[rule] for rule in rules if isinstance(generation.get(rule), int | float)}
     try:
         family, model = read_config(config)
         shapes = model_config(model, 0)
@@ -76,7 +80,8 @@ def open_pretrained(directory: Path) -> Pretrained:
     except UserError as error:
         text = str(error)
         raise UserError(text if str(directory) in text else f"{directory}: {text}") from None
-    return Pretrained(directory, family, model, shapes, tensors, tuple(dict.fromkeys(stops)), main_dtype(tensors))
+    stop_ids, dtype = tuple(dict.fromkeys(stops)), main_dtype(tensors)
+    return Pretrained(directory, family, model, shapes, tensors, stop_ids, dtype, sampling)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -67,14 +67,16 @@ def generate(
     stop_ids: Sequence[int],
     n_ids: int,
     seed: int,
+    context_length: int = 0,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens and return what is new, without the stop token.
 
     `variables` holds "params", and "lora" where the model has adapters; they may be the fp32 masters: matrices are cast
     to `model.dtype` once. A text ends with any of `stop_ids`. Ids from `n_ids` on are never drawn. What row b draws
-    depends on (seed, b, place in the text) alone, not on the rows beside it. `on_tokens(b, ids)` is told what row b has
-    got since the last time, every few tokens, beginning with the first: all of it adds up to what is returned.
+    depends on (seed, b, place in the text) alone, not on the rows beside it. At most `context_length` tokens are in
+    view at a time (0: as many as the model can). `on_tokens(b, ids)` is told what row b has got since the last time,
+    every few tokens, beginning with the first: all of it adds up to what is returned.
 
     Raises:
         UserError: an id of a prompt, `sampling` or `max_new_tokens` is out of range.
@@ -96,7 +98,8 @@ def generate(
     stops = np.array([*stop_ids, *[-1] * (-len(stop_ids) % 4)] or [-1] * 4, np.int32)
     starts, wanted = [len(text) for text in texts], [len(text) + max_new_tokens for text in texts]
     done = [max_new_tokens == 0] * len(texts)
-    most, keep = max(wanted), model.config.context_length
+    longest = min(context_length or model.config.context_length, model.config.context_length)
+    most, keep = max(wanted), longest
     # A shorter cache makes each token cheaper; where it is shorter than the context, no row can fill it.
     size = bucket(min(most, keep), keep)
     while not all(done):
@@ -125,7 +128,7 @@ def generate(
             if np.all(now_done | (ends > size)):
                 break
             rows = decode(model, sampling, variables, task, rows, STREAM_STEPS)
-        keep = max(1, model.config.context_length // 2)
+        keep = max(1, longest // 2)
     return [_without_stop(text[start:], stops) for text, start in zip(texts, starts, strict=True)]
 
 
@@ -238,5 +241,5 @@ def _advice(model: GPT) -> str:
     if model.dtype == jnp.float32:
         return given + "The parameters are broken, as after a diverged training: take an earlier checkpoint (--step)."
     return (
-        given + "Compute in fp32, whose range is wider: precision.compute=fp32 in a config, --compute=fp32 in generate."
+        given + "Compute in fp32, whose range is wider: precision.compute=fp32 in a config, --compute=fp32 as a flag."
     )

@@ -33,12 +33,11 @@ class LayerCache(NamedTuple):
         A position past the end is dropped. What a row holds at positions that it has not reached is garbage, which
         no query sees: it is masked by position, and overwritten before it comes into view.
         """
-        positions = jnp.broadcast_to(positions, k.shape[:2])[:, None, :]
-        rows, heads = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[2])[None, :, None]
-        k, v = (x.swapaxes(1, 2).astype(self.keys.dtype) for x in (k, v))
+        # No index for the heads: where they are split over devices, each writes its own.
+        here = jnp.arange(k.shape[0])[:, None], slice(None), jnp.broadcast_to(positions, k.shape[:2])
         return LayerCache(
-            self.keys.at[rows, heads, positions].set(k, mode="drop"),
-            self.values.at[rows, heads, positions].set(v, mode="drop"),
+            self.keys.at[here].set(k.astype(self.keys.dtype), mode="drop"),
+            self.values.at[here].set(v.astype(self.values.dtype), mode="drop"),
         )
 
 

@@ -34,6 +34,7 @@ class LoadedModel:
     step: int | None
     val_loss: float | None
     stop_ids: tuple[int, ...]
+    sampling: dict[str, float]  # the temperature and the like that its publisher advises, where any
 
 
 def choose_device_policy(compute: str, params: str, device: jax.Device) -> Policy:
@@ -59,9 +60,8 @@ def load_model(
     source = open_source(name, step, base=base)
     # What a run computed in need not exist here: a model trained in bf16 runs in fp16 on a T4.
     policy = choose_device_policy(compute, "fp32", jax.local_devices()[0])
-    placement = choose_placement(
-        source.shapes, policy.compute, context_length or source.shapes.context_length, rows, devices
-    )
+    longest = source.shapes.context_length
+    placement = choose_placement(source.shapes, policy.compute, min(context_length or longest, longest), rows, devices)
     params = load_params(source, policy.compute, placement.place)
     return LoadedModel(
         config=source.config,
@@ -72,6 +72,7 @@ def load_model(
         step=source.step,
         val_loss=source.val_loss,
         stop_ids=source.stop_ids,
+        sampling=source.sampling,
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jgpt.config import UserError
+from jgpt.data.chat import render
 from jgpt.data.memmap import TokenData
 from jgpt.inference.decode import NonFiniteLogits, generate
 from jgpt.inference.sampling import Sampling
@@ -172,7 +173,11 @@ class Run:
         c, tokenizer = self.config.sample, self.data.tokenizer
         if not c.num_samples:
             return
-        prompt = tokenizer.encode(c.prompt).tolist() if c.prompt else [tokenizer.eot_id]
+        text = c.prompt
+        if text and self.data.is_chat:  # it is what a user says
+            settings = tokenizer.settings
+            text = render(settings["chat_template"], settings, [{"role": "user", "content": text}], True)
+        prompt = tokenizer.encode(text).tolist() if text else [tokenizer.eot_id]
         try:
             texts = generate(
                 self.training.model,
@@ -187,7 +192,7 @@ class Run:
         except NonFiniteLogits as error:  # no reason to lose a run
             log.warning("no samples at step %d: %s", self.step, error)
             return
-        decoded = [c.prompt + tokenizer.decode(ids) for ids in texts]
+        decoded = [text + tokenizer.decode(ids) for ids in texts]
         append_samples(self.run_dir / "samples.txt", self.step, self.val_loss, decoded)
         log.info(
             "%s", "\n".join(f"--- sample {i} at step {self.step} ---\n{text}" for i, text in enumerate(decoded, 1))

@@ -45,6 +45,12 @@ class Source:
     base: "Source | None" = None  # what the adapters of a LoRA run belong to
     pretrained: Pretrained | None = None
 
+    @property
+    def sampling(self) -> dict[str, float]:
+        """The temperature and the like that its publisher advises, where any."""
+        source = self.base or self
+        return source.pretrained.sampling if source.pretrained else {}
+
 
 def is_run(directory: Path) -> bool:
     """Tell a run directory, whether it has saved or not, from one of Hugging Face's layout."""
@@ -112,7 +118,7 @@ def _open_base(run_dir: Path, init_from: str, fingerprint: str, base: str) -> So
     except UserError as error:
         raise UserError(
             f"{run_dir} holds LoRA adapters, and the model that they belong to was looked for at {base or init_from}:"
-            f" {error} Say where it is now by --base=DIR."
+            f" {error} Say where it is now by --base=DIR, or mend init_from in {run_dir / 'config.json'}."
         ) from None
 
 

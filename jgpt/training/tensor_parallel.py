@@ -4,6 +4,7 @@ In the data path: in the place of `Pmap` in `training/step.py`, with the same me
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,7 +35,9 @@ class TensorParallel:
         """Compile (state, frozen, batch [1, A, B, ...]) -> (state, metrics); the state's memory is reused."""
 
         def on_all(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Numbers]:
-            return step(state, frozen, _only(batch), lambda tree: tree, 0)
+            # Whole gradients, before the optimizer: else each device updates its part, and exchanges moments as well.
+            whole = partial(jax.lax.with_sharding_constraint, shardings=self._copied)
+            return step(state, frozen, _only(batch), whole, 0)
 
         return jax.jit(on_all, donate_argnums=0, out_shardings=self._copied)
 

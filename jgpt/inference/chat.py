@@ -1,0 +1,190 @@
+"""A conversation: the messages so far and a question in, the model's answer out, piece by piece.
+
+In the data path: around `decode.py`; the model's own template (`data/chat.py`) turns the messages into a prompt.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jgpt.config import UserError
+from jgpt.data.chat import Message, render
+from jgpt.data.tokenizer import Tokenizer
+from jgpt.inference.decode import generate
+from jgpt.inference.sampling import Sampling
+from jgpt.inference.text_stream import TextStream
+from jgpt.model.gpt import GPT
+
+HELP = """/reset      forget the conversation (the system prompt stays)
+/save FILE  add the conversation to FILE as a line of JSON, as jgpt.train reads for fine-tuning (data.format=chat)
+/quit       end, as Ctrl-D does; Ctrl-C stops an answer
+/help       this"""
+
+
+@dataclass
+class Answer:
+    """What the model said, how long it took, and what there is to know about it."""
+
+    text: str = ""
+    n_tokens: int = 0
+    seconds_to_first: float = 0.0
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Say the speed in a line: tokens a second after the first, which waits for the whole prompt."""
+        parts = [f"{self.n_tokens} tokens"]
+        if self.n_tokens > 1:
+            parts += [f"{(self.n_tokens - 1) / (self.seconds - self.seconds_to_first):.1f} a second"]
+        return ", ".join([*parts, f"the first after {self.seconds_to_first:.2f} s", *self.notes])
+
+
+class Chat:
+    """A model, how it answers, and the conversation so far."""
+
+    def __init__(
+        self,
+        model: GPT,
+        variables: Any,
+        tokenizer: Tokenizer,
+        *,
+        template: str,
+        system: str | None,
+        sampling: Sampling,
+        max_new_tokens: int,
+        context_length: int,
+        stop_ids: Iterable[int],
+        seed: int,
+    ) -> None:
+        """Prepare the conversation; `system` is its first message, None for what the template says without one."""
+        sampling.validate()
+        self.model, self.variables, self.tokenizer, self.template = model, variables, tokenizer, template
+        self.sampling, self.max_new_tokens, self.seed = sampling, max_new_tokens, seed
+        self.context_length = min(context_length or model.config.context_length, model.config.context_length)
+        self.system: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.turns: list[Message] = []
+        self.forgotten = 0  # the oldest messages, that no longer fit the context
+        self.stop_ids = [*stop_ids, *self._end_of_turn()]
+        self.answers = 0
+
+    def ask(self, question: str, write: Callable[[str], None]) -> Answer:
+        """Answer a question, which joins the conversation with its answer; `write` gets the text while it is made.
+
+        Ctrl-C ends the answer, and what there is of it stays. Raises UserError when the question does not fit.
+        """
+        ids, answer = self._prompt({"role": "user", "content": question})
+        most = min(self.max_new_tokens, self.context_length - len(ids))
+        stream, began = TextStream(self.tokenizer, ids), time.perf_counter()
+
+        def on_tokens(_: int, new: list[int]) -> None:
+            if not answer.n_tokens:
+                answer.seconds_to_first = time.perf_counter() - began
+            answer.n_tokens += len(new)
+            tell(stream.add(new))
+
+        def tell(piece: str) -> None:
+            answer.text += piece
+            write(piece)
+
+        try:
+            generate(
+                self.model,
+                self.variables,
+                [ids],
+                sampling=self.sampling,
+                max_new_tokens=most,
+                stop_ids=self.stop_ids,
+                n_ids=self.tokenizer.vocab_size,
+                seed=self.seed,
+                on_tokens=on_tokens,
+            )
+        except KeyboardInterrupt:
+            answer.notes.append("stopped")
+        answer.seconds = time.perf_counter() - began
+        tell(stream.close())
+        if answer.n_tokens == most:
+            answer.notes.append(f"cut at {most}")
+        if not self.answers:
+            answer.notes.append("compilation included")
+        self.answers += 1
+        if answer.text.strip():
+            content = answer.text.strip()
+            self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
+        return answer
+
+    def reset(self) -> None:
+        """Forget everything but the system prompt."""
+        self.turns, self.forgotten = [], 0
+
+    def save(self, path: Path) -> None:
+        """Add the whole conversation to a file, as one line of JSON that fine-tuning reads."""
+        if not self.turns:
+            raise UserError("there is nothing to save yet. Needed: a question and its answer. Ask something first.")
+        try:
+            with path.expanduser().open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": self.system + self.turns}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written: {error.strerror}. Allowed: a file in a directory that is there. Name one."
+            ) from None
+
+    def _prompt(self, question: Message) -> tuple[list[int], Answer]:
+        """Encode what the model is shown: as many of the last turns as leave room for an answer."""
+        room = self.context_length - min(self.max_new_tokens, self.context_length // 2)
+        for first in range(self.forgotten, len(self.turns) + 1, 2):
+            ids = self._encode([*self.system, *self.turns[first:], question])
+            if len(ids) <= room:
+                answer, self.forgotten = Answer(), first
+                if first:
+                    answer.notes.append(f"without the first {first // 2} turns, for which there is no room")
+                return ids, answer
+        raise UserError(
+            f"the question is too long: with the system prompt it has {len(ids)} tokens. Allowed: {room}, in a context"
+            f" of {self.context_length}. Shorten it, or raise --context_length where the model has more."
+        )
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        # Templates spell out all special tokens, the first one too: nothing is added to what they give.
+        return self.tokenizer.encode(render(self.template, self.tokenizer.settings, messages, True)).tolist()
+
+    def _end_of_turn(self) -> list[int]:
+        """Return the special token by which the template ends an answer; models often name another to end a text."""
+        said = "\N{SNOWMAN}"
+        messages = [*self.system, {"role": "user", "content": said}, {"role": "assistant", "content": said}]
+        _, _, end = render(self.template, self.tokenizer.settings, messages, False).rpartition(said)
+        ids = self.tokenizer.encode(end).tolist()[:1]
+        special = self.tokenizer.backend.get_added_tokens_decoder()
+        return [i for i in ids if i in special and special[i].special]
+
+
+def talk(chat: Chat, read: Callable[[], str], write: Callable[[str], None], say: Callable[[str], None]) -> None:
+    """Answer what `read` returns until it raises EOFError or asks to quit; `say` takes all that is no answer."""
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            say("\nCtrl-D or /quit ends the chat.")
+            continue
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            elif command == "/reset":
+                chat.reset()
+                say("The conversation begins anew.")
+            elif command == "/save" and argument:
+                chat.save(Path(argument.strip()))
+                say(f"Added to {argument.strip()}.")
+            elif command.startswith("/"):
+                say(HELP)
+            elif line:
+                answer = chat.ask(line, write)
+                write("\n")
+                say(f"[{answer.summary()}]")
+        except UserError as error:
+            say(f"error: {error}")
