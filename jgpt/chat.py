@@ -23,6 +23,7 @@ from jgpt.data.chat import read_template
 from jgpt.hardware.devices import describe, set_up_process
 from jgpt.inference.chat import HELP, Chat, talk
 from jgpt.inference.sampling import Sampling
+from jgpt.kaggle.secrets import provide_hub_token
 from jgpt.training.loading import load_model
 
 PROMPT = "> "
@@ -68,6 +69,7 @@ def main() -> None:
     given = {name: getattr(args, name) for name in asdict(DEFAULT) if getattr(args, name) is not None}
     Sampling(**given).validate()
     template = read_template(args.chat_template) if args.chat_template else None
+    provide_hub_token(args.model)
     set_up_process()
     loaded = load_model(args.model, args.step, args.compute, args.devices, args.context_length, base=args.base)
     template = template or loaded.tokenizer.settings.get("chat_template")

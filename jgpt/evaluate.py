@@ -21,6 +21,7 @@ from jgpt.data.corpus import Corpus
 from jgpt.data.files import find_files
 from jgpt.data.memmap import TokenData, open_token_data, token_directory
 from jgpt.hardware.devices import set_up_process
+from jgpt.kaggle.secrets import provide_hub_token
 from jgpt.training.evaluation import TokenStream, bits_per_byte, blocks, evaluate_run
 from jgpt.training.loading import LoadedModel, load_model
 
@@ -49,6 +50,7 @@ def main() -> None:
             "no --model was given. Allowed: a directory that training wrote, or a Hugging Face model. For example:"
             " --model runs/quickstart"
         )
+    provide_hub_token(args.model)
     set_up_process()
     loaded = load_model(args.model, args.step, context_length=args.sequence_length or LONGEST, base=args.base)
     most = loaded.model.config.context_length

@@ -24,6 +24,7 @@ from jgpt.hardware.devices import describe, set_up_process
 from jgpt.inference.decode import generate
 from jgpt.inference.sampling import Sampling
 from jgpt.inference.text_stream import TextStream
+from jgpt.kaggle.secrets import provide_hub_token
 from jgpt.training.loading import load_model
 
 SEPARATOR = "-" * 80
@@ -68,6 +69,7 @@ def main() -> None:
             " on its Hub. For example: --model runs/quickstart"
         )
     prompt = read_prompt(args.prompt, args.prompt_file)
+    provide_hub_token(args.model)
     set_up_process()
     longest = len(prompt.encode("utf-8", "replace")) + 2 + args.max_new_tokens  # no token is shorter than a byte
     in_view = min(args.context_length or longest, longest)

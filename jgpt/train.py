@@ -12,12 +12,15 @@ import shlex
 import sys
 
 from jgpt.cli import define_config, load_config, run, set_up_logging
+from jgpt.kaggle.secrets import provide_hub_token
 from jgpt.training import loop
 
 
 def train(config, command: str = "") -> None:
     """Train as the command does; for notebooks. `config` is a config file's get_config()."""
     set_up_logging()
+    for name in (config.init_from, config.tokenizer.pretrained):
+        provide_hub_token(name)
     loop.train(config, command or "call train(config) again")
 
 

@@ -318,14 +318,19 @@ def test_the_next_save_tells_of_the_failed_one(opened: Opened, monkeypatch: pyte
 
 
 def test_parameters_alone(copied: Path):
-    device = jax.local_devices()[1]
-    params = restore_params(copied, 3, ABSTRACT.params, device)
+    paths = []
+    params = restore_params(copied, 3, ABSTRACT.params, lambda path, x: paths.append(path) or x)
     assert bits(params) == bits(state_at(3).params)
-    assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(params))
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
+    found = jax.tree_util.tree_leaves_with_path(params)
+    assert sorted(paths) == sorted(tuple(key.key for key in path) for path, _ in found)
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float16), ABSTRACT.params)
+    as_half = restore_params(copied, 3, half, lambda path, x: x)
+    assert bits(as_half) == bits(jax.tree.map(lambda x: x.astype(np.float16), params))
     assert read_meta(copied / "3") == meta_at(3)
     (copied / "3" / "_CHECKPOINT_METADATA").unlink()
     with pytest.raises(UserError, match=r"checkpoint 3 in .* is damaged: .*_CHECKPOINT_METADATA\. .*--step.*5"):
-        restore_params(copied, 3, ABSTRACT.params, device)
+        restore_params(copied, 3, ABSTRACT.params, lambda path, x: x)
 
 
 def test_whole_steps_are_sorted_as_numbers(tmp_path: Path):

@@ -101,8 +101,8 @@ def test_a_wrong_command_line_is_refused(command, name, arguments, parts, tmp_pa
 @pytest.mark.parametrize(
     ("name", "arguments", "parts"),
     [
-        ("evaluate", [], ["no --run_dir was given", "For example: --run_dir runs/quickstart"]),
-        ("generate", [], ["no --run_dir was given", "For example: --run_dir runs/quickstart"]),
+        ("evaluate", [], ["no --model was given", "For example: --model runs/quickstart"]),
+        ("generate", [], ["no --model was given", "For example: --model runs/quickstart"]),
         ("evaluate", ["--rundir=x"], ["unknown flag --rundir", "Did you mean --run_dir?"]),
         ("evaluate", ["--step=a"], ["--step='a': it must be a whole number"]),
         ("evaluate", ["--step=-1"], ["--step='-1': it must be a non-negative integer"]),
@@ -192,7 +192,7 @@ def test_exit_code_of_a_process(tmp_path):
         [sys.executable, "-m", "jgpt.evaluate", "--run_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: {tmp_path} holds no trained model")
+    assert done.stderr.startswith(f"error: {tmp_path} holds no model. Needed is")
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from jgpt.config import UserError
-from jgpt.inference import decode
-from jgpt.inference.decode import NonFiniteLogits, bucket, generate
+from jgpt.inference.decode import NonFiniteLogits, bucket, compilations, generate
 from jgpt.inference.sampling import RULED_OUT, Sampling, sample
 from jgpt.model.gpt import GPT, ModelConfig, unembedding
 from jgpt.model.kv_cache import empty_cache
@@ -255,12 +254,12 @@ def test_overflow_is_told():
 
 def test_new_prompts_compile_nothing():
     fast("gpt2", TENS, RANDOM, 10)
-    before = decode.prefill._cache_size(), decode.decode._cache_size()
+    before = compilations()
     for length in range(1, 11):
         told = (lambda row, ids: None) if length % 2 else None
         stops = range(length % 5)
         fast("gpt2", [[1] * length] * 4, RANDOM, 20 - length, seed=length, stops=stops, on_tokens=told)
-    assert (decode.prefill._cache_size(), decode.decode._cache_size()) == before
+    assert compilations() == before
 
 
 def test_nothing_to_do():

@@ -11,8 +11,8 @@ from conftest import TEXT
 from jgpt.data.memmap import open_token_data
 from jgpt.training.checkpoint import read_meta
 from jgpt.training.evaluation import blocks, evaluate_run
-from jgpt.training.metrics import read_metrics
 from jgpt.training.loading import load_model
+from jgpt.training.metrics import read_metrics
 
 
 def refused(result, *parts: str) -> None:

@@ -84,7 +84,9 @@ def test_the_base_may_move_and_must_be_the_same(adapted: tuple[Path, Path], trai
     run, base = (shutil.copytree(path, tmp_path / path.name) for path in adapted)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"init_from": str(tmp_path / "gone")}))
-    with pytest.raises(UserError, match=r"holds LoRA adapters.*looked for at .*/gone.*--base=DIR, or mend init_from in .*config.json"):
+    with pytest.raises(
+        UserError, match=r"holds LoRA adapters.*looked for at .*/gone.*--base=DIR, or mend init_from in .*config.json"
+    ):
         open_source(str(run))
     assert_same(as_stored(open_source(str(run), base=str(base))), as_stored(open_source(str(adapted[0]))))
     for step in (2, 4):

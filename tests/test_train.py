@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from jgpt.training import setup
+from jgpt.training import loading
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
@@ -177,7 +177,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers(command, tiny, tmp_path):
 
 
 def test_bf16_on_a_t4(command, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "compute_capability", lambda device: (7, 5))
+    monkeypatch.setattr(loading, "compute_capability", lambda device: (7, 5))
     result = command("train", *tiny, "--config.precision.compute=bf16")
     refused(result, "precision.compute='bf16' on a GPU of compute capability 7.5", "--config.precision.compute=auto")
     assert not (tmp_path / "run" / "config.json").exists()

@@ -36,18 +36,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 LLAMA_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
 
 
-def read_config(config: Mapping[str, Any]) -> tuple[str, ConfigDict]:
+def read_config(given: Mapping[str, Any]) -> tuple[str, ConfigDict]:
     """Return the family of a config.json, a key of ARCHITECTURES, and the values of config.model that build its model.
 
     Every value is filled in. Raises UserError where this GPT does not compute the same function.
     """
-    family = _family(config)
-    if config.get("quantization_config"):
+    family = _family(given)
+    if given.get("quantization_config"):
         raise UserError(
             "its weights are quantized (config.json has quantization_config). Allowed: weights in fp32, fp16 or bf16."
             " Take the model that was quantized: its name is mostly this one's without GPTQ, AWQ, FP8 or bnb."
         )
-    keys = Keys({**(LLAMA_DEFAULTS if family != "gpt2" else {}), **DEFAULTS[family], **config})
+    keys = Keys({**(LLAMA_DEFAULTS if family != "gpt2" else {}), **DEFAULTS[family], **given})
     full = default_config()
     full.model.update(_read_gpt2(keys) if family == "gpt2" else _read_llama(keys, family))
     if found := problems(full):
@@ -59,10 +59,10 @@ def read_config(config: Mapping[str, Any]) -> tuple[str, ConfigDict]:
     return family, full.model
 
 
-def _family(config: Mapping[str, Any]) -> str:
-    named = config.get("architectures") or []
+def _family(given: Mapping[str, Any]) -> str:
+    named = given.get("architectures") or []
     by_name = [family for family, architecture in ARCHITECTURES.items() if architecture in named]
-    family = config.get("model_type") or (by_name[0] if by_name else None)
+    family = given.get("model_type") or (by_name[0] if by_name else None)
     bare = [name for name in named if name.endswith("Model") and not name.endswith("LMHeadModel")]  # tied, it is enough
     if family not in ARCHITECTURES or (named and not by_name and not bare):
         raise UserError(
@@ -76,12 +76,12 @@ def _family(config: Mapping[str, Any]) -> str:
 class Keys:
     """The keys of a JSON object, each read as what it must be, or a UserError."""
 
-    def __init__(self, config: Mapping[str, Any]):
-        self.config = config
+    def __init__(self, given: Mapping[str, Any]):
+        self.given = given
 
     def count(self, key: str, default: int | None = None, least: int = 1) -> int:
         """Read a whole number."""
-        value = self.config.get(key)
+        value = self.given.get(key)
         value = default if value is None else value
         if type(value) is not int or value < least:
             raise _wrong(key, value, f"a whole number, {least} or more")
@@ -89,7 +89,7 @@ class Keys:
 
     def number(self, key: str, default: float | None = None) -> float:
         """Read a number above 0."""
-        value = self.config.get(key)
+        value = self.given.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise _wrong(key, value, "a number above 0")
@@ -97,15 +97,15 @@ class Keys:
 
     def flag(self, key: str) -> bool:
         """Read true or false; null and no key at all are false."""
-        value = self.config.get(key)
+        value = self.given.get(key)
         if value not in (True, False, None):
             raise _wrong(key, value, "true or false")
         return bool(value)
 
     def must_be(self, key: str, *allowed: Any) -> None:
         """Refuse any value but those allowed; no key at all is None."""
-        if self.config.get(key) not in allowed:
-            raise _wrong(key, self.config[key], " or ".join(repr(value) for value in allowed if value is not None))
+        if self.given.get(key) not in allowed:
+            raise _wrong(key, self.given[key], " or ".join(repr(value) for value in allowed if value is not None))
 
 
 def _wrong(key: str, value: Any, allowed: str) -> UserError:
@@ -152,9 +152,9 @@ def _read_llama(keys: Keys, family: str) -> dict[str, Any]:
 def _context_length(keys: Keys, family: str) -> int:
     """Return the tokens up to which a model with a sliding window attends to all that came before, as this GPT does."""
     context = keys.count("max_position_embeddings")
-    if family == "llama" or keys.config.get("sliding_window") is None:
+    if family == "llama" or keys.given.get("sliding_window") is None:
         return context
-    kinds = set(keys.config.get("layer_types") or [])
+    kinds = set(keys.given.get("layer_types") or [])
     if not kinds <= {"full_attention", "sliding_attention"}:
         raise _wrong("layer_types", sorted(kinds), "'full_attention' and 'sliding_attention'")
     if family != "mistral":
@@ -176,12 +176,12 @@ def _read_rope(keys: Keys) -> tuple[float, dict[str, Any]]:
     transformers 5 has `rope_parameters` {rope_theta, rope_type, ...}; earlier, `rope_theta` and `rope_scaling`
     {rope_type or type, ...}.
     """
-    both = keys.config.get("rope_scaling") or keys.config.get("rope_parameters") or {}
+    both = keys.given.get("rope_scaling") or keys.given.get("rope_parameters") or {}
     if not isinstance(both, Mapping):
         raise _wrong("rope_scaling", both, "an object")
     outside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    rope = Keys({**{key: keys.config[key] for key in outside if key in keys.config}, **both})
-    kind = rope.config.get("rope_type") or rope.config.get("type") or "default"
+    rope = Keys({**{key: keys.given[key] for key in outside if key in keys.given}, **both})
+    kind = rope.given.get("rope_type") or rope.given.get("type") or "default"
     rope.must_be("partial_rotary_factor", None, 1)
     if kind not in ("default", "linear", "llama3", "yarn") or any(isinstance(x, Mapping) for x in both.values()):
         raise UserError(
@@ -202,10 +202,10 @@ def _read_rope(keys: Keys) -> tuple[float, dict[str, Any]]:
         scaling |= {"low_freq_factor": low, "high_freq_factor": high}
     if kind == "yarn":
         rope.must_be("truncate", None, True)
-        if rope.config.get("attention_factor") is not None:
+        if rope.given.get("attention_factor") is not None:
             scaling["attention_factor"] = rope.number("attention_factor")
-        elif rope.config.get("mscale") and rope.config.get("mscale_all_dim"):
-            raise _wrong("mscale", rope.config["mscale"], "attention_factor, or neither mscale nor mscale_all_dim")
+        elif rope.given.get("mscale") and rope.given.get("mscale_all_dim"):
+            raise _wrong("mscale", rope.given["mscale"], "attention_factor, or neither mscale nor mscale_all_dim")
         scaling |= {"beta_fast": rope.number("beta_fast", 32), "beta_slow": rope.number("beta_slow", 1)}
     return theta, scaling
 

@@ -97,8 +97,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _ids(config: dict[str, Any]) -> tuple[int, ...]:
-    found = config.get("eos_token_id")
+def _ids(given: dict[str, Any]) -> tuple[int, ...]:
+    found = given.get("eos_token_id")
     found = found if isinstance(found, list) else [found]
     return tuple(i for i in found if isinstance(i, int))
 

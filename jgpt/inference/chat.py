@@ -13,7 +13,7 @@ from typing import Any
 from jgpt.config import UserError
 from jgpt.data.chat import Message, render
 from jgpt.data.tokenizer import Tokenizer
-from jgpt.inference.decode import generate
+from jgpt.inference.decode import compilations, generate
 from jgpt.inference.sampling import Sampling
 from jgpt.inference.text_stream import TextStream
 from jgpt.model.gpt import GPT
@@ -68,7 +68,6 @@ class Chat:
         self.turns: list[Message] = []
         self.forgotten = 0  # the oldest messages, that no longer fit the context
         self.stop_ids = [*stop_ids, *self._end_of_turn()]
-        self.answers = 0
 
     def ask(self, question: str, write: Callable[[str], None]) -> Answer:
         """Answer a question, which joins the conversation with its answer; `write` gets the text while it is made.
@@ -77,7 +76,7 @@ class Chat:
         """
         ids, answer = self._prompt({"role": "user", "content": question})
         most = min(self.max_new_tokens, self.context_length - len(ids))
-        stream, began = TextStream(self.tokenizer, ids), time.perf_counter()
+        stream, compiled, began = TextStream(self.tokenizer, ids), compilations(), time.perf_counter()
 
         def on_tokens(_: int, new: list[int]) -> None:
             if not answer.n_tokens:
@@ -107,9 +106,8 @@ class Chat:
         tell(stream.close())
         if answer.n_tokens == most:
             answer.notes.append(f"cut at {most}")
-        if not self.answers:
+        if compilations() > compiled:
             answer.notes.append("compilation included")
-        self.answers += 1
         if answer.text.strip():
             content = answer.text.strip()
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": content}]

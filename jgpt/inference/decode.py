@@ -153,6 +153,11 @@ def bucket(n: int, most: int) -> int:
     return min(most, max(SMALLEST_BUCKET, 1 << (n - 1).bit_length()))
 
 
+def compilations() -> int:
+    """Count the programs that were compiled for decoding so far: time that includes one more says little of speed."""
+    return sum(f._cache_size() for f in (prefill, decode))  # pyright: ignore[reportAttributeAccessIssue] (JAX's is private)
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def prefill(
     model: GPT,
