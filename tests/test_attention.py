@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt.model.attention import attend, attend_causally
+from jgpt.model.attention import attend, attend_causally, attend_newest
 from jgpt.model.rope import rope
 
 B, T, K, G, H = 2, 11, 2, 3, 8
@@ -63,6 +63,17 @@ def test_causal_pieces_compute_five_eighths_of_the_products():
         return cost["flops"]
 
     assert flops(attend_causally) < 0.7 * flops(attend)
+
+
+def test_the_newest_token_beside_its_cache_is_the_last_query_of_the_whole():
+    """Rows of several lengths; what the cache holds past them is garbage that nobody sees."""
+    q, k, v = inputs()
+    lengths, rows = np.array([T - 1, 4]), np.arange(B)
+    seen = jnp.asarray(np.arange(T)[None, None, :] < lengths[:, None, None])
+    newest = (x[rows, lengths][:, None] for x in (q, k, v))
+    mixed = attend_newest(*newest, k.swapaxes(1, 2), v.swapaxes(1, 2), seen)
+    expected = plain(q, k, v, causal(T))[rows, lengths]
+    np.testing.assert_allclose(mixed[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_query_that_may_look_nowhere_is_still_finite():

@@ -58,3 +58,24 @@ def attend_causally(
         end = min(start + size, length)
         pieces.append(attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end], drop, scores_dtype))
     return jnp.concatenate(pieces, axis=1)
+
+
+def attend_newest(q: Array, k: Array, v: Array, keys: Array, values: Array, mask: Array) -> Array:
+    """Do the same for one new token of each row, and the tokens before it in a cache.
+
+    `q` [B, 1, K, G, H], `k` and `v` [B, 1, K, H] are the new token's, `keys` and `values` [B, K, S, H] the cache's,
+    `mask` bool [B or 1, 1, S]. The new token stands beside the cache, not in it: a cache that is both read and
+    written in one step is copied for that.
+    """
+    q = q[:, 0] * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    k, v = k[:, 0, :, None], v[:, 0, :, None]  # [B, K, 1, H]
+    # The cache comes first in its products: XLA would transpose it, were it second.
+    scores = jnp.einsum("BKSH,BKGH->BKSG", keys.astype(q.dtype), q, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, :, :, None], scores, jnp.finfo(jnp.float32).min)
+    own = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1)[:, :, None]  # [B, K, 1, G]
+    highest = jnp.maximum(jnp.max(scores, axis=2, keepdims=True), own)
+    weights, own = jnp.exp(scores - highest), jnp.exp(own - highest)
+    total = jnp.sum(weights, axis=2, keepdims=True) + own
+    weights, own = (weights / total).astype(v.dtype), (own / total).astype(v.dtype)
+    mixed = jnp.einsum("BKSG,BKSH->BKGH", weights, values.astype(v.dtype)) + own.swapaxes(2, 3) * v
+    return mixed[:, None]

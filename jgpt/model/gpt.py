@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jgpt.model.attention import attend, attend_causally
+from jgpt.model.attention import attend_causally, attend_newest
 from jgpt.model.kv_cache import KVCache, LayerCache
 from jgpt.model.layers import Embedding, Linear, Norm, dropout
 from jgpt.model.lora import LoRA
@@ -98,9 +98,10 @@ class Attention(nn.Module):
             cache = cache.fill(k, v)
             mixed = attend_causally(q, k, v, context.mask, scores_dtype=jnp.float32)
         else:
-            cache = cache.write(k, v, context.positions)
-            keys, values = (x.swapaxes(1, 2).astype(self.dtype) for x in cache)
-            mixed = attend(q, keys, values, context.mask, scores_dtype=jnp.float32)
+            mixed = attend_newest(q, k, v, cache.keys, cache.values, context.mask)
+            # Written after it was read: without the dependency XLA copies the whole cache at every token.
+            after = 0 * mixed[..., 0, :]
+            cache = cache.write(k + after, v + after, context.positions)
         mixed = mixed.reshape(*mixed.shape[:2], c.n_heads * c.d_head)
         std = INIT["residual"] * (2 * c.n_layers) ** -0.5
         proj = Linear((c.d_model,), c.bias, std, self.dtype, jnp.float32, lora=self.lora, name="proj")
@@ -186,15 +187,15 @@ class GPT(nn.Module):
         """Run the model on `tokens` int [B, T].
 
         Without `positions` the tokens stand at 0..T-1 and see those before them; a `cache` is empty then, and is
-        filled. With `positions` int32 [B or 1, T] there is a cache, and they see whatever their row holds up to there.
+        filled. With `positions` int32 [B or 1, 1] there is a cache, T is 1, and they see what their row holds up to there.
         `segments` int32 [B, T] (no cache) numbers the texts that share a row: each is seen by itself alone, and its
         positions begin at 0.
         """
         prefill, length = positions is None, tokens.shape[1]
         places = jnp.arange(length, dtype=jnp.int32)[None, :]
         if positions is not None:
-            assert cache is not None and segments is None
-            mask = jnp.arange(cache[0].keys.shape[2])[None, None, :] <= positions[:, :, None]  # [B or 1, T, S]
+            assert cache is not None and segments is None and length == 1
+            mask = jnp.arange(cache[0].keys.shape[2])[None, None, :] < positions[:, :, None]  # [B or 1, 1, S]
         else:
             positions, mask = places, places[:, None, :] <= places[:, :, None]
         if segments is not None:
