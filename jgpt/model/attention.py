@@ -69,13 +69,13 @@ def attend_newest(q: Array, k: Array, v: Array, keys: Array, values: Array, mask
     """
     q = q[:, 0] * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     k, v = k[:, 0, :, None], v[:, 0, :, None]  # [B, K, 1, H]
-    # The cache comes first in its products: XLA would transpose it, were it second.
+    # The keys come first in their product: XLA would transpose them, were they second.
     scores = jnp.einsum("BKSH,BKGH->BKSG", keys.astype(q.dtype), q, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, :, :, None], scores, jnp.finfo(jnp.float32).min)
-    own = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1)[:, :, None]  # [B, K, 1, G]
-    highest = jnp.maximum(jnp.max(scores, axis=2, keepdims=True), own)
+    scores = jnp.where(mask[:, :, None], scores.swapaxes(2, 3), jnp.finfo(jnp.float32).min)  # [B, K, G, S]
+    own = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1, keepdims=True)  # [B, K, G, 1]
+    highest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
     weights, own = jnp.exp(scores - highest), jnp.exp(own - highest)
-    total = jnp.sum(weights, axis=2, keepdims=True) + own
+    total = jnp.sum(weights, axis=-1, keepdims=True) + own
     weights, own = (weights / total).astype(v.dtype), (own / total).astype(v.dtype)
-    mixed = jnp.einsum("BKSG,BKSH->BKGH", weights, values.astype(v.dtype)) + own.swapaxes(2, 3) * v
+    mixed = jnp.einsum("BKGS,BKSH->BKGH", weights, values.astype(v.dtype)) + own * v
     return mixed[:, None]

@@ -187,7 +187,7 @@ class GPT(nn.Module):
         """Run the model on `tokens` int [B, T].
 
         Without `positions` the tokens stand at 0..T-1 and see those before them; a `cache` is empty then, and is
-        filled. With `positions` int32 [B or 1, 1] there is a cache, T is 1, and they see what their row holds up to there.
+        filled. With `positions` int32 [B or 1, 1] there is a cache, T is 1, and they see what their row holds so far.
         `segments` int32 [B, T] (no cache) numbers the texts that share a row: each is seen by itself alone, and its
         positions begin at 0.
         """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: contestants in processes of their own that take turns, and a description of the machine."""
+"""What the benchmarks share: contestants in processes of their own that take turns; what the machine is."""
 
 import contextlib
 import json
