@@ -127,7 +127,8 @@ class ChatBatches:
         rows = [self._row(index) for index in range(first, first + self.global_batch_size)]
         tokens, weights, segments = (np.stack(arrays) for arrays in zip(*rows, strict=True))
         _check_ids(tokens, self.vocab_size)
-        return Batch(tokens, weights / max(weights.mean(dtype=np.float64), 1e-9).astype(np.float32), segments)
+        mean = max(float(weights.mean(dtype=np.float64)), 1e-9)
+        return Batch(tokens, weights / np.float32(mean), segments)
 
     def _row(self, index: int) -> Batch:
         epoch, position = divmod(index, self.n_blocks)
