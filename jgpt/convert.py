@@ -78,8 +78,8 @@ def _export(run_dir: str, out: str) -> None:
         stop_ids=source.stop_ids,
         dtype=dtype,
     )
-    gigabytes = sum(path.stat().st_size for path in Path(out).iterdir()) / 1e9
-    print(f"{out} is written: {family}, {dtype}, {gigabytes:.2f} GB. To open it:")
+    megabytes = sum(path.stat().st_size for path in Path(out).iterdir()) / 1e6
+    print(f"{out} is written: {family}, {dtype}, {megabytes:,.1f} MB. To open it:")
     print(f'    transformers.AutoModelForCausalLM.from_pretrained("{out}")')
 
 

@@ -49,7 +49,7 @@ class Need(NamedTuple):
     work: int  # arrays that come and go
 
     def __str__(self) -> str:
-        weights, cache, work = (f"{n / GIB:.1f} GiB" for n in self)
+        weights, cache, work = (f"{n / GIB:.1f} GiB" if n >= GIB / 10 else f"{n / 2**20:.0f} MiB" for n in self)
         return f"weights {weights} + cache {cache} + working memory {work}"
 
 
