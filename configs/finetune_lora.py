@@ -3,10 +3,12 @@
 The data are .jsonl files, a conversation a line: {"messages": [{"role": "user", "content": "..."}, {"role":
 "assistant", "content": "..."}]}. Only what the assistant says is learned. For plain text set data.format=text.
 
-Hardware: one or two T4s, or any newer GPU; with patience a CPU.
+Hardware: one or two T4s, or any newer GPU; with patience a CPU. A model too large for one card is split over all by
+          --config.parallel=tensor --config.remat=block --config.batch.micro_batch_size=1
+          --config.loss_chunk_tokens=512: Qwen2.5-7B then takes 8.2 GiB of each of two T4s (predicted,
+          scripts/bench/t4_large_models.py).
 Time:     measured on 2 CPU cores with shorter sequences (192 tokens, 4 a step): 10 seconds a step. Predicted for two
-          T4s: 20,000 tokens a second, so 7 minutes for the 500 steps. A model too large for one card is split over
-          all by --config.parallel=tensor.
+          T4s: 20,000 tokens a second, so 7 minutes for the 500 steps.
 Expect:   depends on your data. Measured: 200 conversations in one tone, validation loss 4.89 before, 2.04 after 5
           steps, 0.07 after 20 (learning rate 1e-3). The adapters' checkpoint is 3% of a full fine-tune's.
 Command:  python -m jgpt.train --config configs/finetune_lora.py --config.data.text_glob='chats/*.jsonl'
