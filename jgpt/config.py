@@ -319,7 +319,9 @@ def problems(config: ConfigDict, text_bytes: int | None = None) -> list[str]:
                 f"batch.sequence_length={b.sequence_length} is above model.context_length={m.context_length}, which is "
                 "all that the model sees; set batch.sequence_length=0"
             )
-        if text_bytes is not None and text_bytes <= flat[length] and (b.sequence_length or not config.init_from):
+        given = b.sequence_length or not config.init_from
+        fills = config.data.format == "text"  # a conversation may be shorter than its row
+        if text_bytes is not None and text_bytes <= flat[length] and given and fills:
             found.append(
                 f"{length}={flat[length]} is longer than the data: {text_bytes:,} bytes of text in all; set a smaller "
                 f"{length}, or give more text"

@@ -158,6 +158,7 @@ def test_a_context_longer_than_the_data():
     assert problems(config, text_bytes=1001) == [] == problems(config)
     (found,) = problems(config, text_bytes=1000)
     assert found.startswith("model.context_length=1000 is longer than the data: 1,000 bytes of text in all;")
+    assert problems(changed(model__context_length=1000, data__format="chat"), text_bytes=1000) == []
 
 
 def test_sequence_length_takes_the_place_of_the_context():
