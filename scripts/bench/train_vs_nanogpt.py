@@ -14,23 +14,19 @@ here passes or fails by a time; the run fails where a contestant's loss does not
 """
 
 import argparse
-import contextlib
 import json
-import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from side_by_side import Contestant, cores, machine, serve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's jgpt, installed or not
 
@@ -188,49 +184,27 @@ def torch_contestant(shape: Shape, attention: str, compiled: bool) -> RunSteps:
     return timed(step, shape)
 
 
-def serve(name: str, shape: Shape, micro_batch: int) -> None:
-    """Be one contestant: read how many steps from a line of stdin, run them, write [[seconds, loss], ...] to stdout."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr, not between the replies
-    if name == "jgpt":
-        run_steps = jgpt_contestant(shape, micro_batch)
-    else:
-        compiled = name == "torch-compile"
-        run_steps = torch_contestant(shape, "sdpa" if compiled else name.removeprefix("torch-"), compiled)
-    for line in sys.stdin:
-        print(json.dumps(run_steps(int(line))), file=replies, flush=True)
-
-
-class Contestant:
-    """A child process that trains when it is told to."""
+class Trainer(Contestant):
+    """A contestant that trains when it is told to, and what is known of its steps."""
 
     def __init__(self, name: str, arguments: list[str]) -> None:
-        self.name, self.seconds, self.losses = name, [], []
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--contestant", name, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        super().__init__(__file__, name, arguments)
+        self.seconds, self.losses = [], []
         self.first_step_seconds = self.run(1)[0]
 
     def run(self, steps: int) -> list[float]:
         """Run steps in the child and return the seconds of each."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        reply = self.process.stdout.readline()
-        if not reply:
-            raise RuntimeError(f"{self.name} stopped with exit code {self.process.wait()}; its output is above")
-        results = json.loads(reply)
+        results = self.ask(steps)
         self.losses += [loss for _, loss in results]
         return [seconds for seconds, _ in results]
 
-    def close(self) -> None:
-        """End the child."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+
+def make_contestant(name: str, shape: Shape, micro_batch: int) -> RunSteps:
+    """Build a contestant by its name."""
+    if name == "jgpt":
+        return jgpt_contestant(shape, micro_batch)
+    compiled = name == "torch-compile"
+    return torch_contestant(shape, "sdpa" if compiled else name.removeprefix("torch-"), compiled)
 
 
 def compare(shape_name: str, shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -240,7 +214,7 @@ def compare(shape_name: str, shape: Shape, options: argparse.Namespace) -> list[
         print("torch-compile is left out: no C++ compiler here")
         names.remove("torch-compile")
     arguments = ["--shape", shape_name, "--batch", str(shape.batch), "--micro_batch", str(options.micro_batch)]
-    contestants = [Contestant(name, arguments) for name in names]
+    contestants = [Trainer(name, arguments) for name in names]
     for turn in range(options.rounds):
         for contestant in contestants:
             contestant.run(1)  # wakes its threads and caches up; not counted
@@ -275,27 +249,6 @@ def compare(shape_name: str, shape: Shape, options: argparse.Namespace) -> list[
             f"{row['tokens_per_second']:10.0f}{ratio}{row['first_loss']:8.3f} ->{row['last_loss']:6.3f}"
         )
     return rows
-
-
-def cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def machine() -> dict[str, Any]:
-    """Describe the machine and the versions."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    packages = ("jax", "flax", "optax", "torch", "transformers", "numpy")
-    return {
-        "cores": cores(),
-        "cpu": model,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
-    }
 
 
 def main() -> None:
@@ -334,9 +287,9 @@ def main() -> None:
     if options.batch:
         chosen = {name: Shape(**{**asdict(shape), "batch": options.batch}) for name, shape in chosen.items()}
     if options.contestant:
-        return serve(options.contestant, chosen[options.shape], options.micro_batch)
+        return serve(lambda: make_contestant(options.contestant, chosen[options.shape], options.micro_batch))
 
-    description = machine()
+    description = machine("jax", "flax", "optax", "torch", "transformers", "numpy")
     print(f"{description['cores']} cores of {description['cpu']}, {description['system']}")
     print(", ".join(f"{package} {number}" for package, number in description["versions"].items()))
     rows = []
