@@ -11,10 +11,11 @@ import pytest
 
 from jgpt.config import UserError
 from jgpt.data.tokenizer import Tokenizer, train_bpe, train_char
-from jgpt.exchange.pretrained import check_export, export_model, is_pretrained, open_pretrained
+from jgpt.exchange.pretrained import check_export, export_model, open_pretrained
 from jgpt.exchange.weights import load_params
 from jgpt.model.build import abstract_params, model_config
 from jgpt.model.gpt import ModelConfig
+from jgpt.training.source import is_run
 
 OWN = ModelConfig(320, 8, 1, n_heads=4, n_kv_heads=2, d_model=8, d_head=2, d_ff=6)
 TEXT = "the same ids, whoever opens it"
@@ -62,9 +63,9 @@ def test_what_is_written_opens_as_the_same_model(family, shapes, tokenizer, tmp_
     assert opened.stop_ids == (tokenizer.eot_id,)
     assert opened.tokenizer().encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
     jax.tree.map(np.testing.assert_array_equal, loaded(tmp_path / "out"), params)
-    assert is_pretrained(tmp_path / "out") and not is_pretrained(tmp_path)
+    assert not is_run(tmp_path / "out")
     (tmp_path / "out" / "checkpoints").mkdir()
-    assert not is_pretrained(tmp_path / "out")
+    assert is_run(tmp_path / "out")
 
 
 def test_rows_that_pad_the_vocabulary_stay_behind(tokenizer, tmp_path):

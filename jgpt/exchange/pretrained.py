@@ -55,11 +55,6 @@ class Pretrained:
         return tokenizer
 
 
-def is_pretrained(directory: Path) -> bool:
-    """Tell a Hugging Face model directory from a run directory, which has a config.json too, and checkpoints/."""
-    return (directory / "config.json").is_file() and not (directory / "checkpoints").is_dir()
-
-
 def open_pretrained(directory: Path) -> Pretrained:
     """Open a model directory. Raises UserError, naming the directory, for anything that is missing or wrong in it."""
     if not (directory / "config.json").is_file():

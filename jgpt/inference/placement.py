@@ -17,7 +17,7 @@ from jax import Array
 from jgpt.config import UserError
 from jgpt.hardware.devices import GIB, describe, free_memory
 from jgpt.model.attention import CHUNKS
-from jgpt.model.build import abstract_params
+from jgpt.model.build import abstract_stored
 from jgpt.model.gpt import ModelConfig
 from jgpt.model.sharding import device_mesh, for_devices, param_shardings, place, split_bytes
 
@@ -108,9 +108,7 @@ def needed(shapes: ModelConfig, matrices: Any, context_length: int, rows: int, d
 
 @cache
 def _weights(shared: ModelConfig, matrices: Any, devices: tuple[jax.Device, ...]) -> int:
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, matrices if x.ndim > 1 else jnp.float32), abstract_params(shared)
-    )
+    params = abstract_stored(shared, matrices)
     return split_bytes(params, param_shardings(params, shared, device_mesh(devices)))
 
 

@@ -67,6 +67,13 @@ def abstract_params(config: ModelConfig) -> Any:
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
 
 
+def abstract_stored(config: ModelConfig, matrices: Any) -> Any:
+    """Return the same tree as it is loaded: arrays of more than one axis in the dtype `matrices`, vectors in fp32."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, matrices if x.ndim > 1 else jnp.float32), abstract_params(config)
+    )
+
+
 def abstract_adapters(config: ModelConfig, lora: LoRA) -> Any:
     """Return the tree of LoRA's adapters as shapes and dtypes, without making it."""
     return jax.eval_shape(lambda: init_adapters(GPT(config, lora=lora), jax.random.key(0)))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -20,7 +19,7 @@ from jgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jgpt.exchange.hub import locate
 from jgpt.exchange.pretrained import Pretrained, open_pretrained
 from jgpt.exchange.weights import load_params as load_pretrained_params
-from jgpt.model.build import abstract_adapters, abstract_params, lora_config, model_config
+from jgpt.model.build import abstract_adapters, abstract_stored, lora_config, model_config
 from jgpt.model.gpt import ModelConfig
 from jgpt.model.lora import merge
 from jgpt.training.checkpoint import read_meta, restore_params, whole_steps
@@ -166,10 +165,7 @@ def load_params(source: Source, matrices: Any, place: Place) -> Any:
     assert source.step is not None
     checkpoints = source.directory / "checkpoints"
     if source.base is None:
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, matrices if x.ndim > 1 else jnp.float32),
-            abstract_params(source.shapes),
-        )
+        abstract = abstract_stored(source.shapes, matrices)
         return restore_params(checkpoints, source.step, abstract, lambda path, x: place(path, _in_range(path, x)))
     lora = lora_config(source.config.lora)
     assert lora is not None
