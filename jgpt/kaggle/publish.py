@@ -152,7 +152,8 @@ def _send(directory: Path, target: Target, note: str) -> None:
 
 
 def fetch(where: str, folder: Path) -> Path | None:
-    """Download the newest that was published to `where`; return the folder that it is in, below `folder` or mounted.
+    """Download the newest that was published to `where`, and return where it is: from the Hub `folder`, else where
+    kagglehub has it, mounted or in its cache.
 
     None when there is nothing yet, or no way to it (said in the log).
     """
@@ -165,7 +166,7 @@ def fetch(where: str, folder: Path) -> Path | None:
         import kagglehub
 
         download = kagglehub.dataset_download if target.kind == "dataset" else kagglehub.model_download
-        return Path(download(target.handle, output_dir=str(folder), force_download=True))
+        return Path(download(target.handle))
     except Exception as error:  # the network libraries below raise what they like
         status = _status(error)
         told = "nothing is there yet" if status == 404 else _reason(error)
