@@ -12,8 +12,8 @@ import shlex
 import sys
 
 from jgpt.cli import define_config, load_config, run, set_up_logging
-from jgpt.kaggle.paths import on_kaggle
-from jgpt.kaggle.resume import bring_back
+from jgpt.kaggle.paths import check_inputs, on_kaggle
+from jgpt.kaggle.resume import bring_back, unpacked
 from jgpt.kaggle.secrets import provide_hub_token
 from jgpt.training import loop
 
@@ -24,6 +24,8 @@ def train(config, command: str = "") -> None:
     for name in (config.init_from, config.tokenizer.pretrained):
         provide_hub_token(name)
     if on_kaggle():
+        check_inputs()
+        config.init_from = unpacked(config.init_from)
         bring_back(config)
     loop.train(config, command or "call train(config) again")
 

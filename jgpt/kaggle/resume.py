@@ -12,8 +12,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jgpt.config import UserError
+from jgpt.data.files import holds_run
 from jgpt.kaggle import pack
-from jgpt.kaggle.paths import find_runs, input_dir
+from jgpt.kaggle.paths import find_runs, input_dir, scratch_dir
 from jgpt.training.checkpoint import verify, whole_steps
 from jgpt.training.metrics import best_validation, read_metrics
 from jgpt.training.run_dir import check_same_run, open_run_dir, read_config
@@ -46,6 +47,16 @@ def bring_back(config: ConfigDict) -> None:
                 return
             else:
                 elsewhere.pop(0)
+
+
+def unpacked(init_from: str) -> str:
+    """Return a model's name for `init_from`: a run that was packed on Kaggle is unpacked in scratch first."""
+    folder = Path(init_from)
+    if not init_from or not holds_run(folder) or not pack.checkpoints_in(folder) or (folder / "checkpoints").is_dir():
+        return init_from
+    run_dir = scratch_dir() / "jgpt" / "init_from"
+    pack.unpack(folder, run_dir)
+    return str(run_dir)
 
 
 def earlier_runs() -> Iterator[Path]:
