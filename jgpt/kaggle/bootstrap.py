@@ -97,11 +97,11 @@ class Child:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
         self.lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
-        self._stopped = False  # a signal came: nothing more is started
+        self._stopped = False  # a signal came while there was no child: none is started any more
 
     def run(self, command: list[str], folder: Path, environment: dict[str, str]) -> None:
         """Run a command to its end; both of its streams are printed as one."""
-        if self._stopped and self.process is None:
+        if self._stopped:
             return
         print("+", " ".join(["python", *command[1:]]), flush=True)
         # A session of its own: Ctrl-C in a terminal reaches it once, from here, and not a second time by itself.
@@ -110,7 +110,7 @@ class Child:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         if self._stopped:
-            self.process.terminate()  # the signal fell between the question above and the start
+            self.process.terminate()  # it came between the question above and here
         assert self.process.stdout is not None
         with self.process.stdout as output:
             for line in output:
@@ -132,9 +132,10 @@ class Child:
                 signal.signal(number, handler)
 
     def _forward(self, number: int, frame: object) -> None:
-        self._stopped = True
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
+        else:
+            self._stopped = True
 
 
 def record_end(outputs: Path, child: Child) -> None:
