@@ -52,9 +52,11 @@ def unpack(folder: Path, run_dir: Path) -> None:
     for a tar whose members would land elsewhere.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    clear_up(run_dir)
     in_place = folder.resolve() == run_dir.resolve()
     parts = [_checkpoint(folder, step) for step in checkpoints_in(folder)]
-    parts += [_folder(folder, name) for name in folders_in(folder)]
+    outside = [name for name in folders_in(folder) if not run_dir.resolve().is_relative_to((folder / name).resolve())]
+    parts += [_folder(folder, name) for name in outside]
     for part in parts:
         if in_place and part.source.is_dir():
             continue

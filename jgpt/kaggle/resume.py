@@ -12,6 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jgpt.config import UserError
+from jgpt.data.files import holds_run
 from jgpt.kaggle import pack
 from jgpt.kaggle.paths import find_runs, input_dir, scratch_dir
 from jgpt.kaggle.publish import fetch
@@ -33,7 +34,6 @@ def bring_back(config: ConfigDict) -> None:
     if config.checkpoint.resume == "never":
         return
     with open_run_dir(config.out_dir) as run_dir:
-        pack.clear_up(run_dir)
         pack.unpack(run_dir, run_dir)  # an earlier session of this machine has packed it
         here = whole_steps(run_dir / "checkpoints")
         upload = "" if here else config.checkpoint.upload  # what lies here was sent no later than it was saved
@@ -48,6 +48,16 @@ def bring_back(config: ConfigDict) -> None:
                 return
             else:
                 elsewhere.pop(0)
+
+
+def unpacked(init_from: str) -> str:
+    """Return a model's name for `init_from`: a run that was packed on Kaggle is unpacked in scratch first."""
+    folder = Path(init_from)
+    if not init_from or not holds_run(folder) or not pack.checkpoints_in(folder) or (folder / "checkpoints").is_dir():
+        return init_from
+    run_dir = scratch_dir() / "jgpt" / "init_from"
+    pack.unpack(folder, run_dir)
+    return str(run_dir)
 
 
 def earlier_runs(upload: str) -> Iterator[Path]:
