@@ -12,7 +12,7 @@ import shlex
 import sys
 
 from jgpt.cli import define_config, load_config, run, set_up_logging
-from jgpt.kaggle.machine import fit_to_kaggle
+from jgpt.kaggle.limits import fit_to_kaggle
 from jgpt.kaggle.paths import check_inputs, on_kaggle
 from jgpt.kaggle.resume import bring_back, unpacked
 from jgpt.kaggle.secrets import provide_hub_token

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jgpt.hardware.checks import Check
-from jgpt.kaggle.machine import KEPT_GB
+from jgpt.kaggle.limits import KEPT_GB
 from jgpt.kaggle.paths import input_dir, mounts, scratch_dir, working_dir
 from jgpt.redaction import redact
 from jgpt.training.disk import bytes_below
