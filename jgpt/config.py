@@ -112,6 +112,9 @@ def default_config() -> ConfigDict:
     batch.micro_batch_size = 32  # sequences on one device at a time, at most; the rest is gradient accumulation
 
     config.remat = "none"  # recompute in the backward pass: "none", "block" (least memory), "dots" (keep the matmuls)
+    # How training attends. "plain": all pairs; "chunked": 5/8 of them, in pieces; "kept": so with a backward pass that
+    # moves less memory; "light": so, and keeps less; "cudnn": a fused kernel, from sm_80 on. auto: by the device.
+    config.attention = "auto"
     config.loss_chunk_tokens = 2048  # tokens whose logits are in memory at one time; 0: all
 
     config.eval = evaluation = ConfigDict()
@@ -157,6 +160,7 @@ CHOICES = {
     "precision.compute": ("auto", "fp32", "fp16", "bf16"),
     "precision.params": ("fp32", "fp16", "bf16"),
     "remat": ("none", "block", "dots"),
+    "attention": ("auto", "plain", "chunked", "kept", "light", "cudnn"),
     "checkpoint.resume": ("auto", "must", "never"),
 }
 

@@ -18,7 +18,8 @@ from jgpt.config import UserError, default_config, flatten
 from jgpt.data.batches import Batch, Batches, ChatBatches, make_batches, validation_blocks
 from jgpt.data.memmap import TokenData
 from jgpt.exchange.families import home
-from jgpt.hardware.devices import describe, training_devices
+from jgpt.hardware.devices import compute_capability, describe, training_devices
+from jgpt.model.attention import choose_attention
 from jgpt.model.build import abstract_adapters, count_parameters, flops_per_token, lora_config, model_config
 from jgpt.model.gpt import GPT, ModelConfig
 from jgpt.model.lora import LoRA
@@ -159,7 +160,8 @@ def set_up(config: ConfigDict, data: TokenData, source: Source | None = None) ->
     rows = max(n for n in range(1, min(config.batch.micro_batch_size, share) + 1) if share % n == 0)
     accumulation = share // rows
     lora = lora_config(config.lora)
-    plain, model = (GPT(c, policy.compute, config.remat, lora) for c in (shapes, shared))
+    attention = choose_attention(config.attention, policy.compute, devices[0].platform, compute_capability(devices[0]))
+    plain, model = (GPT(c, policy.compute, config.remat, lora, attention) for c in (shapes, shared))
     optimizer = make_optimizer(config.optimizer)
     train_step = make_train_step(
         model,

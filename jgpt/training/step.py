@@ -135,8 +135,9 @@ def make_train_step(
             gradient, loss = jax.grad(scaled_loss, has_aux=True)(
                 params, base, micro_batch, jax.random.fold_in(key, index), scale
             )
-            gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradient)
-            mean, accumulated = accumulate.update(gradient, accumulated)
+            with jax.named_scope("accumulate"):
+                gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradient)
+                mean, accumulated = accumulate.update(gradient, accumulated)
             return (accumulated, mean), loss  # the mean is zero until the last micro-batch
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
@@ -147,8 +148,9 @@ def make_train_step(
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        new_params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            new_params = optax.apply_updates(state.params, updates)
         loss_scale = _next_loss_scale(state.loss_scale, finite, growth_steps if policy.scales_loss else 0)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         next_state = TrainState(
