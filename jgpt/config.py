@@ -109,9 +109,10 @@ def default_config() -> ConfigDict:
     config.batch = batch = ConfigDict()
     batch.global_batch_size = 32  # sequences an optimizer step, on all devices together
     batch.sequence_length = 0  # tokens of a training sequence; 0: model.context_length
-    batch.micro_batch_size = 32  # sequences on one device at a time, at most; the rest is gradient accumulation
+    batch.micro_batch_size = 32  # sequences on one device at a time, at most; the rest is accumulated; 0 or auto: fastest
 
-    config.remat = "none"  # recompute in the backward pass: "none", "block" (least memory), "dots" (keep the matmuls)
+    # Recompute in the backward pass: "none", "dots" (all but the matmuls), "block" (least memory), "auto" (what fits).
+    config.remat = "none"
     config.loss_chunk_tokens = 2048  # tokens whose logits are in memory at one time; 0: all
 
     config.eval = evaluation = ConfigDict()
@@ -153,7 +154,7 @@ CHOICES = {
     "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
     "precision.compute": ("auto", "fp32", "fp16", "bf16"),
     "precision.params": ("fp32", "fp16", "bf16"),
-    "remat": ("none", "block", "dots"),
+    "remat": ("none", "dots", "block", "auto"),
     "checkpoint.resume": ("auto", "must", "never"),
 }
 
@@ -201,7 +202,7 @@ RANGES = (  # key, lowest, highest
     ("optimizer.clip_norm", 0, math.inf),
     ("batch.global_batch_size", 1, math.inf),
     ("batch.sequence_length", 0, math.inf),
-    ("batch.micro_batch_size", 1, math.inf),
+    ("batch.micro_batch_size", 0, math.inf),
     ("eval.every_steps", 1, math.inf),
     ("eval.batches", 1, math.inf),
     ("sample.every_steps", 0, math.inf),
@@ -278,7 +279,8 @@ def problems(config: ConfigDict, text_bytes: int | None = None) -> list[str]:
             f"model.n_kv_heads={m.n_kv_heads} does not divide model.n_heads={m.n_heads}: each key/value head serves as "
             "many query heads as the next; set it to a divisor, or 0"
         )
-    if fine("batch.global_batch_size", "batch.micro_batch_size") and b.global_batch_size % b.micro_batch_size:
+    cut = fine("batch.global_batch_size", "batch.micro_batch_size") and b.micro_batch_size
+    if cut and b.global_batch_size % b.micro_batch_size:
         near = max(n for n in range(1, b.micro_batch_size + 1) if b.global_batch_size % n == 0)
         found.append(
             f"batch.micro_batch_size={b.micro_batch_size} does not divide batch.global_batch_size="
