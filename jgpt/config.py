@@ -109,10 +109,11 @@ def default_config() -> ConfigDict:
     config.batch = batch = ConfigDict()
     batch.global_batch_size = 32  # sequences an optimizer step, on all devices together
     batch.sequence_length = 0  # tokens of a training sequence; 0: model.context_length
-    batch.micro_batch_size = 32  # sequences on one device at a time, at most; the rest is accumulated; 0 or auto: fastest
+    batch.micro_batch_size = (
+        32  # sequences on one device at a time, at most; the rest is accumulated; 0 or auto: fastest
+    )
 
-    # Recompute in the backward pass: "none", "dots" (all but the matmuls), "block" (least memory), "auto" (what fits).
-    config.remat = "none"
+    config.remat = "none"  # recomputed in the backward pass: "none", "dots" (all but matmuls), "block" (all), "auto"
     config.loss_chunk_tokens = 2048  # tokens whose logits are in memory at one time; 0: all
 
     config.eval = evaluation = ConfigDict()

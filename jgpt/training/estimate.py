@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jgpt.hardware.hlo import Program, parse
@@ -53,7 +52,7 @@ class Estimate:
     memory: Mapping[str, int]
     logits: int  # bytes of the largest array with a side of the vocabulary, among the activations
     prediction: Prediction | None  # None where the rates of the device, or the program, are not known
-    program: str  # optimized HLO; "" where JAX does not show it
+    program: Program | None  # optimized HLO; None where JAX does not show it
     compile_seconds: float
 
     @property
@@ -113,7 +112,7 @@ def estimate(config: ConfigDict, shapes: ModelConfig, target: Target) -> Estimat
         memory=memory,
         logits=_logits(program, shapes) if program else 0,
         prediction=predict(text, target.rates) if text and target.rates else None,
-        program=text,
+        program=program,
         compile_seconds=time.perf_counter() - began,
     )
 

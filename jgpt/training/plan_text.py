@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jgpt.hardware.audit import all_reduces, products
 from jgpt.hardware.devices import GIB
 from jgpt.hardware.roofline import OpCost, Prediction
 from jgpt.model.build import count_parameters
@@ -17,6 +18,7 @@ from jgpt.training.estimate import ACTIVATIONS, Estimate
 from jgpt.training.metrics import format_count, format_duration
 from jgpt.training.plan import Plan
 
+GRADIENT = 1 << 20  # bytes: an all-reduce of more sums gradients, of less numbers
 LABEL = 26  # columns of what a line is about
 
 
@@ -103,8 +105,22 @@ def _speed(plan: Plan) -> str:
             _line("a step", f"{found.prediction.seconds * 1e3:,.0f} ms"),
             _line("tokens a second", f"{found.tokens_per_second:,.0f}{mfu}"),
             _line("goes to", shares),
+            *_program(found),
         ]
     )
+
+
+def _program(found: Estimate) -> list[str]:
+    """Say what the program multiplies and exchanges, and warn of what is slow."""
+    assert found.program is not None
+    counted = products(found.program)
+    wide = sum(n for product, n in counted.items() if product.is_wide) if _compute(found) != "float32" else 0
+    warning = f"; {wide} OF THEM NOT IN 16 BITS" if wide else ""
+    exchanged = all_reduces(found.program, GRADIENT)
+    return [
+        _line("matrix products", ", ".join(f"{n} {product}" for product, n in counted.most_common()) + warning),
+        _line("all-reduces", f"{len(exchanged)}, {sum(exchanged) / 1e6:.1f} MB a step"),
+    ]
 
 
 def _compute(found: Estimate) -> str:
@@ -115,10 +131,8 @@ def _ops(prediction: Prediction, top: int) -> str:
     lines = [f"What takes longest ({top} of {len(merged(prediction))} kinds of op; * stands for every layer)"]
     lines.append(f"  {'ms a step':>9}  {'share':>5}  {'times':>6}  {'waits for':<9}  {'group':<10}  op")
     for op in merged(prediction)[:top]:
-        share = 100 * op.seconds / prediction.seconds
-        lines.append(
-            f"  {op.seconds * 1e3:9.1f}  {share:4.1f}%  {op.times:6}  {op.unit:<9}  {op.group:<10}  {op.kind} {op.op_name}"
-        )
+        cost = f"{op.seconds * 1e3:9.1f}  {100 * op.seconds / prediction.seconds:4.1f}%  {op.times:6}"
+        lines.append(f"  {cost}  {op.unit:<9}  {op.group:<10}  {op.kind} {op.op_name}")
     return "\n".join(lines)
 
 
@@ -185,6 +199,9 @@ def as_dict(plan: Plan, top: int) -> dict[str, Any]:
         "compile_seconds": found.compile_seconds,
     }
     if found.prediction is not None:
+        assert found.program is not None
+        told["matrix_products"] = {str(product): n for product, n in products(found.program).items()}
+        told["all_reduce_bytes"] = all_reduces(found.program)
         told["seconds_by_group"] = found.prediction.by_group()
         told["top_ops"] = [vars(op) for op in merged(found.prediction)[:top]]
     if plan.searched is not None:
