@@ -26,6 +26,7 @@ from jgpt.training.metrics import TerminalHandler
 from jgpt.training.run import TrainingDiverged
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_MEMORY, EXIT_DIVERGED = 0, 1, 2, 3, 4
+AUTO = re.compile(r"^(--?config\.batch\.micro_batch_size=)auto$")  # a key of whole numbers, where 0 is auto
 OWN_CONFIG = "Begin with jgpt.config.default_config(), change keys of it, and return it."
 
 
@@ -109,7 +110,7 @@ def parse_flags(positional: int = 0) -> list[str]:
             warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads the file by load_module
             logging.disable(logging.WARNING)  # and warns where _check_config answers
             flags.FLAGS.set_gnu_getopt(positional > 0)  # flags may follow other arguments
-            rest = flags.FLAGS(sys.argv)[1:]
+            rest = flags.FLAGS([AUTO.sub(r"\g<1>0", argument) for argument in sys.argv])[1:]
         if path:
             hasattr(flags.FLAGS.config, "keys")  # raises the OSError that get_config() raised: ml_collections keeps it
     except flags.UnrecognizedFlagError as error:

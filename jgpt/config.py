@@ -109,9 +109,11 @@ def default_config() -> ConfigDict:
     config.batch = batch = ConfigDict()
     batch.global_batch_size = 32  # sequences an optimizer step, on all devices together
     batch.sequence_length = 0  # tokens of a training sequence; 0: model.context_length
-    batch.micro_batch_size = 32  # sequences on one device at a time, at most; the rest is gradient accumulation
+    batch.micro_batch_size = (
+        32  # sequences on one device at a time, at most; the rest is accumulated; 0 or auto: fastest
+    )
 
-    config.remat = "none"  # recompute in the backward pass: "none", "block" (least memory), "dots" (keep the matmuls)
+    config.remat = "none"  # recomputed in the backward pass: "none", "dots" (all but matmuls), "block" (all), "auto"
     # How training attends. "plain": all pairs; "chunked": 5/8 of them, in pieces; "kept": so with a backward pass that
     # moves less memory; "light": so, and keeps less; "cudnn": a fused kernel, from sm_80 on. auto: by the device.
     config.attention = "auto"
@@ -159,7 +161,7 @@ CHOICES = {
     "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
     "precision.compute": ("auto", "fp32", "fp16", "bf16"),
     "precision.params": ("fp32", "fp16", "bf16"),
-    "remat": ("none", "block", "dots"),
+    "remat": ("none", "dots", "block", "auto"),
     "attention": ("auto", "plain", "chunked", "kept", "light", "cudnn"),
     "checkpoint.resume": ("auto", "must", "never"),
 }
@@ -208,7 +210,7 @@ RANGES = (  # key, lowest, highest
     ("optimizer.clip_norm", 0, math.inf),
     ("batch.global_batch_size", 1, math.inf),
     ("batch.sequence_length", 0, math.inf),
-    ("batch.micro_batch_size", 1, math.inf),
+    ("batch.micro_batch_size", 0, math.inf),
     ("eval.every_steps", 1, math.inf),
     ("eval.batches", 1, math.inf),
     ("sample.every_steps", 0, math.inf),
@@ -287,7 +289,8 @@ def problems(config: ConfigDict, text_bytes: int | None = None) -> list[str]:
             f"model.n_kv_heads={m.n_kv_heads} does not divide model.n_heads={m.n_heads}: each key/value head serves as "
             "many query heads as the next; set it to a divisor, or 0"
         )
-    if fine("batch.global_batch_size", "batch.micro_batch_size") and b.global_batch_size % b.micro_batch_size:
+    cut = fine("batch.global_batch_size", "batch.micro_batch_size") and b.micro_batch_size
+    if cut and b.global_batch_size % b.micro_batch_size:
         near = max(n for n in range(1, b.micro_batch_size + 1) if b.global_batch_size % n == 0)
         found.append(
             f"batch.micro_batch_size={b.micro_batch_size} does not divide batch.global_batch_size="

@@ -17,7 +17,7 @@ from jgpt.data.batches import Batches
 from jgpt.data.memmap import TokenData
 from jgpt.model.build import abstract_params, count_parameters, flops_per_token, model_config
 from jgpt.model.gpt import ModelConfig
-from jgpt.training import setup
+from jgpt.training import parts, setup
 from jgpt.training.checkpoint import Checkpoints, state_bytes
 from jgpt.training.run_dir import read_config
 from jgpt.training.setup import adopt_source, check_disk, set_up
@@ -47,7 +47,7 @@ def with_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         devices = jax.local_devices()
         monkeypatch.setattr(setup, "training_devices", lambda size: [devices[i % 2] for i in range(n)])
         if n > 2:
-            monkeypatch.setattr(setup, "Pmap", lambda devices: SimpleNamespace(
+            monkeypatch.setattr(parts, "Pmap", lambda devices: SimpleNamespace(
                 devices=devices, shares=n, train_step=lambda step: step, eval_step=lambda step: step,
                 place_batch=lambda x: x,
             ))  # fmt: skip

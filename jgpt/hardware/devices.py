@@ -16,6 +16,7 @@ import jax
 from jgpt.config import UserError
 
 GIB = 2**30
+MEMORY_SHARE = 0.92  # of a GPU's memory that JAX takes; it needs the rest for itself and CUDA
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def set_up_process() -> None:
         )
     # JAX takes 75% of a GPU's memory by default. Setting both names of this variable is an error in JAX.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
     # NCCL 2.24 and later share host memory through cuMem, which dies with CUDA error 217 on pairs of T4s (NVIDIA/nccl
     # issue 1838); the older shared-memory path works everywhere.
     os.environ.setdefault("NCCL_CUMEM_HOST_ENABLE", "0")

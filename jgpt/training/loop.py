@@ -19,6 +19,8 @@ from jgpt.data.corpus import Corpus
 from jgpt.data.files import find_files
 from jgpt.data.memmap import prepare
 from jgpt.hardware.devices import set_up_process
+from jgpt.model.build import model_config
+from jgpt.training.auto import as_begun, settle
 from jgpt.training.checkpoint import SAVE_BYTES_PER_SECOND
 from jgpt.training.loading import choose_device_policy
 from jgpt.training.metrics import format_duration
@@ -48,10 +50,12 @@ def train(config: ConfigDict, command: str = "", on_saved: Callable[[Path, int],
     check(config, Corpus(files, config.data.text_field, config.data.encoding_errors).n_bytes if plain else None)
     with open_run_dir(config.out_dir) as run_dir:
         config, source = adopt_source(config, run_dir)
+        config = as_begun(config, run_dir)
         resuming = look_for_run(run_dir, config)
         p = config.precision
         choose_device_policy(p.compute, p.params, devices_of(config)[0])  # refuse before the long work
         data = prepare(config, run_dir / "tokenizer" if resuming else None)
+        config = settle(config, model_config(config.model, data.tokenizer.vocab_size), devices_of(config))
         training = set_up(config, data, source)
         abstract = jax.eval_shape(training.init)
         check_disk(run_dir, abstract, config.checkpoint)

@@ -134,9 +134,21 @@ def write_identity(run_dir: Path, config: ConfigDict) -> None:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"  # a checkout on the path
-    devices = jax.local_devices()
-    versions["devices"] = f"{len(devices)} x {devices[0].device_kind}"
+    versions["devices"] = _devices_here()
     write_json(run_dir / "versions.json", versions)
+
+
+def was_last_here(run_dir: Path) -> bool:
+    """Tell whether the run in `run_dir` was last started on such devices as are here."""
+    try:
+        return json.loads((run_dir / "versions.json").read_text())["devices"] == _devices_here()
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _devices_here() -> str:
+    devices = jax.local_devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
 
 
 def write_status(run_dir: Path, state: str, step: int, total_steps: int, reason: str, command: str) -> None:

@@ -4,9 +4,7 @@ In the data path: between the token files, or the model that `init_from` names, 
 """
 
 import logging
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +16,27 @@ from jgpt.config import UserError, default_config, flatten
 from jgpt.data.batches import Batch, Batches, ChatBatches, make_batches, validation_blocks
 from jgpt.data.memmap import TokenData
 from jgpt.exchange.families import home
-from jgpt.hardware.devices import compute_capability, describe, training_devices
-from jgpt.model.attention import choose_attention
-from jgpt.model.build import abstract_adapters, count_parameters, flops_per_token, lora_config, model_config
-from jgpt.model.gpt import GPT, ModelConfig
-from jgpt.model.lora import LoRA
-from jgpt.model.precision import Policy
-from jgpt.model.sharding import for_devices
+from jgpt.hardware.devices import describe, training_devices
+from jgpt.model.build import count_parameters, model_config
 from jgpt.training.checkpoint import read_meta, state_bytes, whole_steps
 from jgpt.training.disk import bytes_below, room
-from jgpt.training.loading import choose_device_policy
 from jgpt.training.metrics import format_count
-from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
+from jgpt.training.parts import Parts, make_parts
 from jgpt.training.run_dir import read_config
 from jgpt.training.source import Source, is_run, load_params, local_directory, open_source
-from jgpt.training.step import EvalStep, Pmap, TrainState, TrainStep, init_state, make_eval_step, make_train_step
-from jgpt.training.tensor_parallel import TensorParallel
+from jgpt.training.step import TrainState
 
 log = logging.getLogger("jgpt")
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Parts):
     """The parts of a run: what the loop calls, and the numbers that it reports with."""
 
-    model: GPT
-    policy: Policy
-    runner: Pmap | TensorParallel
-    accumulation: int  # A
-    rows: int  # B: sequences on one device at a time
-    sequence_length: int  # T
     batches: Batches | ChatBatches
     val_blocks: list[Batch]  # single sequences
     source: Source | None  # the model that `init_from` names, where its parameters are needed
-    init: Callable[..., TrainState]  # pure: (parameters to begin from, or None) -> the first state
-    train_step: TrainStep
-    eval_step: EvalStep
-    flops_per_token: float
     peak_flops: float | None  # of all devices
-    tokens_per_step: int
 
     def batch(self, step: int) -> Batch:
         """Return the batch that follows `step` steps, [shares, A, B, ...], on its way to the devices."""
@@ -148,41 +128,16 @@ def devices_of(config: ConfigDict) -> list[jax.Device]:
 def set_up(config: ConfigDict, data: TokenData, source: Source | None = None) -> Training:
     """Build the parts of a run on this machine, and say what was chosen. Nothing is allocated on the devices yet."""
     shapes = model_config(config.model, data.tokenizer.vocab_size)
-    size, length = config.batch.global_batch_size, config.batch.sequence_length or shapes.context_length
     if config.export.require:
         home(shapes)
-    tensor = config.parallel == "tensor"
     devices = devices_of(config)
-    shared = for_devices(shapes, len(devices)) if tensor else shapes
-    runner = TensorParallel(devices, shared) if tensor else Pmap(devices)
-    policy = choose_device_policy(config.precision.compute, config.precision.params, devices[0])
-    share = size // runner.shares
-    rows = max(n for n in range(1, min(config.batch.micro_batch_size, share) + 1) if share % n == 0)
-    accumulation = share // rows
-    lora = lora_config(config.lora)
-    attention = choose_attention(config.attention, policy.compute, devices[0].platform, compute_capability(devices[0]))
-    plain, model = (GPT(c, policy.compute, config.remat, lora, attention) for c in (shapes, shared))
-    optimizer = make_optimizer(config.optimizer)
-    train_step = make_train_step(
-        model,
-        policy,
-        optimizer,
-        learning_rate_schedule(config.optimizer),
-        accumulation,
-        config.seed,
-        config.loss_chunk_tokens,
-        config.precision.loss_scale_growth_steps,
-    )
-
-    def init(params: Any = None) -> TrainState:
-        return init_state(plain, policy, optimizer, config.seed, config.precision.loss_scale, params)
-
+    parts = make_parts(config, shapes, devices)
+    size, length, policy = config.batch.global_batch_size, parts.sequence_length, parts.policy
     chip = describe(devices[0])
     compute = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[np.dtype(policy.compute).name]
     peak = chip.peak_flops[compute]
     batches = make_batches(data, config.seed, size, length, shapes.vocab_size)
-    adapters = _count_adapters(shapes, lora)
-    trained = f", {format_count(adapters)} trained (LoRA rank {config.lora.rank})" if adapters else ""
+    trained = f", {format_count(parts.adapters)} trained (LoRA rank {config.lora.rank})" if parts.adapters else ""
     log.info(
         "model: %s parameters%s, layers %d, width %d, context %d, vocabulary %d",
         format_count(count_parameters(shapes)), trained, shapes.n_layers, shapes.d_model, shapes.context_length,
@@ -190,48 +145,25 @@ def set_up(config: ConfigDict, data: TokenData, source: Source | None = None) ->
     )  # fmt: skip
     log.info(
         "batch: %d sequences = devices %d x micro-batches %d x %d, %s tokens a step, %.1f epochs in %d steps",
-        size, runner.shares, accumulation, rows, format_count(size * length),
+        size, parts.runner.shares, parts.accumulation, parts.rows, format_count(parts.tokens_per_step),
         config.optimizer.total_steps * size / batches.n_blocks, config.optimizer.total_steps,
     )  # fmt: skip
-    split = f", the model split over {len(devices)}" if tensor else ""
+    split = f", the model split over {len(devices)}" if config.parallel == "tensor" else ""
     log.info(
         "device: %s%s, computing in %s%s", chip.name, split, compute, " with loss scaling" if policy.scales_loss else ""
     )
-    if policy.param != np.float32 and not adapters:
+    if policy.param != np.float32 and not parts.adapters:
         log.warning(
             "precision.params=%s: updates smaller than a parameter's last bit are lost, and late in training most are. "
             "fp32 is right for training.", config.precision.params,
         )  # fmt: skip
     return Training(
-        model=model,
-        policy=policy,
-        runner=runner,
-        accumulation=accumulation,
-        rows=rows,
-        sequence_length=length,
+        **vars(parts),
         batches=batches,
         val_blocks=validation_blocks(data, length, config.eval.batches * size),
         source=source,
-        init=init,
-        train_step=runner.train_step(train_step),
-        eval_step=runner.eval_step(make_eval_step(model, policy, config.loss_chunk_tokens)),
-        flops_per_token=flops_per_token(replace(shapes, context_length=length), adapters),
         peak_flops=peak * len(devices) if peak else None,
-        tokens_per_step=size * length,
     )
-
-
-def _count_adapters(shapes: ModelConfig, lora: LoRA | None) -> int:
-    """Count the parameters of the adapters; raise UserError where the model has none of the layers that they adapt."""
-    if lora is None:
-        return 0
-    there = ("qkv", "proj", "gate_up" if shapes.mlp == "swiglu" else "up", "down")
-    if not set(there) & set(lora.targets):
-        raise UserError(
-            f"lora.targets={','.join(lora.targets)!r}, and this model has none of these layers. Allowed:"
-            f" {', '.join(there)}. Set --config.lora.targets={','.join(there)}."
-        )
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_adapters(shapes, lora)))
 
 
 def check_disk(run_dir: Path, abstract: TrainState, checkpoint: ConfigDict) -> None:

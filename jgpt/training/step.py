@@ -239,6 +239,10 @@ class Pmap:
             on_one_device, axis_name=self.AXIS, devices=self.devices, in_axes=(None, None, 0), out_axes=None
         )
 
+    def abstract(self, state: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, Batch]:
+        """Return shapes of the train step's arguments as they will lie on the devices, for compiling ahead."""
+        return state, frozen, batch
+
     def place_state(self, state: Any) -> Any:
         """Copy a state (or parameters) to every device, laid out as the step returns it (else it compiles twice)."""
         return jax.device_put(state, self._copied)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
 from jgpt.model.gpt import ModelConfig
-from jgpt.model.sharding import device_mesh, place
+from jgpt.model.sharding import device_mesh, param_shardings, place
 from jgpt.training.step import EvalStep, Numbers, Step, TrainState, TrainStep
 
 
@@ -44,6 +44,15 @@ class TensorParallel:
     def eval_step(self, step: EvalStep) -> EvalStep:
         """Compile (params, frozen, batch [1, B, ...]) -> the loss summed over the batch."""
         return jax.jit(lambda params, frozen, batch: step(params, frozen, _only(batch)), out_shardings=self._copied)
+
+    def abstract(self, state: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, Batch]:
+        """Return shapes of the train step's arguments as they will lie on the devices, for compiling ahead."""
+
+        def lying(x: jax.ShapeDtypeStruct, sharding: NamedSharding = self._copied) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        split = jax.tree.map(lying, frozen, param_shardings(frozen, self._config, self._mesh))
+        return jax.tree.map(lying, state), split, jax.tree.map(lying, batch)
 
     def place_state(self, state: Any) -> Any:
         """Copy a state (or adapters) to every device, laid out as the step returns it (else it compiles twice)."""

@@ -14,19 +14,19 @@ import math
 import os
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: the plugin only compiles here
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from t4_memory import products
 
 from jgpt.config import default_config
 from jgpt.data.batches import Batch
+from jgpt.hardware.audit import products
+from jgpt.hardware.hlo import parse
+from jgpt.hardware.targets import compile_only
 from jgpt.inference.decode import UNLIMITED, Task, decode, prefill
 from jgpt.inference.placement import needed
 from jgpt.inference.sampling import Sampling
@@ -66,8 +66,7 @@ class TwoT4s:
     """Compile-only devices, and a model as they share it: shapes in the place of arrays."""
 
     def __init__(self, plain: ModelConfig) -> None:
-        target = (Path(__file__).parent / "t4_target_config.txt").read_text()
-        self.devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x2").devices
+        self.devices = compile_only("t4x2").devices
         self.plain, self.shared, self.mesh = plain, for_devices(plain, 2), device_mesh(self.devices)
         self.whole = NamedSharding(self.mesh, PartitionSpec())
 
@@ -113,7 +112,7 @@ def report(name: str, compiled: Any) -> None:
     print(f"{name:<20}{row}   {'fits' if peak <= USABLE else 'DOES NOT FIT'}")
     reduces = len(re.findall(r" all-reduce(?:-start)?\(", program))
     print(f"    {reduces} all-reduces; gathered from the other card: {gathered(program)}")
-    print("    matrix products: " + ", ".join(f"{n} x {kind}" for kind, n in products(program).most_common()))
+    print("    matrix products: " + ", ".join(f"{n} x {kind}" for kind, n in products(parse(program)).most_common()))
     copies = re.findall(r"= f32\[[\d,]*\]\S* (?:fusion|convert)\(.*wrapped_convert", program)
     print(f"    arrays that are converted to fp32 by themselves: {len(copies)}", flush=True)
 

@@ -1,0 +1,57 @@
+"""Say what a config takes before an hour is spent on it: memory, speed, hours and disk, on a GPU that need not be here.
+
+    python -m jgpt.plan --config configs/gpt2_124m.py --device t4x2
+    python -m jgpt.plan --config configs/gpt2_124m.py --device t4x2 --tune
+
+The step that training would run is compiled for the device. XLA says what it takes of the memory; a roofline over the
+compiled program says how long it takes at least, with the rates that are printed. It is a prediction: nothing runs. No
+GPU and no driver are needed, but JAX's CUDA wheels of jax's version: pip install jgpt[plan]. No text is read.
+
+Exit code 0: it fits; 3: it would run out of memory, and the answer says what fits; 2: the user's input.
+"""
+
+import json
+import sys
+
+import jax
+from absl import flags
+
+from jgpt.cli import EXIT_DONE, EXIT_MEMORY, define_config, load_config, run
+from jgpt.config import check
+from jgpt.hardware.devices import set_up_process
+from jgpt.hardware.targets import TARGETS, THIS
+from jgpt.training.estimate import Estimate
+from jgpt.training.plan import make_plan
+from jgpt.training.plan_text import as_dict, page, tried_row
+
+
+def define_flags() -> None:
+    """Define the flags; not at import, because absl takes a name once a process."""
+    define_config()
+    flags.DEFINE_string("device", "t4x2", f"what to plan for: {', '.join(TARGETS)}, or {THIS} (what is here)")
+    flags.DEFINE_bool("tune", False, "search micro-batch, remat and loss chunk for the fastest step that fits")
+    flags.DEFINE_bool("json", False, "print one JSON object")
+    flags.DEFINE_integer("top", 10, "how many kinds of op to list", lower_bound=0)
+    flags.DEFINE_float("run_hours", 12.0, "hours that one run may take, where the config has no deadline")
+    flags.DEFINE_float("weekly_hours", 30.0, "GPU hours that a week has")
+
+
+def main() -> int:
+    """Compile, print, and return the exit code."""
+    args, config = flags.FLAGS, load_config()
+    if args.device != THIS:
+        jax.config.update("jax_platforms", "cpu")  # of a GPU that is not here there is no driver to ask
+    set_up_process()
+    check(config)
+
+    def tell(found: Estimate) -> None:
+        print(f"compiled in {found.compile_seconds:.0f} s: {tried_row(found)}", file=sys.stderr)
+
+    plan = make_plan(config, args.device, args.tune, args.run_hours, args.weekly_hours, tell)
+    print(json.dumps(as_dict(plan, args.top), indent=2) if args.json else page(plan, args.top))
+    return EXIT_DONE if plan.fits else EXIT_MEMORY
+
+
+if __name__ == "__main__":
+    define_flags()
+    run(main, __doc__)

@@ -1,0 +1,112 @@
+"""The search finds what trying everything would, in few tries; it knows nothing of compilers, so neither do the tests."""
+
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+from ml_collections import ConfigDict
+
+from jgpt.config import default_config
+from jgpt.hardware.targets import this_machine
+from jgpt.model.build import model_config
+from jgpt.training.estimate import Choice
+from jgpt.training.setup import devices_of
+from jgpt.training.tuning import REMATS, SAME, Search, Space, space_of
+
+T, STATE, DIVISORS = 1024, 3000, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96]
+ACTIVATIONS = {"none": 700.0, "dots": 500.0, "block": 150.0}  # MB a sequence
+COST = {"none": 1.0, "dots": 1.1, "block": 1.3}  # seconds a sequence
+
+
+@dataclass(frozen=True)
+class Step:
+    """A made-up step: memory along a line, bent a little; time a line as well."""
+
+    choice: Choice
+    state: int = STATE
+    knows_speed: bool = True
+
+    @property
+    def peak(self) -> int:
+        micro, remat, chunk = self.choice
+        return int(STATE + micro * ACTIVATIONS[remat] + 0.05 * micro**1.5 + min(chunk, micro * T) * 0.2)
+
+    @property
+    def seconds(self) -> float | None:
+        micro, remat, chunk = self.choice
+        chunks = -(-micro * T // chunk)
+        return 96 * COST[remat] + 96 / micro * (0.2 + 0.05 * chunks) if self.knows_speed else None
+
+
+def search(limit: int, knows_speed: bool = True, **space) -> Search[Step]:
+    given = {"sizes": DIVISORS, "remats": REMATS, "chunks": [2048, 4096, 8192], "sequence_length": T} | space
+    return Search(lambda choice: Step(choice, knows_speed=knows_speed), Space(**given), limit)
+
+
+@pytest.mark.parametrize("limit", [4000, 5000, 6500, 8000, 9000, 10_000, 13_500, 20_000, 30_000, 100_000])
+def test_it_finds_what_trying_everything_finds(limit: int):
+    found = search(limit)
+    best = found.fastest()
+    everything = [Step(Choice(*c)) for c in product(DIVISORS, REMATS, (2048, 4096, 8192))]
+    fit = [step for step in everything if step.peak <= limit]
+    assert best is not None and best.peak <= limit
+    # Less than SAME is no difference, and a chunk that does not fit the largest micro-batch is not tried with others.
+    assert best.seconds <= (1 + 2 * SAME) * min(step.seconds for step in fit)
+    assert len(found.tried) <= 10  # of 108
+
+
+def test_few_tries_where_the_first_is_nearly_the_answer():
+    found = search(STATE + 8 * 700 + 1000, chunks=[2048])
+    best = found.fastest()
+    assert best is not None and best.choice == Choice(8, "none", 2048)
+    assert len(found.tried) <= 2
+
+
+def test_recomputation_is_tried_only_where_micro_batches_are_small():
+    roomy, narrow = search(20_000, chunks=[2048]), search(4600, chunks=[2048])
+    assert roomy.fastest() is not None and {choice.remat for choice in roomy.tried} == {"none"}
+    best = narrow.fastest()
+    assert best is not None and {choice.remat for choice in narrow.tried} >= {"none", "dots"}
+
+
+def test_none_fits():
+    found = search(STATE + 100)
+    assert found.fastest() is None
+    assert Choice(1, "block", 2048) in found.tried  # the least was tried
+
+
+def test_without_rates_the_largest_micro_batch_without_recomputation_wins():
+    best = search(9000, knows_speed=False).fastest()
+    assert best is not None and best.choice == Choice(6, "none", 2048)
+    best = search(3800, knows_speed=False, chunks=[256]).fastest()
+    assert best is not None and best.choice == Choice(1, "none", 256)
+    best = search(3600, knows_speed=False, chunks=[256]).fastest()
+    assert best is not None and best.choice == Choice(1, "dots", 256)
+
+
+def test_nothing_is_tried_twice():
+    tried: list[Choice] = []
+
+    def once(choice: Choice) -> Step:
+        tried.append(choice)
+        return Step(choice)
+
+    Search(once, Space(DIVISORS, REMATS, [2048, 4096], T), 8000).fastest()
+    assert len(tried) == len(set(tried))
+
+
+def config_of(**changes) -> ConfigDict:
+    config = default_config()
+    config.update_from_flattened_dict({"batch.global_batch_size": 24, "batch.micro_batch_size": 5} | changes)
+    return config
+
+
+def test_only_what_the_config_leaves_open_is_searched():
+    def space(everything: bool = False, **changes) -> Space:
+        config = config_of(**changes)
+        return space_of(config, model_config(config.model, 100), this_machine(devices_of(config)), everything)
+
+    assert space() == Space([4], ["none"], [2048], 256)  # as training takes it: the largest divisor of 12 below 5
+    assert space(**{"batch.micro_batch_size": 0}) == Space([1, 2, 3, 4, 6, 12], ["none"], [2048], 256)
+    assert space(remat="auto", loss_chunk_tokens=0) == Space([4], REMATS, [0], 256)
+    assert space(everything=True) == Space([1, 2, 3, 4, 6, 12], REMATS, [2048, 4096, 8192], 256)
