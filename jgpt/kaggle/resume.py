@@ -35,7 +35,8 @@ def bring_back(config: ConfigDict) -> None:
     with open_run_dir(config.out_dir) as run_dir:
         pack.unpack(run_dir, run_dir)  # an earlier session of this machine has packed it
         folders = [folder for folder in earlier_runs() if _is_same_run(folder, config)]
-        elsewhere = sorted(((step, folder) for folder in folders for step in pack.checkpoints_in(folder)), reverse=True)
+        elsewhere = [(step, folder) for folder in folders for step in pack.checkpoints_in(folder)]
+        elsewhere.sort(key=lambda found: -found[0])
         here = whole_steps(run_dir / "checkpoints")
         while elsewhere:
             step, folder = elsewhere[0]
