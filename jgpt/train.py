@@ -23,7 +23,6 @@ from jgpt.training import loop
 def train(config, command: str = "") -> None:
     """Train as the command does; for notebooks. `config` is a config file's get_config()."""
     set_up_logging()
-    config = fit_to_kaggle(config)
     for name in (config.init_from, config.tokenizer.pretrained, config.checkpoint.upload.removeprefix("hub:")):
         provide_hub_token(name)
     with Uploads(config.checkpoint) as uploads:
@@ -32,7 +31,7 @@ def train(config, command: str = "") -> None:
             config.init_from = unpacked(config.init_from)
         if on_kaggle() or config.checkpoint.upload:
             bring_back(config)
-        loop.train(config, command or "call train(config) again", uploads.saved)
+        loop.train(fit_to_kaggle(config), command or "call train(config) again", uploads.saved)
 
 
 def main() -> None:

@@ -189,7 +189,7 @@ def _reason(error: BaseException) -> str:
     status, told = _status(error), redact(" ".join(str(error).split()))[:300]
     if status in (401, 403):
         return (
-            f"it answered {status}, so these credentials may not write there. Check OWNER, and that the token may write"
+            f"it answered {status}: these credentials are not enough. Check OWNER, and that the token may read and write"
             f" (it said: {told})."
         )
     if status is not None:
