@@ -10,16 +10,19 @@ Command:  python -m jgpt.train --config configs/kaggle_t4.py
 from ml_collections import ConfigDict
 
 from jgpt.config import default_config
+from jgpt.kaggle.paths import input_dir, outputs_dir, scratch_dir
 
 
 def get_config() -> ConfigDict:
     """Return the config: about 20 tokens a parameter in one session, in fp16 with loss scaling."""
     config = default_config()
-    config.out_dir = "/kaggle/working/outputs"
+    config.out_dir = str(outputs_dir())
     config.deadline_hours = 11.0  # Kaggle kills a run after 12, and may throw its output away
     config.log_every_steps = 20
-    config.data.text_glob = "/kaggle/input/**/*.txt"
-    config.data.cache_dir = "/kaggle/temp/jgpt/tokens"  # scratch: not counted against the 20 GB that are kept
+    config.data.text_glob = f"{input_dir()}/**/*.txt"  # what an earlier run wrote is left out
+    config.data.cache_dir = str(
+        scratch_dir() / "jgpt" / "tokens"
+    )  # scratch: not counted against the 20 GB that are kept
     config.data.val_fraction = 0.01
     config.tokenizer.vocab_size = 16_384
     config.model.n_layers = 12

@@ -12,6 +12,8 @@ import shlex
 import sys
 
 from jgpt.cli import define_config, load_config, run, set_up_logging
+from jgpt.kaggle.paths import on_kaggle
+from jgpt.kaggle.resume import bring_back
 from jgpt.kaggle.secrets import provide_hub_token
 from jgpt.training import loop
 
@@ -21,6 +23,8 @@ def train(config, command: str = "") -> None:
     set_up_logging()
     for name in (config.init_from, config.tokenizer.pretrained):
         provide_hub_token(name)
+    if on_kaggle():
+        bring_back(config)
     loop.train(config, command or "call train(config) again")
 
 

@@ -1,5 +1,6 @@
 """Globs to files, files to blocks of bytes: what the data path begins with. Next: `corpus.py`."""
 
+import functools
 import glob
 import gzip
 import os
@@ -28,25 +29,30 @@ SUPPORTED = {
     "chat": ".jsonl, also with .gz or .zst, as data.format is 'chat'",
 }
 BLOCK_BYTES = 1 << 18
+RUN_FILES = ("config.json", "versions.json", "metrics.jsonl")  # what lies at the top of every run directory
 
 
 def find_files(text_glob: str, format: str = "text") -> list[Path]:
     """List the files that comma-separated globs or directories name: absolute, sorted, each once.
 
-    `format` is data.format: chat takes .jsonl alone. Raises UserError when one of them names nothing that can be read.
+    `format` is data.format: chat takes .jsonl alone. What a run wrote (samples.txt) is no text to train on, and is left
+    out, unless the name leads into its run directory. Raises UserError when one of them names nothing that can be read.
     """
     found: set[str] = set()
+    is_run = functools.cache(holds_run)
     for part in filter(None, (part.strip() for part in text_glob.split(","))):
         path = os.path.expanduser(part)
         pattern = os.path.join(glob.escape(path), "**", "*") if os.path.isdir(path) else path
         # A name that exists is itself, even when it holds a [ that a glob would read as its own.
         names = [path] if os.path.isfile(path) else glob.iglob(pattern, recursive=True)
         matches = list(names)
-        supported = [match for match in matches if match.endswith(SUFFIXES[format]) and os.path.isfile(match)]
+        readable = [match for match in matches if match.endswith(SUFFIXES[format]) and os.path.isfile(match)]
+        supported = [match for match in readable if not any(map(is_run, _folders_between(path, match)))]
         if not supported:
             others = sorted({"".join(Path(match).suffixes[-2:]) or "without a suffix" for match in matches})
             kind = "text" if format == "text" else ".jsonl"
             what = f"only what is no {kind} file ({', '.join(others[:8])})" if others else "no file"
+            what = f"only what a run of jgpt wrote ({readable[0]})" if readable else what
             raise UserError(
                 f"data.text_glob: {part!r} matches {what} (current folder: {os.getcwd()}). Supported are "
                 f"{SUPPORTED[format]}. "
@@ -58,6 +64,27 @@ def find_files(text_glob: str, format: str = "text") -> list[Path]:
             "data.text_glob is empty. Pass --config.data.text_glob=GLOB, a folder or like 'folder/**/*.txt'."
         )
     return sorted(map(Path, found))
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Tell whether a folder is a run directory: its files say so, wherever it was moved to and however packed."""
+    return all(os.path.isfile(os.path.join(folder, name)) for name in RUN_FILES)
+
+
+def _folders_between(pattern: str, match: str) -> list[str]:
+    """List the folders of `match` that the user did not name: those below the part of `pattern` that is no glob.
+
+    >>> _folders_between("/input/**/*.txt", "/input/mine/texts/a.txt"), _folders_between("/a/b.txt", "/a/b.txt")
+    (['/input/mine/texts', '/input/mine'], [])
+    """
+    named = pattern
+    while glob.has_magic(named) and not os.path.exists(named):
+        named = os.path.dirname(named)
+    folders, folder, named = [], os.path.dirname(os.path.abspath(match)), os.path.abspath(named)
+    while len(folder) > len(named):
+        folders.append(folder)
+        folder = os.path.dirname(folder)
+    return folders
 
 
 def decompress(file: Path, raw: BinaryIO) -> Iterator[bytes]:

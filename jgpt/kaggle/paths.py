@@ -1,0 +1,101 @@
+"""Where things are on Kaggle's machine: inputs in the old and the new mount layout, what is kept, and scratch.
+
+Beside the data path: configs/kaggle_t4.py and resuming ask here.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from jgpt.config import UserError
+from jgpt.data.files import holds_run
+from jgpt.kaggle.bootstrap import kaggle_root, scratch_dir
+
+__all__ = ["find_input", "find_runs", "input_dir", "on_kaggle", "outputs_dir", "scratch_dir", "working_dir"]
+
+KINDS = ("datasets", "notebooks", "models", "competitions")  # the folders of the new layout
+MOST_LEVELS = 7  # input/models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION, the deepest mount there is
+MOST_FOLDERS = 10_000  # a dataset of images may have more: what is looked for lies near the top
+
+
+def on_kaggle() -> bool:
+    """Tell whether this process runs on Kaggle's machine, or on an imitation of it."""
+    return bool(os.environ.get("KAGGLE_KERNEL_RUN_TYPE"))
+
+
+def input_dir() -> Path:
+    """Return the folder below which everything that was added as input is mounted, read-only."""
+    return kaggle_root() / "input"
+
+
+def working_dir() -> Path:
+    """Return the folder that Kaggle keeps when a run ends, up to 20 GB."""
+    return kaggle_root() / "working"
+
+
+def outputs_dir() -> Path:
+    """Return the run directory of a run on Kaggle."""
+    return working_dir() / "outputs"
+
+
+def find_input(kind: str, name: str) -> Path:
+    """Return where an input is mounted.
+
+    `kind` is one of KINDS, `name` what Kaggle's address has: "owner/slug" of a dataset or of a notebook's output,
+    "owner/model/framework/variation/version" of a model. Raises UserError, with what is mounted, where it is not.
+    """
+    parts = name.strip("/").split("/")
+    if kind not in KINDS or len(parts) != {"models": 5, "competitions": 1}.get(kind, 2):
+        raise UserError(
+            f"{kind} {name!r} is no name of an input. Allowed: datasets or notebooks 'owner/slug', models "
+            "'owner/model/framework/variation/version', competitions 'slug'. Copy it from the address of its page."
+        )
+    if kind == "models":
+        parts[2] = parts[2].lower()
+    below = Path(*parts[1:] or parts)  # the old layout leaves the owner out
+    for place in (input_dir() / kind / Path(*parts), input_dir() / below):
+        if place.is_dir():
+            return place
+    tail = below.parts[-2:]  # a model's version alone is a number
+    found = [folder for folder in folders_below(input_dir()) if folder.parts[-len(tail) :] == tail]
+    if len(found) == 1:
+        return found[0]
+    mounted = ", ".join(str(folder) for folder in mounts()) or "nothing"
+    several = f"{len(found)} folders may be it: {', '.join(map(str, found[:3]))}. " if found else ""
+    raise UserError(
+        f"{kind} {name!r} is not mounted below {input_dir()}. {several}Mounted: {mounted}. Add it to the notebook (Add "
+        "Input, or push's --dataset and --model); a new dataset cannot be mounted until Kaggle has processed it."
+    )
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """List the run directories in `folder` and below, packed or not, those nearest to the top first."""
+    return [found for found in (folder, *folders_below(folder)) if holds_run(found)]
+
+
+def mounts() -> list[Path]:
+    """List the folders of input/ that hold something, without the levels that only sort them."""
+    sorting = {kind: {"datasets": 2, "notebooks": 2, "models": 5, "competitions": 1}[kind] for kind in KINDS}
+    found = []
+    for top in sorted(input_dir().glob("*")):
+        found += sorted(top.glob("/".join("*" * sorting[top.name]))) if top.name in sorting else [top]
+    return found
+
+
+def folders_below(folder: Path) -> Iterator[Path]:
+    """Walk the folders below one, level by level and no deeper than a mount lies, each once where links lead to it."""
+    waiting, seen = deque([(folder, 0)]), set[Path]()
+    while waiting and len(seen) < MOST_FOLDERS:
+        parent, level = waiting.popleft()
+        try:
+            children = [parent / entry.name for entry in os.scandir(parent) if entry.is_dir()]
+        except OSError:  # not there, or not readable
+            continue
+        for child in sorted(children):
+            if (real := child.resolve()) in seen:
+                continue
+            seen.add(real)
+            yield child
+            if level + 1 < MOST_LEVELS:
+                waiting.append((child, level + 1))

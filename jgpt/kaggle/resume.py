@@ -1,0 +1,109 @@
+"""Bring an earlier run back on Kaggle: its newest whole checkpoint, from wherever its output is mounted.
+
+Beside the data path: `jgpt.train` calls it before the loop, which then finds the run in its own directory. A session
+begins with an empty working folder; what the last one wrote is an input.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from jgpt.config import UserError
+from jgpt.kaggle import pack
+from jgpt.kaggle.paths import find_runs, input_dir
+from jgpt.training.checkpoint import verify, whole_steps
+from jgpt.training.metrics import best_validation, read_metrics
+from jgpt.training.run_dir import check_same_run, open_run_dir, read_config
+
+FILES = ("config.json", "metrics.jsonl", "samples.txt")  # the loop cuts them off after the checkpoint's step
+
+log = logging.getLogger("jgpt")
+
+
+def bring_back(config: ConfigDict) -> None:
+    """Put the newest whole checkpoint of this run, and the files beside it, into the run directory.
+
+    Nothing is done where that directory has the newest already, or where no earlier run is found. A damaged checkpoint
+    and the output of another run are named and passed over.
+    """
+    if config.checkpoint.resume == "never":
+        return
+    with open_run_dir(config.out_dir) as run_dir:
+        pack.clear_up(run_dir)
+        pack.unpack(run_dir, run_dir)  # an earlier session of this machine has packed it
+        folders = [folder for folder in earlier_runs() if _is_same_run(folder, config)]
+        elsewhere = sorted(((step, folder) for folder in folders for step in pack.checkpoints_in(folder)), reverse=True)
+        here = whole_steps(run_dir / "checkpoints")
+        while elsewhere:
+            step, folder = elsewhere[0]
+            if here and here[-1] >= step:
+                if not verify(run_dir / "checkpoints", here.pop()):
+                    return
+            elif _bring(folder, step, run_dir, config.checkpoint.keep_best):
+                return
+            else:
+                elsewhere.pop(0)
+
+
+def earlier_runs() -> Iterator[Path]:
+    """Yield the folders where the run may have left off, packed or not; of equal checkpoints the first one counts."""
+    yield from find_runs(input_dir())
+
+
+def _is_same_run(folder: Path, config: ConfigDict) -> bool:
+    """Tell whether a folder holds the run of `config`; say why not."""
+    try:
+        theirs = read_config(folder)
+        if config.init_from and theirs.init_from:  # the model that both began from has settled these
+            config = config.copy_and_resolve_references()
+            config.model.update({**theirs.model, "dropout": config.model.dropout})
+            config.tokenizer.update(theirs.tokenizer)
+        check_same_run(folder, config)
+    except UserError as error:
+        log.info("passed over as what to go on from: %s", str(error).splitlines()[0].rstrip(":"))
+        for line in str(error).splitlines()[1:-1]:
+            log.info("%s", line)
+        return False
+    return True
+
+
+def _bring(folder: Path, step: int, run_dir: Path, keep_best: bool) -> bool:
+    """Bring a checkpoint and what belongs to it into the run directory; tell whether it was whole.
+
+    Its manifest comes last: killed before that, a run finds no checkpoint, and this begins again.
+    """
+    staging = _fetch_whole(folder, step, run_dir)
+    tokenizer = pack.fetch_folder(folder, "tokenizer", run_dir) if staging else None
+    if staging is None or tokenizer is None:
+        pack.clear_up(run_dir)
+        return False
+    for name in FILES:
+        if (folder / name).is_file():
+            pack.copy_file(folder / name, run_dir / name)
+    pack.install(tokenizer)
+    best = best_validation(
+        [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] in pack.checkpoints_in(folder)]
+    )
+    if keep_best and best and best["step"] < step and (best_staging := _fetch_whole(folder, best["step"], run_dir)):
+        pack.install(best_staging)
+    pack.install(staging)
+    log.info("going on from checkpoint %d of %s", step, folder)
+    return True
+
+
+def _fetch_whole(folder: Path, step: int, run_dir: Path) -> Path | None:
+    """Fetch a checkpoint that agrees with its manifest and can be gone on from; name one that does not."""
+    staging = pack.fetch_checkpoint(folder, step, run_dir)
+    if staging is None:
+        return None
+    damage = verify(staging, step)
+    if not damage and not (staging / str(step) / "training").is_dir():
+        damage = "it is an imported model, without an optimizer's state"
+    if damage:
+        log.warning("checkpoint %d of %s is passed over: %s", step, folder, damage)
+        shutil.rmtree(staging)
+        return None
+    return staging
