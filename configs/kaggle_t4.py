@@ -17,7 +17,6 @@ def get_config() -> ConfigDict:
     """Return the config: about 20 tokens a parameter in one session, in fp16 with loss scaling."""
     config = default_config()
     config.out_dir = str(outputs_dir())
-    config.deadline_hours = 11.0  # Kaggle kills a run after 12, and may throw its output away
     config.log_every_steps = 20
     config.data.text_glob = f"{input_dir()}/**/*.txt"  # what an earlier run wrote is left out
     config.data.cache_dir = str(
@@ -41,5 +40,6 @@ def get_config() -> ConfigDict:
     config.eval.batches = 8
     config.checkpoint.every_steps = 1000
     config.checkpoint.every_minutes = 30.0
+    config.checkpoint.disk_gb = 19.5  # of the 20 GB that are kept of the working folder
     config.sample.every_steps = 2000
     return config

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jgpt.config import UserError, default_config, flatten
 from jgpt.help import help_text
+from jgpt.redaction import redact
 from jgpt.training.metrics import TerminalHandler
 from jgpt.training.run import TrainingDiverged
 
@@ -65,20 +66,25 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
         sys.exit(EXIT_DONE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            traceback.print_exc()
+            _print_error(traceback.format_exc())
             sys.exit(EXIT_BUG)
         code, message = EXIT_USER, f"the disk is full: {error}. Make room, then run the same command again: it goes on."
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            traceback.print_exc()
+            _print_error(traceback.format_exc())
             sys.exit(EXIT_BUG)
         code = EXIT_MEMORY
         message = (
             f"the device ran out of memory: {str(error).splitlines()[0]}. Take a smaller "
             "--config.batch.micro_batch_size (the global batch stays as it is), or --config.remat=block."
         )
-    print(f"error: {message}", file=sys.stderr)
+    _print_error(f"error: {message}\n")
     sys.exit(code)
+
+
+def _print_error(text: str) -> None:
+    """Print on stderr, without the secrets that an exception of a library may quote."""
+    print(redact(text), file=sys.stderr, end="")
 
 
 def set_up_logging(to_stderr: bool = False) -> None:

@@ -133,6 +133,9 @@ def default_config() -> ConfigDict:
     checkpoint.every_minutes = 20.0  # as well; 0: by steps alone
     checkpoint.keep_last = 2
     checkpoint.keep_best = True  # also keep the one with the lowest validation loss
+    checkpoint.disk_gb = 0.0  # GB (1e9 bytes) that the run directory may hold; 0: what is free
+    checkpoint.upload = ""  # also send the newest to "hub:OWNER/NAME", "dataset:OWNER/SLUG"; "": nowhere
+    checkpoint.upload_every_minutes = 60.0  # at most so often, as each is a new version there, and once at the end
     checkpoint.resume = (
         "auto"  # "auto": go on if out_dir holds a run; "must": refuse to start anew; "never": refuse to go on
     )
@@ -214,6 +217,8 @@ RANGES = (  # key, lowest, highest
     ("checkpoint.every_steps", 1, math.inf),
     ("checkpoint.every_minutes", 0, math.inf),
     ("checkpoint.keep_last", 1, math.inf),
+    ("checkpoint.disk_gb", 0, math.inf),
+    ("checkpoint.upload_every_minutes", 0, math.inf),
 )
 
 

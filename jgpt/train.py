@@ -12,20 +12,24 @@ import shlex
 import sys
 
 from jgpt.cli import define_config, load_config, run, set_up_logging
+from jgpt.kaggle.machine import fit_to_kaggle
 from jgpt.kaggle.paths import on_kaggle
 from jgpt.kaggle.resume import bring_back
 from jgpt.kaggle.secrets import provide_hub_token
+from jgpt.kaggle.uploads import Uploads
 from jgpt.training import loop
 
 
 def train(config, command: str = "") -> None:
     """Train as the command does; for notebooks. `config` is a config file's get_config()."""
     set_up_logging()
-    for name in (config.init_from, config.tokenizer.pretrained):
+    config = fit_to_kaggle(config)
+    for name in (config.init_from, config.tokenizer.pretrained, config.checkpoint.upload.removeprefix("hub:")):
         provide_hub_token(name)
-    if on_kaggle():
-        bring_back(config)
-    loop.train(config, command or "call train(config) again")
+    with Uploads(config.checkpoint) as uploads:
+        if on_kaggle() or config.checkpoint.upload:
+            bring_back(config)
+        loop.train(config, command or "call train(config) again", uploads.saved)
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from jgpt.config import UserError
 from jgpt.kaggle import pack
-from jgpt.kaggle.paths import find_runs, input_dir
+from jgpt.kaggle.paths import find_runs, input_dir, scratch_dir
+from jgpt.kaggle.publish import fetch
 from jgpt.training.checkpoint import verify, whole_steps
 from jgpt.training.metrics import best_validation, read_metrics
 from jgpt.training.run_dir import check_same_run, open_run_dir, read_config
@@ -34,9 +35,10 @@ def bring_back(config: ConfigDict) -> None:
     with open_run_dir(config.out_dir) as run_dir:
         pack.clear_up(run_dir)
         pack.unpack(run_dir, run_dir)  # an earlier session of this machine has packed it
-        folders = [folder for folder in earlier_runs() if _is_same_run(folder, config)]
-        elsewhere = sorted(((step, folder) for folder in folders for step in pack.checkpoints_in(folder)), reverse=True)
         here = whole_steps(run_dir / "checkpoints")
+        upload = "" if here else config.checkpoint.upload  # what lies here was sent no later than it was saved
+        folders = [folder for folder in earlier_runs(upload) if _is_same_run(folder, config)]
+        elsewhere = sorted(((step, folder) for folder in folders for step in pack.checkpoints_in(folder)), reverse=True)
         while elsewhere:
             step, folder = elsewhere[0]
             if here and here[-1] >= step:
@@ -48,9 +50,14 @@ def bring_back(config: ConfigDict) -> None:
                 elsewhere.pop(0)
 
 
-def earlier_runs() -> Iterator[Path]:
-    """Yield the folders where the run may have left off, packed or not; of equal checkpoints the first one counts."""
+def earlier_runs(upload: str) -> Iterator[Path]:
+    """Yield the folders where the run may have left off, packed or not; of equal checkpoints the first one counts.
+
+    Behind what is mounted comes what the run itself has sent to `upload` (checkpoint.upload), where that is not "".
+    """
     yield from find_runs(input_dir())
+    if upload and (fetched := fetch(upload, scratch_dir() / "jgpt" / "fetched")):
+        yield from find_runs(fetched)
 
 
 def _is_same_run(folder: Path, config: ConfigDict) -> bool:

@@ -22,18 +22,33 @@ from jax.sharding import SingleDeviceSharding
 
 from jgpt.config import UserError
 from jgpt.data.tokenizer import write_file
+from jgpt.training.disk import check_room, room
 from jgpt.training.step import TrainState
+
+SAVE_BYTES_PER_SECOND = 50e6  # until a save was timed: a slow disk, which is written, and read again for the manifest
 
 log = logging.getLogger("jgpt")
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. `keep_last` whole ones are kept, and the best one where `keep_best`."""
+    """The checkpoints of one run directory. `keep_last` whole ones are kept, and the best one where `keep_best`.
 
-    def __init__(self, run_dir: Path, keep_last: int, keep_best: bool) -> None:
+    `disk_gb`, above 0, is what the run directory may hold in GB. `on_saved(run directory, step)` is called once a
+    checkpoint is whole, in the thread that finished it; the next save waits for it, and it must not raise.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        keep_last: int,
+        keep_best: bool,
+        disk_gb: float = 0.0,
+        on_saved: Callable[[Path, int], None] | None = None,
+    ) -> None:
         self.directory = run_dir.absolute() / "checkpoints"
-        self.keep_last, self.keep_best = keep_last, keep_best
+        self.keep_last, self.keep_best, self.disk_gb = keep_last, keep_best, disk_gb
         self.save_seconds = 0.0  # the longest so far, for the deadline
+        self._on_saved = on_saved
         self._finishing: threading.Thread | None = None
         self._error: Exception | None = None
         self._damaged: set[int] = set()  # steps that restore passed over: in the way of what is saved from now on
@@ -47,13 +62,15 @@ class Checkpoints:
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Begin to save `state` (numpy arrays that nothing else will change) with `meta` (JSON), and return.
 
-        Waits for the save before this one; raises UserError if that one failed (a full disk).
+        Waits for the save before this one, and deletes old ones where this one would not fit beside them. Raises
+        UserError if the one before failed (a full disk), or this one would exceed `disk_gb`.
         """
         self.wait()
         step, started = int(state.step), time.monotonic()
         if step in self.steps() and step not in self._damaged:
             return
         try:
+            self._make_room(state_bytes(state))
             self._delete(step)  # a save that was cut off before its manifest, or a damaged one
             self._manager.save(
                 step,
@@ -64,6 +81,8 @@ class Checkpoints:
                 ),
                 force=True,
             )
+        except UserError:  # no room in the budget
+            raise
         except Exception as error:  # a disk can be full before the background has begun
             self._error = error
             self.wait()
@@ -78,6 +97,13 @@ class Checkpoints:
             self.save_seconds = max(self.save_seconds, time.monotonic() - started)
         except Exception as error:  # told to whoever saves or waits next
             self._error = error
+            return
+        if self._on_saved is not None:
+            self._on_saved(self.directory.parent, step)
+
+    def expected_seconds(self, n_bytes: int) -> float:
+        """Return the most seconds that a save of so many bytes may take: the longest so far or, before one, a guess."""
+        return self.save_seconds or n_bytes / SAVE_BYTES_PER_SECOND
 
     def wait(self) -> None:
         """Wait until the save under way is whole on disk; raise UserError if it failed."""
@@ -113,14 +139,36 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = [step for step in self.steps() if step not in self._damaged]
-        keep = set(steps[-self.keep_last :])
-        if self.keep_best:
-            losses = {step: _val_loss(self.directory / str(step)) for step in steps}
-            best = min(steps, key=lambda step: losses[step])
-            keep |= {best} if losses[best] < math.inf else set()
-        found = {int(path.name) for path in self.directory.iterdir() if path.name.isdigit()}
-        for step in found - keep:  # those no longer wanted, cut off or damaged
+        keep = {*steps[-self.keep_last :], *self._best(steps)}
+        for step in self._present() - keep:  # those no longer wanted, cut off or damaged
             self._delete(step)
+
+    def _best(self, steps: list[int]) -> list[int]:
+        """Return the one of these steps that `keep_best` keeps, where there is one."""
+        losses = {step: _val_loss(self.directory / str(step)) for step in steps} if self.keep_best else {}
+        best = min(losses, key=lambda step: losses[step], default=None)
+        return [best] if best is not None and losses[best] < math.inf else []
+
+    def _present(self) -> set[int]:
+        """Return every step that has a directory, whole or not."""
+        return {int(path.name) for path in self.directory.iterdir() if path.name.isdigit()}
+
+    def _make_room(self, n_bytes: int) -> None:
+        """Delete, while a save of so many bytes would not fit: what is not whole, then the oldest, last the best one.
+
+        The newest whole one always stays.
+        """
+        whole = [step for step in self.steps() if step not in self._damaged]
+        spare = sorted(self._present() - set(whole)) + whole[:-1]
+        best = self._best(whole)
+        spare.sort(key=lambda step: (step in whole, step in best))
+        run_dir = self.directory.parent
+        for step in spare:
+            if room(run_dir, self.disk_gb) >= n_bytes:
+                return
+            log.info("checkpoint %d is deleted before its time: the next one needs its room", step)
+            self._delete(step)
+        check_room(run_dir, n_bytes, self.disk_gb)
 
     def _delete(self, step: int) -> None:
         self.manifest(step).unlink(missing_ok=True)  # first: what is half deleted is never whole

@@ -6,7 +6,9 @@ it dispatches a step and, while the devices are busy with it, looks at the numbe
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -17,6 +19,7 @@ from jgpt.data.corpus import Corpus
 from jgpt.data.files import find_files
 from jgpt.data.memmap import prepare
 from jgpt.hardware.devices import set_up_process
+from jgpt.training.checkpoint import SAVE_BYTES_PER_SECOND
 from jgpt.training.loading import choose_device_policy
 from jgpt.training.metrics import format_duration
 from jgpt.training.run import Run
@@ -30,11 +33,13 @@ EXIT_SECONDS = 10.0  # what leaving takes beside the save: samples, plots, the i
 log = logging.getLogger("jgpt")
 
 
-def train(config: ConfigDict, command: str = "") -> None:
+def train(config: ConfigDict, command: str = "", on_saved: Callable[[Path, int], None] | None = None) -> None:
     """Train until `optimizer.total_steps`, a signal or the deadline; save; say how it ended in status.json.
 
-    `command` is what a user would type to go on. Raises UserError for what the user can mend, before the first step
-    wherever it can be known, and TrainingDiverged.
+    `command` is what a user would type to go on. `on_saved(run directory, step)` is called in a background thread once
+    a checkpoint is whole; it should be quick, as the next save waits for it, and must not raise.
+
+    Raises UserError for what the user can mend, before the first step wherever it can be known, and TrainingDiverged.
     """
     stop = Stop(config.deadline_hours)
     set_up_process()
@@ -53,7 +58,7 @@ def train(config: ConfigDict, command: str = "") -> None:
         if not resuming:
             data.tokenizer.save(run_dir / "tokenizer", config.model.context_length)
         write_identity(run_dir, config)
-        run = Run(config, run_dir, command, data, training)
+        run = Run(config, run_dir, command, data, training, on_saved)
         try:
             with stop:  # not before: preparing the text may be interrupted at any time
                 run.start(abstract)
@@ -77,12 +82,16 @@ def loop(run: Run, stop: Stop) -> None:
         run.finish()
         return
     if run.config.deadline_hours:
-        log.info("deadline: this will stop, saved, within %s", format_duration(run.config.deadline_hours * 3600))
+        log.info(
+            "deadline: this will stop within %s, %s of them for saving (%.2f GB at %.0f MB/s, until a save was timed)",
+            format_duration(run.config.deadline_hours * 3600), format_duration(run.save_seconds()),
+            run.state_bytes / 1e9, SAVE_BYTES_PER_SECOND / 1e6,
+        )  # fmt: skip
     if run.step == 0:
         run.write({"step": 0, "tokens": 0} | run.evaluate())
     log.info("compiling the step")
     behind: tuple[int, Numbers] | None = None  # the step whose numbers are not read yet
-    first_step, began, step_seconds = run.step + 1, time.monotonic(), 0.0
+    first_step, began, longest = run.step + 1, time.monotonic(), 0.0
     with Prefetcher(run.training.batch, run.step) as prefetcher:
         while run.step < run.total_steps:
             run.state, numbers = run.training.train_step(run.state, run.frozen, prefetcher.next(run.step))
@@ -95,8 +104,9 @@ def loop(run: Run, stop: Stop) -> None:
             if run.step == first_step:
                 jax.block_until_ready(numbers)
                 run.throughput.restart(run.step)  # the first step compiled: it says nothing of the others
-            began, step_seconds = time.monotonic(), time.monotonic() - began
-            reason = stop.reason(2 * step_seconds + 2 * run.checkpoints.save_seconds + EXIT_SECONDS)
+            began, seconds = time.monotonic(), time.monotonic() - began  # of a step and what was done before it
+            longest = max(longest, seconds) if run.step > first_step + 1 else seconds
+            reason = stop.reason(2 * longest + run.save_seconds() + EXIT_SECONDS)
 
             # Once in a while: log, evaluate, sample, save, stop.
             last = run.step == run.total_steps

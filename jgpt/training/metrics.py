@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from jgpt.data.tokenizer import write_file
+from jgpt.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ class Progress:
 
 
 class TerminalHandler(logging.Handler):
-    """Print log records on stdout or stderr, above tqdm's bars instead of through them."""
+    """Print log records on stdout or stderr, above tqdm's bars instead of through them, and no secret in them."""
 
     def __init__(self, to_stderr: bool = False) -> None:
         super().__init__()
@@ -183,7 +184,7 @@ class TerminalHandler(logging.Handler):
             stream = sys.stderr if self.to_stderr else sys.stdout
             encoding = stream.encoding or "utf-8"
             # A sample may hold what an ASCII terminal cannot show: better an escape than a lost line.
-            tqdm.write(self.format(record).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+            tqdm.write(redact(self.format(record)).encode(encoding, "backslashreplace").decode(encoding), file=stream)
             stream.flush()  # a pipe or a log file holds lines back, and a killed run would lose them
         except Exception:
             self.handleError(record)

@@ -5,6 +5,7 @@ In the data path: what the loop moves forward; behind it stand the checkpoints, 
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jgpt.data.chat import render
 from jgpt.data.memmap import TokenData
 from jgpt.inference.decode import NonFiniteLogits, generate
 from jgpt.inference.sampling import Sampling
-from jgpt.training.checkpoint import Checkpoints
+from jgpt.training.checkpoint import Checkpoints, state_bytes
 from jgpt.training.curves import write_curves
 from jgpt.training.evaluation import bits_per_byte, evaluate
 from jgpt.training.metrics import MetricsLog, Progress, Throughput
@@ -40,11 +41,21 @@ class TrainingDiverged(RuntimeError):
 class Run:
     """One process's part of a run: the state, and everything that is written about it."""
 
-    def __init__(self, config: ConfigDict, run_dir: Path, command: str, data: TokenData, training: Training) -> None:
+    def __init__(
+        self,
+        config: ConfigDict,
+        run_dir: Path,
+        command: str,
+        data: TokenData,
+        training: Training,
+        on_saved: Callable[[Path, int], None] | None = None,
+    ) -> None:
         self.config, self.run_dir, self.command = config, run_dir, command
         self.data, self.training = data, training
         self.total_steps = config.optimizer.total_steps
-        self.checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
+        c = config.checkpoint
+        self.checkpoints = Checkpoints(run_dir, c.keep_last, c.keep_best, c.disk_gb, on_saved)
+        self.state_bytes = 0
         self.state: TrainState
         self.frozen: Any = {}  # the base parameters under LoRA's adapters
         source = training.source
@@ -61,6 +72,7 @@ class Run:
 
     def start(self, abstract: TrainState) -> None:
         """Restore the newest whole checkpoint, or make the first state; open the logs behind it."""
+        self.state_bytes = state_bytes(abstract)
         device = self.training.runner.devices[0]
         restored = self.checkpoints.restore(abstract, device)
         if restored is None:
@@ -105,6 +117,10 @@ class Run:
                 "saved on %d devices, going on with %d: the same batches in the same order, sums rounded differently",
                 meta["devices"], len(self.training.runner.devices),
             )  # fmt: skip
+
+    def save_seconds(self) -> float:
+        """Return what stopping takes: the save that may be under way, and the last one."""
+        return 2 * self.checkpoints.expected_seconds(self.state_bytes)
 
     def due_to_save(self) -> bool:
         """Tell whether a checkpoint is due, by steps or by the clock."""

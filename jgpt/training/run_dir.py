@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from jgpt.config import UserError, default_config, flatten
 from jgpt.data.tokenizer import write_file
+from jgpt.redaction import redact
 from jgpt.training.checkpoint import whole_steps
 
 log = logging.getLogger("jgpt")
@@ -146,5 +147,5 @@ def write_status(run_dir: Path, state: str, step: int, total_steps: int, reason:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is there whole or not at all."""
-    write_file(path, json.dumps(value, indent=2) + "\n")
+    """Write a JSON file that is there whole or not at all, and no secret in it: a command line may hold one."""
+    write_file(path, redact(json.dumps(value, indent=2)) + "\n")

@@ -5,7 +5,6 @@ In the data path: between the token files, or the model that `init_from` names, 
 
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from jgpt.model.lora import LoRA
 from jgpt.model.precision import Policy
 from jgpt.model.sharding import for_devices
 from jgpt.training.checkpoint import read_meta, state_bytes, whole_steps
+from jgpt.training.disk import bytes_below, room
 from jgpt.training.loading import choose_device_policy
 from jgpt.training.metrics import format_count
 from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
@@ -233,14 +233,22 @@ def _count_adapters(shapes: ModelConfig, lora: LoRA | None) -> int:
 
 
 def check_disk(run_dir: Path, abstract: TrainState, checkpoint: ConfigDict) -> None:
-    """Refuse before the first step when the checkpoints planned will not fit: those kept, and one being written."""
+    """Refuse before the first step when the checkpoints planned will not fit: those kept, and one more.
+
+    That is the one being written; once training is over, its room serves whoever packs a checkpoint into one file.
+    """
     planned = checkpoint.keep_last + checkpoint.keep_best + 1
-    there = sum(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*") if path.is_file())
-    size, free = state_bytes(abstract), shutil.disk_usage(run_dir).free
-    if planned * size > free + there:
+    there = bytes_below(run_dir / "checkpoints")  # they are written over
+    size, available = state_bytes(abstract), room(run_dir, checkpoint.disk_gb) + there
+    if planned * size > available:
+        limit = (
+            f", of checkpoint.disk_gb={checkpoint.disk_gb:g} and the disk's free space" if checkpoint.disk_gb else ""
+        )
+        others = bytes_below(run_dir) - there
         raise UserError(
             f"the disk is too small for the checkpoints planned: {planned} of {size / 1e9:.2f} GB"
             f" (keep_last={checkpoint.keep_last}, keep_best={checkpoint.keep_best}, one being written), and"
-            f" {free / 1e9:.2f} GB are free at {run_dir}. Set --config.checkpoint.keep_last=1,"
+            f" {max(0, available) / 1e9:.2f} GB are left for them at {run_dir}{limit}, where other files take"
+            f" {others / 1e9:.2f} GB. Set --config.checkpoint.keep_last=1,"
             " --config.checkpoint.keep_best=false, a smaller model, or another --config.out_dir."
         )
