@@ -58,6 +58,7 @@ class FakeKaggle(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.requests: list[str] = []  # "SERVICE/METHOD" or the path of a file, as they came
         self.ranges: list[str] = []  # the Range headers among them
+        self.slept: list[float] = []  # the seconds that clients would have waited
         self.used_hours, self.allowed_hours = 0.0, 30.0
         self.on_save: Callable[[Version, list[Version]], None] = lambda version, earlier: None
 
@@ -203,7 +204,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.faults.remove(fault)
         self.drop_after = fault.drop_after
         if fault.drop_after is None:
-            self._send(fault.status, json.dumps(fault.body).encode(), {"Content-Type": "application/json"} | fault.headers)
+            self._send(
+                fault.status, json.dumps(fault.body).encode(), {"Content-Type": "application/json"} | fault.headers
+            )
         return fault.drop_after is None
 
     def _is_known(self) -> bool:
@@ -225,6 +228,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def reach(server: FakeKaggle, monkeypatch: Any, home: Path) -> None:
     """Point the real package at the server, with a token in the environment and nothing of this machine's user."""
+    home.mkdir(exist_ok=True)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(home))
     monkeypatch.setenv("KAGGLE_API_TOKEN", server.token)

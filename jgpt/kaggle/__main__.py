@@ -47,15 +47,15 @@ EXIT_CODES = (
 def entry() -> None:
     """Run the verb that the command line names."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
+    codes = f"Exit codes:\n{columns(EXIT_CODES)}"
     if name in VERBS:
         verb = VERBS[name]
         del sys.argv[1]
         verb.define_flags()
-        doc = f"python -m jgpt.kaggle {name}: {inspect.getdoc(verb.main)}\n\nExit codes:\n{columns(EXIT_CODES)}"
-        cli.run(verb.main, doc)
+        cli.run(verb.main, f"{inspect.getdoc(verb.main)}\n\n{codes}")
     else:
         lines = columns((name, (inspect.getdoc(verb.main) or "").split("\n")[0]) for name, verb in VERBS.items())
-        cli.run(unknown, f"{(__doc__ or '').strip()}\n\nVerbs (each has its own --help):\n{lines}\n\nExit codes:\n{columns(EXIT_CODES)}")
+        cli.run(unknown, f"{__doc__}\nVerbs, each with a --help of its own:\n{lines}\n\n{codes}")
 
 
 def unknown(name: str = "") -> None:

@@ -79,17 +79,15 @@ class Chain:
         trained = progress.trained_hours if progress else 0.0
         left = self.hours - trained
         if left < LEAST_HOURS:
-            say(f"stopping here: {trained:.1f} of --hours={self.hours:g} are trained. More: the command with more hours")
+            say(
+                f"stopping here: {trained:.1f} of --hours={self.hours:g} are trained. More: the command with more hours"
+            )
             return None
         quota = self.kaggle.quota() if self.base.accelerator else None
         if quota is None:
             return left
         if quota.left < LEAST_HOURS + SPARE_HOURS:
-            refresh = f" It is filled up at {quota.refresh:%A %Y-%m-%d %H:%M} UTC." if quota.refresh else ""
-            say(
-                f"stopping here: {quota.used:.1f} of this week's {quota.allowed:.0f} GPU hours are used.{refresh} Then"
-                " the same command goes on"
-            )
+            say(f"stopping here. GPU hours: {quota}. Then the same command goes on")
             return None
         return min(left, quota.left - SPARE_HOURS)
 
@@ -121,8 +119,8 @@ class Chain:
         shown = "".join(f"\n    {line}" for line in tail) or "\n    (empty)"
         return (
             f"version {version} of {self.base.slug} failed: {reason.strip()}\nThe end of its log:{shown}\nMend what it"
-            f" names. Then: python -m jgpt.kaggle resume --slug {self.base.slug} (with --config and its overrides, where"
-            " they changed), and the chain again."
+            f" names. Then: python -m jgpt.kaggle resume --slug {self.base.slug} (with --config and overrides, if they"
+            " changed), and the chain again."
         )
 
 
@@ -136,7 +134,7 @@ def wait_for_end(kaggle: "Kaggle", slug: str, version: int, poll_seconds: float)
         if status.ended:
             return status
         before = status.state
-        kaggle.sleep(poll_seconds)
+        time.sleep(poll_seconds)
 
 
 def say(line: str) -> None:

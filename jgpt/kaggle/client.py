@@ -69,13 +69,16 @@ class Quota:
     def left(self) -> float:
         return max(0.0, self.allowed - self.used)
 
+    def __str__(self) -> str:
+        refresh = f"; filled up again on {self.refresh:%A %Y-%m-%d %H:%M} UTC" if self.refresh else ""
+        return f"{self.used:.1f} of this week's {self.allowed:.0f} used, {self.left:.1f} left{refresh}"
+
 
 class Kaggle:
     """The service, as one account sees it. A slug is OWNER/NAME; versions count from 1, None is the newest."""
 
-    def __init__(self, sleep: Callable[[float], None] | None = None) -> None:
-        self.sleep = sleep or time.sleep
-        self.patience = Patience(self.sleep)
+    def __init__(self) -> None:
+        self.patience = Patience()
         self.api = _open_api()
         self._sign_in()
 
@@ -107,7 +110,9 @@ class Kaggle:
         except UserError:
             raise
         except ValueError as error:
-            raise UserError(f"{folder}: the kaggle package refuses this kernel: {error}. Push with other flags.") from None
+            raise UserError(
+                f"{folder}: the kaggle package refuses this kernel: {error}. Push with other flags."
+            ) from None
         url = f"https://www.kaggle.com/code/{slug}"
         notes = self.patience.clean(printed.getvalue()).splitlines()
         if answer is None:
@@ -148,7 +153,7 @@ class Kaggle:
         """Yield the log of a session piece by piece, as it is written, until the session ends."""
         name, seen, what = f"{slug}/{version}" if version else slug, 0, f"following the log of {slug}"
         while self.status(slug, version).state in WAITING:
-            self.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         stream: Iterator[dict[str, Any]] | None = None
 
         def next_event() -> dict[str, Any] | None:
@@ -172,7 +177,7 @@ class Kaggle:
                 return
             else:
                 stream = None
-                self.sleep(POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
 
     def output_files(self, slug: str, version: int | None = None) -> dict[str, str]:
         """Return the names of a version's output files, and where they are: addresses that are secret for some time."""
@@ -239,9 +244,11 @@ class Kaggle:
             try:
                 self.patience.call("signing in to Kaggle", self.api.authenticate)
             except SystemExit:
-                raise UserError(f"no Kaggle token was found, or Kaggle refused the one there is. {TOKEN_HELP}") from None
+                raise UserError(
+                    f"no Kaggle token was found, or Kaggle refused the one there is. {TOKEN_HELP}"
+                ) from None
         values = self.api.config_values
-        self.patience = Patience(self.sleep, [values.get("token", ""), values.get("key", "")])
+        self.patience = Patience([values.get("token", ""), values.get("key", "")])
 
 
 def plain_log(text: str) -> str:

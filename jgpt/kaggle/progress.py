@@ -1,7 +1,7 @@
 """How far a run on Kaggle has come, from what its versions left, and the kernel that goes on with it.
 
-Beside the data path: `resume` and `chain` of `python -m jgpt.kaggle` ask here. Nothing is remembered on this machine but
-the kernel that was pushed: all else is read from Kaggle each time.
+Beside the data path: `resume` and `chain` of `python -m jgpt.kaggle` ask here. This machine remembers the kernel that was
+pushed; all else is read from Kaggle each time.
 """
 
 import json
@@ -37,7 +37,7 @@ class Progress:
     trained_hours: float  # of the whole run so far
 
     def __str__(self) -> str:
-        reason = f" ({self.reason.splitlines()[0]})" if self.reason else ""
+        reason = f" ({self.reason.splitlines()[0]})" if self.reason and self.state != "finished" else ""
         return f"version {self.version}: {self.state}{reason} at step {self.step:,} of {self.total_steps:,}"
 
 
@@ -70,13 +70,19 @@ def _trained_hours(metrics: bytes) -> float:
 
 
 def read_arguments(arguments: Sequence[str]) -> ConfigDict:
-    """Return the config that the arguments of a kernel make."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, flag_values=values)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads the file by load_module
-        values(["jgpt.train", *arguments])
-        return values.config
+    """Return the config that the arguments of a kernel make, on this machine."""
+    argv, values = ["jgpt.train", *arguments], flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads the file by load_module
+            values(argv)
+            return values.config
+    except Exception as error:  # whatever the user's file raises
+        raise UserError(
+            f"the kernel was pushed with {' '.join(arguments)}, which cannot be read now: {error}. Mend the file, or"
+            " name the config again, with its overrides: --config=FILE"
+        ) from None
 
 
 def write_next(base: Kernel, folder: Path, goes_on: bool, most_hours: float = DEADLINE_HOURS) -> Path:

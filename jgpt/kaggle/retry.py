@@ -6,6 +6,7 @@ Beside the data path: `client.py` makes every call through here. Needs requests,
 import logging
 import random
 import re
+import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -14,6 +15,7 @@ from typing import TypeVar
 import requests
 
 from jgpt.config import UserError
+from jgpt.redaction import HIDDEN, redact
 
 ATTEMPTS = 6
 FIRST_WAIT_SECONDS = 2.0  # doubled each time: 2, 4, 8, 16, 32, a minute in all
@@ -39,8 +41,7 @@ class Unauthorized(UserError):
 class Patience:
     """How long a call is repeated, and what its errors may show: never one of `secrets`."""
 
-    def __init__(self, sleep: Callable[[float], None], secrets: Iterable[str] = ()) -> None:
-        self.sleep = sleep
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
         self.secrets = sorted(filter(None, secrets), key=len, reverse=True)
 
     def call(self, what: str, function: Callable[[], T]) -> T:
@@ -60,18 +61,18 @@ class Patience:
                     raise self._user_error(what, code, reason, attempt, wait) from None
                 level = logging.INFO if wait > 5 else logging.DEBUG  # streams break every few minutes: no news
                 log.log(level, "%s: %s; trying again in %.0f s", what, self.clean(reason), wait)
-                self.sleep(wait)
+                time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
     def clean(self, text: str) -> str:
         """Return `text` without secrets: the tokens in use, and what signs an address.
 
-        >>> Patience(print, ["abc"]).clean("Bearer abc at https://host/file?X-Signature=def, twice")
-        'Bearer *** at https://host/file?*** twice'
+        >>> Patience(["abc"]).clean("abc at https://host/file?X-Signature=def, twice")
+        '[hidden] at https://host/file?[hidden] twice'
         """
         for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return re.sub(r"(https?://[^\s?]+\?)\S+", r"\1***", text)
+            text = text.replace(secret, HIDDEN)
+        return redact(re.sub(r"(https?://[^\s?]+\?)\S+", rf"\1{HIDDEN}", text))
 
     def _user_error(self, what: str, code: int, reason: str, attempt: int, wait: float) -> UserError:
         reason = self.clean(reason)

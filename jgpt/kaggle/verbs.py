@@ -3,6 +3,7 @@
 Beside the data path: `verbs_run.py` and `verbs_look.py` hold the verbs, `__main__.py` lists them.
 """
 
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +49,8 @@ def define_kernel() -> None:
     """Define what makes a kernel out of a config."""
     define_slug()
     define_config()
-    flags.DEFINE_multi_string("dataset", [], "a dataset to mount, OWNER/NAME; give it as often as you like")
-    flags.DEFINE_multi_string("model", [], "a model to mount, OWNER/MODEL/FRAMEWORK/VARIATION/VERSION; likewise")
+    flags.DEFINE_multi_string("dataset", None, "a dataset to mount, OWNER/NAME")
+    flags.DEFINE_multi_string("model", None, "a model to mount, OWNER/MODEL/FRAMEWORK/VARIATION/VERSION")
     define_machine()
 
 
@@ -82,15 +83,15 @@ def kernel_of_flags(earlier: Kernel | None = None) -> Kernel:
     """Return the kernel that the flags describe; what they leave out is as in `earlier`. Its config is checked."""
     args, kernel = flags.FLAGS, earlier or Kernel(slug_of_flags())
     if "config" in args:
-        config, flag = load_config(), args["config"]
+        flag = args["config"]
         path = config_flags.get_config_filename(flag)
         overrides = [f"--config.{key}={value}" for key, value in config_flags.get_override_values(flag).items()]
         kernel = replace(kernel, config=path, arguments=(f"--config={path}", *overrides))
     kernel = replace(
         kernel,
         slug=slug_of_flags(),
-        datasets=tuple(args.dataset) or kernel.datasets,
-        models=tuple(args.model) or kernel.models,
+        datasets=tuple(args.dataset or ()) or kernel.datasets,
+        models=tuple(args.model or ()) or kernel.models,
         accelerator=kernel.accelerator if args.accelerator is None else args.accelerator,
         internet=kernel.internet if args.internet is None else args.internet,
         docker_image=args.docker_image or kernel.docker_image,
@@ -103,15 +104,23 @@ def kernel_of_flags(earlier: Kernel | None = None) -> Kernel:
 def kernel_again() -> Kernel:
     """Return the kernel that was pushed before, with what the flags change; or a new one, where they name a config."""
     folder = folder_of_flags()
-    is_new = "config" in flags.FLAGS and not (folder / KERNEL_FILE).exists()
-    return kernel_of_flags(None if is_new else read_folder(folder))
+    if (folder / KERNEL_FILE).exists():
+        return kernel_of_flags(read_folder(folder))
+    if "config" not in flags.FLAGS:
+        raise UserError(
+            f"{folder} holds no kernel, so what {slug_of_flags()} trains is not known here. It is kept where it was"
+            " pushed from. Name the config and the datasets as for a push, --config=FILE; or that folder, --folder=DIR"
+        )
+    return kernel_of_flags()
 
 
 def show_folder(folder: Path) -> None:
-    """Print the files of a kernel's folder, their sizes, and the metadata."""
+    """Print the files of a kernel's folder, their sizes, the metadata, and what runs there."""
+    kernel = read_folder(folder)
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         print(f"{path}  {path.stat().st_size:,} bytes")
     print((folder / METADATA_FILE).read_text(encoding="utf-8").rstrip())
+    print(f"runs there: {shlex.join(['python', '-m', kernel.module, *kernel.arguments])}")
 
 
 def connect() -> "Kaggle":

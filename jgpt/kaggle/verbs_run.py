@@ -31,8 +31,7 @@ def push() -> None:
     """Build the kernel of a config and push it to Kaggle, which queues and runs it.
 
         python -m jgpt.kaggle push --config configs/kaggle_t4.py --slug me/my-gpt --dataset me/my-texts
-        python -m jgpt.kaggle push --config configs/kaggle_t4.py --config.optimizer.total_steps=100 --slug me/a-try \
---dry_run
+        python -m jgpt.kaggle push --config configs/kaggle_t4.py --config.seed=2 --slug me/my-gpt-2 --dry_run
 
     One script is sent. It carries jgpt, the config, and what Kaggle's image lacks; text comes from the datasets.
     """
@@ -131,8 +130,8 @@ def define_doctor() -> None:
 def doctor() -> None:
     """Measure what Kaggle's machine is, by a kernel of some minutes; print the results and keep them as JSON.
 
-        python -m jgpt.kaggle doctor --slug me/jgpt-doctor
-        python -m jgpt.kaggle doctor --slug me/jgpt-doctor --internet
+    python -m jgpt.kaggle doctor --slug me/jgpt-doctor
+    python -m jgpt.kaggle doctor --slug me/jgpt-doctor --internet
     """
     args, folder = flags.FLAGS, folder_of_flags()
     accelerator = "NvidiaTeslaT4" if args.accelerator is None else args.accelerator
