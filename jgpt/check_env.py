@@ -28,6 +28,9 @@ try:
     from jgpt.cli import run
     from jgpt.config import UserError
     from jgpt.hardware import devices, speed
+    from jgpt.kaggle import checks as kaggle
+    from jgpt.kaggle.paths import on_kaggle
+    from jgpt.redaction import redact
 except (ImportError, RuntimeError) as error:  # RuntimeError: jax beside a jaxlib that does not fit it
     if __name__ != "__main__":
         raise
@@ -36,10 +39,13 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: jax beside a jaxli
     sys.exit(checks.exit_code(broken))
 
 GIB = 2**30
-SECRETS = ("HF_TOKEN", "KAGGLE_KEY", "KAGGLE_API_V1_TOKEN", "KAGGLE_USER_SECRETS_TOKEN", "WANDB_API_KEY")
-TWO_T4S = (
-    'kaggle kernels push --accelerator NvidiaTeslaT4, or "machine_shape": "NvidiaTeslaT4" in kernel-metadata.json, '
-    "or in the editor: Settings > Accelerator > GPU T4 x2"
+SECRETS = (
+    "HF_TOKEN",
+    "KAGGLE_API_TOKEN",
+    "KAGGLE_KEY",
+    "KAGGLE_API_V1_TOKEN",
+    "KAGGLE_USER_SECRETS_TOKEN",
+    "WANDB_API_KEY",
 )
 
 
@@ -53,13 +59,19 @@ def define_flags() -> None:
 def main() -> int:
     """Check, print, and return the exit code."""
     sections = check_all(Path(flags.FLAGS.run_dir), flags.FLAGS.quick)
-    print(checks.as_json(sections) if flags.FLAGS.json else checks.as_text(sections))
+    print(redact(checks.as_json(sections) if flags.FLAGS.json else checks.as_text(sections)))
     return checks.exit_code(sections)
 
 
 def check_all(run_dir: Path, quick: bool) -> dict[str, list[Check]]:
     """Run every check; `quick` leaves out the ones that take seconds."""
     sections = {"Software": checks.software(), "Machine": [*cores(), *memory(), *disk(run_dir)], "Secrets": secrets()}
+    online = None if quick else has_internet()
+    if on_kaggle():
+        sections["Machine"] += kaggle.machine(online)
+        sections["Secrets"] += kaggle.secrets(online)
+    elif online is not None:
+        sections["Machine"] += internet(online)
     with contextlib.suppress(UserError):  # TensorFlow: told above
         devices.set_up_process()
     try:
@@ -67,10 +79,8 @@ def check_all(run_dir: Path, quick: bool) -> dict[str, list[Check]]:
     except RuntimeError as error:
         fix = "unset JAX_PLATFORMS" if os.environ.get("JAX_PLATFORMS") else 'pip install "jax[cuda12]"'
         return sections | {"Devices": [Check("JAX", "FAIL", str(error).splitlines()[0], fix)]}
-    on_kaggle = "KAGGLE_KERNEL_RUN_TYPE" in os.environ
-    sections["Devices"] = [*describe(found), *accelerators(found, gpus_in_machine(), on_kaggle)]
+    sections["Devices"] = [*describe(found), *accelerators(found, gpus_in_machine(), on_kaggle())]
     if not quick:
-        sections["Machine"] += internet()
         sections["Speed"] = [*matmul_speed(found[0]), *all_reduce_speed(found)]
     return sections
 
@@ -113,8 +123,8 @@ def disk(run_dir: Path) -> list[Check]:
     return [Check("disk", "ok", value)]
 
 
-def internet() -> list[Check]:
-    """Try to reach the Hugging Face Hub, for three seconds at most; training itself needs no connection."""
+def has_internet() -> bool:
+    """Try to reach the Hugging Face Hub, for three seconds at most."""
 
     def connect() -> None:
         with contextlib.suppress(OSError):
@@ -125,7 +135,12 @@ def internet() -> list[Check]:
     thread = threading.Thread(target=connect, daemon=True)  # looking the name up knows no time limit
     thread.start()
     thread.join(3)
-    return [Check("internet", "ok", "yes" if reached.is_set() else "no (needed only to fetch models and packages)")]
+    return reached.is_set()
+
+
+def internet(online: bool) -> list[Check]:
+    """Say whether there is a connection; training itself needs none."""
+    return [Check("internet", "ok", "yes" if online else "no (needed only to fetch models and packages)")]
 
 
 def secrets() -> list[Check]:
@@ -156,8 +171,8 @@ def gpus_in_machine() -> list[str]:
     return ["NVIDIA GPU"] * len(glob.glob("/dev/nvidia[0-9]*"))
 
 
-def accelerators(found: Sequence[jax.Device], gpus: Sequence[str], on_kaggle: bool) -> list[Check]:
-    """Check that JAX sees all the `gpus` in the machine and, on Kaggle, that they are the two T4s."""
+def accelerators(found: Sequence[jax.Device], gpus: Sequence[str], there: bool) -> list[Check]:
+    """Check that JAX sees all the `gpus` in the machine and, where it is Kaggle's (`there`), that they are two T4s."""
     kinds = [device.device_kind for device in found if device.platform != "cpu"]
     if gpus and not kinds:
         told = f"{len(gpus)} in the machine ({gpus[0]}), none seen by JAX"
@@ -166,12 +181,8 @@ def accelerators(found: Sequence[jax.Device], gpus: Sequence[str], on_kaggle: bo
         return [Check("GPUs", "FAIL", told, 'pip install "jax[cuda12]"')]
     if len(kinds) < len(gpus):
         return [Check("GPUs", "warn", f"JAX sees {len(kinds)} of {len(gpus)}", "unset CUDA_VISIBLE_DEVICES")]
-    if on_kaggle:
-        n_t4s = sum(kind.endswith("T4") for kind in kinds)
-        if n_t4s == 2:
-            return [Check("GPUs", "ok", "both T4s")]
-        told = "one T4 of the two" if n_t4s == 1 else f"{kinds[0] if kinds else 'none'}, not Kaggle's two T4s"
-        return [Check("GPUs", "warn", told, TWO_T4S)]
+    if there:
+        return kaggle.accelerators(kinds)
     return [Check("GPUs", "ok", f"{len(kinds)}" if kinds else "none: training runs on the CPU")]
 
 

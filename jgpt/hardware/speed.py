@@ -1,6 +1,6 @@
-"""How fast the devices multiply matrices and sum over each other: measured, in a second or two.
+"""How fast the devices multiply matrices, move memory and sum over each other: measured, in a second or two.
 
-Beside the data path: these two numbers bound the step; `jgpt.check_env` prints them.
+Beside the data path: these numbers bound the step; `jgpt.check_env` prints them.
 """
 
 import time
@@ -18,6 +18,13 @@ def matmul_flops(device: jax.Device, dtype: jax.typing.DTypeLike, size: int, sec
     a, b = (jax.device_put(jax.random.normal(k, (size, size), dtype), device) for k in jax.random.split(key))
     matmul = jax.jit(jnp.matmul)
     return 2 * size**3 / _seconds_per_call(lambda: matmul(a, b), seconds)
+
+
+def copy_bandwidth(device: jax.Device, n_bytes: int, seconds: float) -> float:
+    """Measure how fast the device reads and writes its memory, with a buffer of `n_bytes` (fp32): bytes a second."""
+    x = jax.device_put(jnp.zeros(n_bytes // 4, jnp.float32), device)
+    add = jax.jit(lambda x: x + 1)
+    return 2 * n_bytes / _seconds_per_call(lambda: add(x), seconds)
 
 
 def all_reduce_bandwidth(devices: Sequence[jax.Device], n_bytes: int, seconds: float) -> tuple[float, bool]:

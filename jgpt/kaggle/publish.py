@@ -111,7 +111,7 @@ def publish(directory: Path, where: str, note: str = "") -> str:
                 pack.pack(staged)
             _send(staged, target, note or f"jgpt: {directory.name}")
         except Exception as error:  # the network libraries below raise what they like
-            raise UserError(f"{directory} could not be sent to {where!r}: {_reason(error)}") from None
+            raise UserError(f"nothing could be sent to {where!r}: {_reason(error)}") from None
     return target.url
 
 
