@@ -209,7 +209,7 @@ def test_doctor(verb, server):
     server.on_save = examines
     result = verb("doctor", "--slug=owner/jgpt-doctor")
     assert result.code == 0, result.err
-    assert "version 1: RUNNING" in result.out and "jax       0.7.2" in result.out and "gpu.name  Tesla T4" in result.out
+    assert "version 1: RUNNING" in result.out and "  jax  0.7.2" in result.out and "  gpu  name Tesla T4" in result.out
     path = Path("runs/kaggle/owner-jgpt-doctor/doctor-1.json")
     assert f"{path} is written" in result.out and json.loads(path.read_text())["jax"] == "0.7.2"
     assert "module='jgpt.kaggle.doctor'" in server.kernels["owner/jgpt-doctor"][0].request["text"].splitlines()[-1]
@@ -231,7 +231,8 @@ def test_no_token_and_no_package(verb, server, monkeypatch):
 def test_as_a_program(server):
     """What `python -m jgpt.kaggle` does that a call in this process does not: the package is imported anew."""
     program = (
-        f"from kagglesdk.kaggle_env import KaggleEnv, _env_to_endpoint; _env_to_endpoint[KaggleEnv.PROD] = {server.url!r}\n"
+        "from kagglesdk.kaggle_env import KaggleEnv, _env_to_endpoint\n"
+        f"_env_to_endpoint[KaggleEnv.PROD] = {server.url!r}\n"
         f"import sys; sys.argv = ['jgpt-kaggle', 'status', '--slug={SLUG}']\n"
         "from jgpt.kaggle.__main__ import entry; entry()"
     )

@@ -26,6 +26,7 @@ from kagglesdk.kernels.types.kernels_api_service import (
 
 from jgpt.config import UserError
 from jgpt.kaggle.retry import TOKEN_HELP, NotFound, Patience, Unauthorized
+from jgpt.redaction import redact
 
 WAITING = ("NEW_SCRIPT", "QUEUED")
 ENDED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")  # the last also when Kaggle ends a session at its 12 hours
@@ -147,7 +148,7 @@ class Kaggle:
         request = _with_version(ApiListKernelSessionOutputRequest(), slug, version)
         what = f"fetching the log of {slug}"
         answer = self._ask(what, lambda kernels: kernels.list_kernel_session_output(request))
-        return plain_log(answer.log or "").splitlines()
+        return redact(plain_log(answer.log or "")).splitlines()
 
     def follow_log(self, slug: str, version: int | None = None) -> Iterator[str]:
         """Yield the log of a session piece by piece, as it is written, until the session ends."""
@@ -172,7 +173,7 @@ class Kaggle:
             event = self._call(what, next_event)
             if event is not None:
                 seen += 1
-                yield str(event.get("data") or "")
+                yield redact(str(event.get("data") or ""))
             elif self.status(slug, version).ended:
                 return
             else:

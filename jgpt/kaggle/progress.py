@@ -1,7 +1,7 @@
 """How far a run on Kaggle has come, from what its versions left, and the kernel that goes on with it.
 
-Beside the data path: `resume` and `chain` of `python -m jgpt.kaggle` ask here. This machine remembers the kernel that was
-pushed; all else is read from Kaggle each time.
+Beside the data path: `resume` and `chain` of `python -m jgpt.kaggle` ask here. The kernel that was pushed is remembered
+on this machine; all else is read from Kaggle each time.
 """
 
 import json

@@ -23,7 +23,9 @@ def define_version() -> None:
 def status() -> None:
     """Say how a kernel stands, how far its training is, and what is left of the week's GPU hours.
 
-    python -m jgpt.kaggle status --slug me/my-gpt
+        python -m jgpt.kaggle status --slug me/my-gpt
+
+    How far it is, a run says when it ends: `logs --follow` shows it meanwhile.
     """
     slug = slug_of_flags()
     if flags.FLAGS.dry_run:

@@ -7,9 +7,10 @@ import json
 
 from absl import flags
 
-from jgpt.config import UserError, flatten
+from jgpt.config import UserError
 from jgpt.help import columns
 from jgpt.kaggle.chain import Chain, wait_for_end
+from jgpt.kaggle.doctor import in_short
 from jgpt.kaggle.kernel import Kernel, write_folder
 from jgpt.kaggle.progress import is_finished, last_progress, write_next
 from jgpt.kaggle.verbs import (
@@ -125,19 +126,22 @@ def define_doctor() -> None:
     define_slug()
     define_machine()
     define_poll()
+    flags.DEFINE_string("upload", "", "also try whether the session may write to dataset:OWNER/NAME (with --internet)")
 
 
 def doctor() -> None:
     """Measure what Kaggle's machine is, by a kernel of some minutes; print the results and keep them as JSON.
 
-    python -m jgpt.kaggle doctor --slug me/jgpt-doctor
-    python -m jgpt.kaggle doctor --slug me/jgpt-doctor --internet
+        python -m jgpt.kaggle doctor --slug me/jgpt-doctor
+        python -m jgpt.kaggle doctor --slug me/jgpt-doctor --internet --upload dataset:me/jgpt-doctor-test
+
+    What it measures is in the docstring of jgpt/kaggle/doctor.py: speeds of the GPUs, between them, and of the disks.
     """
     args, folder = flags.FLAGS, folder_of_flags()
     accelerator = "NvidiaTeslaT4" if args.accelerator is None else args.accelerator
     kernel = Kernel(
-        slug_of_flags(), "jgpt.kaggle.doctor", accelerator=accelerator, internet=bool(args.internet),
-        docker_image=args.docker_image,
+        slug_of_flags(), "jgpt.kaggle.doctor", (f"--upload={args.upload}",) if args.upload else (),
+        accelerator=accelerator, internet=bool(args.internet), docker_image=args.docker_image,
     )  # fmt: skip
     write_folder(kernel, folder)
     if args.dry_run:
@@ -154,5 +158,5 @@ def doctor() -> None:
         raise UserError(f"the doctor left no doctor.json ({status.state}). Its log is above. Mend what it names.")
     path = folder / f"doctor-{version}.json"
     path.write_bytes(content)
-    print(columns((key, str(value)) for key, value in flatten(json.loads(content)).items()))
+    print(columns((part, in_short(found)) for part, found in json.loads(content).items()))
     print(f"{path} is written")
