@@ -157,8 +157,8 @@ class Handler(BaseHTTPRequestHandler):
             "GetAcceleratorQuotaStatistics": self.server.get_accelerator_quota_statistics,
         }
         answer = answers[method](request)
-        if answer is None:
-            self._json(404, {"code": 404, "message": "Not found"})
+        if answer is None:  # as Kaggle does for a kernel that is not there, too
+            self._json(403, {"code": 403, "message": "Permission 'kernels.get' was denied"})
         else:
             self._json(200, answer)
 

@@ -206,7 +206,13 @@ class Kaggle:
                 # It compares sizes, and appends only to what the server's ETag proves to be of the same file.
                 self.api.download_file(response, str(part), None, quiet=True, resume=True, max_retries=0)
 
-        self._call(f"downloading {target.name}", fetch)
+        try:
+            self._call(f"downloading {target.name}", fetch)
+        except NotFound:
+            raise UserError(
+                f"downloading {target.name}: its address is no longer valid. Each is for some time alone. Repeat the"
+                " command: it asks for new ones, and goes on where it was."
+            ) from None
         part.replace(target)
 
     def read_output(self, slug: str, version: int | None, name: str) -> bytes | None:

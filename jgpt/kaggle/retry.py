@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class NotFound(UserError):
-    """Kaggle knows no such kernel, version or file."""
+    """Kaggle has no such kernel, version or file, or not for this account: it answers 403 to both."""
 
 
 class Unauthorized(UserError):
@@ -56,9 +56,8 @@ class Patience:
             except requests.RequestException as error:
                 code, reason = _answer(error)
                 wait = _retry_after(error) or FIRST_WAIT_SECONDS * 2 ** (attempt - 1) * random.uniform(0.8, 1.2)
-                passing = code in (0, 408, 429) or code >= 500
-                if not passing or attempt == ATTEMPTS or wait > LONGEST_WAIT_SECONDS:
-                    raise self._user_error(what, code, reason, attempt, wait) from None
+                if not _passes(code) or attempt == ATTEMPTS or wait > LONGEST_WAIT_SECONDS:
+                    raise self._user_error(what, code, reason, wait) from None
                 level = logging.INFO if wait > 5 else logging.DEBUG  # streams break every few minutes: no news
                 log.log(level, "%s: %s; trying again in %.0f s", what, self.clean(reason), wait)
                 time.sleep(wait)
@@ -74,28 +73,28 @@ class Patience:
             text = text.replace(secret, HIDDEN)
         return redact(re.sub(r"(https?://[^\s?]+\?)\S+", rf"\1{HIDDEN}", text))
 
-    def _user_error(self, what: str, code: int, reason: str, attempt: int, wait: float) -> UserError:
+    def _user_error(self, what: str, code: int, reason: str, wait: float) -> UserError:
         reason = self.clean(reason)
         if code == 401:
             return Unauthorized(f"{what}: Kaggle does not take this token ({reason}). {TOKEN_HELP}")
-        if code == 403:
-            return UserError(
-                f"{what}: Kaggle refuses it ({reason}). Allowed is what your account owns or what is public. Check the"
-                " spelling of OWNER/NAME, and whose token this is."
-            )
-        if code == 404:
+        if code in (403, 404):
             return NotFound(
-                f"{what}: Kaggle finds no such thing ({reason}). OWNER/NAME is the end of its address on kaggle.com."
-                " Check the spelling, and whose token this is."
+                f"{what}: Kaggle knows nothing there that this account may use ({reason}). OWNER/NAME is the end of an"
+                " address on kaggle.com. Check the spelling, and whose token this is."
             )
+        if not _passes(code):
+            return UserError(f"{what}: Kaggle refuses it ({reason}). Mend what it names, and repeat the command.")
         if wait > LONGEST_WAIT_SECONDS:
             return UserError(f"{what}: {reason}, to be asked again in {wait / 60:.0f} minutes. Repeat it then.")
-        if attempt > 1:
-            return UserError(
-                f"{what}: {reason}, {attempt} times in a row. Kaggle or the connection to it is down; repeat the"
-                " command later, nothing is lost."
-            )
-        return UserError(f"{what}: Kaggle refuses it ({reason}). Mend what it names, and repeat the command.")
+        return UserError(
+            f"{what}: {reason}, {ATTEMPTS} times in a row. Kaggle or the connection to it is down; repeat the command"
+            " later, nothing is lost."
+        )
+
+
+def _passes(code: int) -> bool:
+    """Tell whether a failure may be over a little later; 0 is a connection that broke."""
+    return code in (0, 408, 429) or code >= 500
 
 
 def _answer(error: requests.RequestException) -> tuple[int, str]:
