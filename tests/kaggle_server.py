@@ -42,6 +42,7 @@ class Fault:
     body: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     drop_after: int | None = None  # answer as always, and break the connection after so many bytes
+    hang_seconds: float = 0.0  # before anything else
 
 
 class FakeKaggle(ThreadingHTTPServer):
@@ -202,6 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault is None:
             return False
         self.server.faults.remove(fault)
+        threading.Event().wait(fault.hang_seconds)
         self.drop_after = fault.drop_after
         if fault.drop_after is None:
             self._send(

@@ -116,6 +116,13 @@ def test_a_server_that_is_down_and_comes_back(server, client):
     assert len(server.slept) == 2 and 1 < server.slept[0] < server.slept[1] < 5
 
 
+def test_an_answer_that_does_not_come(server, client, monkeypatch):
+    monkeypatch.setattr("jgpt.kaggle.client.TIMEOUT_SECONDS", 0.1)
+    ran(server, states=["RUNNING"])
+    server.faults = [Fault("GetKernelSessionStatus", hang_seconds=0.5, drop_after=10_000)]
+    assert client.status(SLUG).state == "RUNNING" and len(server.slept) == 1  # whole, but too late
+
+
 def test_a_server_that_stays_down(server, client):
     server.faults = [Fault("GetKernelSessionStatus", 503)] * 9
     with pytest.raises(UserError, match=r"503.* 6 times in a row\. .*repeat the command later"):

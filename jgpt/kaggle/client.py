@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 
 import requests
 from kagglesdk.kernels.types.kernels_api_service import (
+    ApiGetAcceleratorQuotaStatisticsRequest,
     ApiGetKernelRequest,
     ApiGetKernelSessionStatusRequest,
     ApiListKernelSessionOutputRequest,
 )
+from requests.adapters import HTTPAdapter
 
 from jgpt.config import UserError
 from jgpt.kaggle.retry import TOKEN_HELP, NotFound, Patience, Unauthorized
@@ -32,7 +34,7 @@ WAITING = ("NEW_SCRIPT", "QUEUED")
 ENDED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")  # the last also when Kaggle ends a session at its 12 hours
 POLL_SECONDS = 10.0
 PAGE_SIZE = 200  # output files an answer; the most that Kaggle gives
-TIMEOUT_SECONDS = 300.0  # without a byte of a download
+TIMEOUT_SECONDS = 120.0  # without a byte of an answer
 
 T = TypeVar("T")
 
@@ -136,7 +138,8 @@ class Kaggle:
 
     def quota(self) -> Quota | None:
         """Return the week's GPU hours, None when Kaggle does not tell."""
-        answer = self._call("asking for the quota", self.api.quota_view)
+        request = ApiGetAcceleratorQuotaStatisticsRequest()
+        answer = self._ask("asking for the quota", lambda kernels: kernels.get_accelerator_quota_statistics(request))
         gpu = answer.gpu_quota
         if gpu is None or gpu.total_time_allowed is None:
             return None
@@ -234,6 +237,8 @@ class Kaggle:
 
         def ask() -> Any:
             with self.api.build_kaggle_client() as client:
+                for scheme in ("https://", "http://"):
+                    client.http_client()._session.mount(scheme, _Impatient())
                 return call(client.kernels.kernels_api_client)
 
         return self._call(what, ask)
@@ -256,6 +261,13 @@ class Kaggle:
                 ) from None
         values = self.api.config_values
         self.patience = Patience([values.get("token", ""), values.get("key", "")])
+
+
+class _Impatient(HTTPAdapter):
+    """Gives up on an answer that does not come. The package would wait for ever: on a laptop that slept, in a chain."""
+
+    def send(self, request, stream=False, timeout=None, verify=True, cert=None, proxies=None):
+        return super().send(request, stream, timeout or TIMEOUT_SECONDS, verify, cert, proxies)
 
 
 def plain_log(text: str) -> str:
