@@ -33,7 +33,7 @@ def help_text(doc: str) -> str:
     ours = ("jgpt.", "__main__", sys.argv[0])
     by_module = flags.FLAGS.flags_by_module_dict()
     rows = [
-        (f"--{flag.name}", f"{flag.help}{_default(flag)}")
+        (f"--{flag.name}", f"{' '.join(flag.help.split())}{_default(flag)}")
         for module, found in by_module.items() if module.startswith(ours)
         for flag in found if flag.name != "config"
     ]  # fmt: skip

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import jax
 import pytest
 from absl import flags
 from kaggle_machine import python_without
+from kaggle_server import FakeKaggle, reach
 
 jax.config.update("jax_num_cpu_devices", 2)  # before any test touches a device
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -52,8 +54,10 @@ def _run(name: Any, *arguments: str, stdin: str | bytes = "") -> Result:
     with _own_process_state(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with mock.patch.object(sys, "argv", [str(module.__file__), *arguments]):
             with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw))):
-                getattr(module, "define_flags", cli.define_config)()
                 with pytest.raises(SystemExit) as exit:
+                    if hasattr(module, "entry"):  # a command with verbs, each with flags of its own
+                        module.entry()
+                    getattr(module, "define_flags", cli.define_config)()
                     cli.run(module.main, module.__doc__)
     assert isinstance(exit.value.code, int)
     return Result(exit.value.code, out.getvalue(), err.getvalue())
@@ -74,6 +78,15 @@ def _own_process_state() -> Iterator[None]:
             delattr(flags.FLAGS, name)
         sys.modules.pop("config_config", None)  # the config file, as ml_collections calls it
         flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKaggle]:
+    """Return a Kaggle on this machine that the real package talks to, and nobody waits for."""
+    with FakeKaggle() as server:
+        reach(server, monkeypatch, tmp_path / "home")
+        monkeypatch.setattr(time, "sleep", server.slept.append)
+        yield server
 
 
 @pytest.fixture
