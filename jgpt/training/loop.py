@@ -17,6 +17,7 @@ from jgpt.data.corpus import Corpus
 from jgpt.data.files import find_files
 from jgpt.data.memmap import prepare
 from jgpt.hardware.devices import set_up_process
+from jgpt.hardware.memory import OutOfMemory
 from jgpt.training.loading import choose_device_policy
 from jgpt.training.metrics import format_duration
 from jgpt.training.run import Run
@@ -34,8 +35,17 @@ def train(config: ConfigDict, command: str = "") -> None:
     """Train until `optimizer.total_steps`, a signal or the deadline; save; say how it ended in status.json.
 
     `command` is what a user would type to go on. Raises UserError for what the user can mend, before the first step
-    wherever it can be known, and TrainingDiverged.
+    wherever it can be known, OutOfMemory and TrainingDiverged.
     """
+    try:
+        return _train(config, command)
+    except OutOfMemory as error:
+        message = str(error)
+    # Another one: the frames of the first hold the arrays on the devices, and a notebook keeps the last error.
+    raise OutOfMemory(message)
+
+
+def _train(config: ConfigDict, command: str) -> None:
     stop = Stop(config.deadline_hours)
     set_up_process()
     files = find_files(config.data.text_glob)
@@ -59,9 +69,11 @@ def train(config: ConfigDict, command: str = "") -> None:
                 run.start(abstract)
                 loop(run, stop)
         except BaseException as error:
+            message = run.out_of_memory(error)
+            told = OutOfMemory(message) if message else error
             with suppress(OSError):  # on a full disk: what went wrong first is what is told
-                run.status("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-            raise
+                run.status("failed", f"{type(told).__name__}: {str(told).splitlines()[0] if str(told) else ''}")
+            raise told
         finally:
             run.close()
 
