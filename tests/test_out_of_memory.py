@@ -19,8 +19,8 @@ from jgpt.training.checkpoint import digest, whole_steps
 from jgpt.training.loop import train
 from jgpt.training.out_of_memory import EVALUATING, PLACING, TRAINING, overrides
 
-# Attention scores of so many sequences of 2048 take 256 GiB on each of two devices.
-TOO_MANY = {"batch.global_batch_size": 2**15, "batch.micro_batch_size": 2**15}
+# Attention scores of so many sequences of 1024, two heads each, take 128 GiB on each of two devices.
+TOO_MANY = {"batch.global_batch_size": 2**15, "batch.micro_batch_size": 2**14}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def config(tmp_path: Path) -> Callable[..., ConfigDict]:
     (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(3000)))
     flat = {
         "out_dir": str(tmp_path / "run"), "data.text_glob": str(tmp_path / "text.txt"), "tokenizer.kind": "char",
-        "model.n_layers": 1, "model.n_heads": 1, "model.d_model": 16, "model.context_length": 2048,
+        "model.n_layers": 1, "model.n_heads": 2, "model.d_model": 8, "model.context_length": 1024,
         "optimizer.total_steps": 2, "optimizer.warmup_steps": 1, "batch.global_batch_size": 2,
         "batch.micro_batch_size": 1, "eval.every_steps": 100, "eval.batches": 1, "sample.num_samples": 0,
         "checkpoint.every_steps": 2,
@@ -83,11 +83,11 @@ def test_an_evaluation_that_does_not_fit_is_found_before_the_first_step(config: 
 def test_samples_that_do_not_fit_do_not_end_the_run(
     config: Callable[..., ConfigDict], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    """2^19 caches of 2048 positions: 128 GiB."""
+    """2^20 caches of 1024 positions: 128 GiB."""
     with caplog.at_level(logging.WARNING, "jgpt"):
-        train(config(**{"sample.num_samples": 2**19, "sample.max_new_tokens": 2040}))
+        train(config(**{"sample.num_samples": 2**20, "sample.max_new_tokens": 1000}))
     assert "no samples at step 2: out of memory in sampling" in caplog.text
-    assert "Take --config.sample.num_samples=262144 (it was 524288; 0: no samples)" in caplog.text
+    assert "Take --config.sample.num_samples=524288 (it was 1048576; 0: no samples)" in caplog.text
     assert status(tmp_path)["state"] == "finished" and whole_steps(tmp_path / "run" / "checkpoints") == [2]
 
 
