@@ -91,9 +91,7 @@ def test_samples_that_do_not_fit_do_not_end_the_run(
     assert status(tmp_path)["state"] == "finished" and whole_steps(tmp_path / "run" / "checkpoints") == [2]
 
 
-def test_the_machines_own_memory(
-    config: Callable[..., ConfigDict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_machines_own_memory(config: Callable[..., ConfigDict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The copy that a save makes does not fit."""
 
     def full(self: Any, tree: Any) -> Any:

@@ -16,7 +16,7 @@ from jgpt.data.batches import Prefetcher
 from jgpt.data.corpus import Corpus
 from jgpt.data.files import find_files
 from jgpt.data.memmap import prepare
-from jgpt.hardware.devices import set_up_process
+from jgpt.hardware.devices import keep_compiled_programs, set_up_process
 from jgpt.hardware.memory import OutOfMemory
 from jgpt.training.loading import choose_device_policy
 from jgpt.training.metrics import format_duration
@@ -56,6 +56,7 @@ def _train(config: ConfigDict, command: str) -> None:
         resuming = look_for_run(run_dir, config)
         p = config.precision
         choose_device_policy(p.compute, p.params, devices_of(config)[0])  # refuse before the long work
+        keep_compiled_programs()
         data = prepare(config, run_dir / "tokenizer" if resuming else None)
         training = set_up(config, data, source)
         abstract = jax.eval_shape(training.init)
@@ -73,7 +74,9 @@ def _train(config: ConfigDict, command: str) -> None:
             told = OutOfMemory(message) if message else error
             with suppress(OSError):  # on a full disk: what went wrong first is what is told
                 run.status("failed", f"{type(told).__name__}: {str(told).splitlines()[0] if str(told) else ''}")
-            raise told
+            if told is error:
+                raise
+            raise told from error
         finally:
             run.close()
 

@@ -53,7 +53,9 @@ def overrides(doing: str, config: ConfigDict, training: Training) -> list[str]:
             found.append(f"--config.batch.sequence_length={length // 2} (shorter texts to learn from)")
     if training.model.lora is None:
         found.append("a smaller model in a new --config.out_dir: fewer model.n_layers, a smaller model.d_model")
-        found.append("adapters beside a frozen model instead of all its parameters: --config.lora.rank=16 and init_from")
+        found.append(
+            "adapters beside a frozen model instead of all its parameters: --config.lora.rank=16 and init_from"
+        )
     else:
         found.append(f"--config.lora.rank={max(1, c.lora.rank // 2)} in a new --config.out_dir, or a smaller init_from")
     return found
