@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jgpt.config import UserError, default_config, flatten
+from jgpt.hardware.memory import OutOfMemory, shortage
 from jgpt.help import help_text
 from jgpt.redaction import redact
 from jgpt.training.metrics import TerminalHandler
@@ -58,6 +59,8 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
         sys.exit(code)
     except UserError as error:
         code, message = EXIT_USER, str(error)
+    except OutOfMemory as error:
+        code, message = EXIT_MEMORY, str(error)
     except TrainingDiverged as error:
         code, message = EXIT_DIVERGED, str(error)
     except KeyboardInterrupt:
@@ -71,14 +74,11 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
             sys.exit(EXIT_BUG)
         code, message = EXIT_USER, f"the disk is full: {error}. Make room, then run the same command again: it goes on."
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        code, message = EXIT_MEMORY, shortage(error)
+        if not message:
             _print_error(traceback.format_exc())
             sys.exit(EXIT_BUG)
-        code = EXIT_MEMORY
-        message = (
-            f"the device ran out of memory: {str(error).splitlines()[0]}. Take a smaller "
-            "--config.batch.micro_batch_size (the global batch stays as it is), or --config.remat=block."
-        )
+        message += ". Take fewer or shorter sequences at a time, or a smaller model; the flags are in --help."
     _print_error(f"error: {message}\n")
     sys.exit(code)
 

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from jgpt.cli import did_you_mean
 from jgpt.config import UserError, default_config, flatten
+from jgpt.hardware.memory import OutOfMemory
 from jgpt.help import config_keys
 from jgpt.training.run import TrainingDiverged
 
@@ -169,10 +171,13 @@ def ending(error):
         (AssertionError("1 == 2"), 1, ["Traceback", "AssertionError: 1 == 2"]),
         (UserError("give less"), 2, ["error: give less\n"]),
         (
-            RuntimeError("RESOURCE_EXHAUSTED: 9 GB\nmore"),
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9663676416 bytes."),
             3,
-            ["out of memory: RESOURCE_EXHAUSTED: 9 GB.", "--config.remat"],
+            ["error: the device was asked for 9.00 GiB in one piece", "Take fewer or shorter sequences"],
         ),
+        (MemoryError(), 3, ["error: the machine ran out of memory"]),
+        (OutOfMemory("take less\nor less"), 3, ["error: take less\nor less\n"]),
+        (RuntimeError("RESOURCE_EXHAUSTED, says who"), 1, ["Traceback"]),
         (TrainingDiverged("too fast"), 4, ["error: too fast\n"]),
         (KeyboardInterrupt(), 130, ["error: interrupted\n"]),
     ],

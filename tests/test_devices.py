@@ -108,6 +108,38 @@ def test_tensorflow_in_the_process_is_refused(monkeypatch):
         devices.set_up_process()
 
 
+COMPILE = """
+import jax.numpy, warnings
+from jgpt.hardware.devices import keep_compiled_programs
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+if {gpu}: jax.default_backend = lambda: "gpu"
+keep_compiled_programs()
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    print(jax.jit(lambda x: x * 3)(jax.numpy.float32(2)), len(told) > 0)
+"""
+
+
+def test_compiled_programs_are_kept_for_accelerators_and_damaged_ones_do_no_harm(tmp_path):
+    kept = tmp_path / "jgpt" / "compiled"
+    assert in_new_process(COMPILE.format(gpu=False), XDG_CACHE_HOME=str(tmp_path)) == "6.0 False"
+    assert not kept.exists()
+    assert in_new_process(COMPILE.format(gpu=True), XDG_CACHE_HOME=str(tmp_path)) == "6.0 False"
+    entries = list(kept.glob("*-cache"))
+    assert entries
+    for entry in entries:
+        entry.write_bytes(entry.read_bytes()[:50])
+    assert in_new_process(COMPILE.format(gpu=True), XDG_CACHE_HOME=str(tmp_path)) == "6.0 True"
+
+
+def test_the_users_own_cache_and_no_place_for_one(tmp_path):
+    (tmp_path / "file").write_text("")
+    code = COMPILE.format(gpu=True) + "print(jax.config.jax_compilation_cache_dir)"
+    own = in_new_process(code, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
+    assert own.splitlines()[-1] == str(tmp_path / "own") and not (tmp_path / "jgpt").exists()
+    assert in_new_process(code, XDG_CACHE_HOME=str(tmp_path / "file")).splitlines() == ["6.0 False", "None"]
+
+
 def test_cores_without_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert devices.usable_cores() == os.cpu_count()

@@ -8,7 +8,9 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 
 import jax
@@ -17,6 +19,7 @@ from jgpt.config import UserError
 
 GIB = 2**30
 MEMORY_SHARE = 0.92  # of a GPU's memory that JAX takes; it needs the rest for itself and CUDA
+COMPILED_BYTES = 2 * GIB  # of compiled programs kept on disk; a large model's step takes some tens of MB
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,24 @@ def set_up_process() -> None:
             jax.config.update("jax_num_cpu_devices", usable_cores())
         except RuntimeError:  # the devices are in use: too late, and no harm done
             pass
+
+
+def keep_compiled_programs() -> None:
+    """Let JAX keep what it compiles on disk, so that a run that goes on does not compile its step again.
+
+    For accelerators only, so call it once the devices may be touched: XLA refuses most of its own entries for a CPU
+    with a page of errors each, or runs into illegal instructions (jax issue 38445). Nothing happens where the user has
+    named a directory (JAX_COMPILATION_CACHE_DIR) or there is none to write in. JAX_ENABLE_COMPILATION_CACHE=false
+    switches it off. JAX warns of a damaged entry and compiles anew.
+    """
+    if jax.config.jax_compilation_cache_dir is not None or jax.default_backend() == "cpu":  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jgpt" / "compiled"
+    with suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+    if os.access(directory, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
 
 
 def usable_cores() -> int:

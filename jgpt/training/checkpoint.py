@@ -114,6 +114,8 @@ class Checkpoints:
             error, self._error = self._error, None
             for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, MemoryError):
+                raise error
             free = shutil.disk_usage(self.directory.parent).free / 1e9
             reason = (str(error) or type(error).__name__).splitlines()[0][:300]
             raise UserError(

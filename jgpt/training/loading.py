@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from jgpt.config import UserError
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.exchange.pretrained import Pretrained
-from jgpt.hardware.devices import compute_capability
+from jgpt.hardware.devices import compute_capability, keep_compiled_programs
 from jgpt.inference.placement import choose_placement
 from jgpt.model.gpt import GPT
 from jgpt.model.precision import DTYPES, Policy, choose_policy
@@ -58,6 +58,7 @@ def load_model(
     see `inference/placement.py`. Raises UserError when there is no such model, or a damaged one.
     """
     source = open_source(name, step, base=base)
+    keep_compiled_programs()
     # What a run computed in need not exist here: a model trained in bf16 runs in fp16 on a T4.
     policy = choose_device_policy(compute, "fp32", jax.local_devices()[0])
     longest = source.shapes.context_length

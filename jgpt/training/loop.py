@@ -18,7 +18,8 @@ from jgpt.data.batches import Prefetcher
 from jgpt.data.corpus import Corpus
 from jgpt.data.files import find_files
 from jgpt.data.memmap import prepare
-from jgpt.hardware.devices import set_up_process
+from jgpt.hardware.devices import keep_compiled_programs, set_up_process
+from jgpt.hardware.memory import OutOfMemory
 from jgpt.model.build import model_config
 from jgpt.training.auto import as_begun, settle
 from jgpt.training.checkpoint import SAVE_BYTES_PER_SECOND
@@ -41,8 +42,18 @@ def train(config: ConfigDict, command: str = "", on_saved: Callable[[Path, int],
     `command` is what a user would type to go on. `on_saved(run directory, step)` is called in a background thread once
     a checkpoint is whole; it should be quick, as the next save waits for it, and must not raise.
 
-    Raises UserError for what the user can mend, before the first step wherever it can be known, and TrainingDiverged.
+    Raises UserError for what the user can mend, before the first step wherever it can be known, OutOfMemory and
+    TrainingDiverged.
     """
+    try:
+        return _train(config, command, on_saved)
+    except OutOfMemory as error:
+        message = str(error)
+    # Another one: the frames of the first hold the arrays on the devices, and a notebook keeps the last error.
+    raise OutOfMemory(message)
+
+
+def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], None] | None) -> None:
     stop = Stop(config.deadline_hours)
     set_up_process()
     files = find_files(config.data.text_glob)
@@ -54,6 +65,7 @@ def train(config: ConfigDict, command: str = "", on_saved: Callable[[Path, int],
         resuming = look_for_run(run_dir, config)
         p = config.precision
         choose_device_policy(p.compute, p.params, devices_of(config)[0])  # refuse before the long work
+        keep_compiled_programs()
         data = prepare(config, run_dir / "tokenizer" if resuming else None)
         config = settle(config, model_config(config.model, data.tokenizer.vocab_size), devices_of(config))
         training = set_up(config, data, source)
@@ -68,9 +80,13 @@ def train(config: ConfigDict, command: str = "", on_saved: Callable[[Path, int],
                 run.start(abstract)
                 loop(run, stop)
         except BaseException as error:
+            message = run.out_of_memory(error)
+            told = OutOfMemory(message) if message else error
             with suppress(OSError):  # on a full disk: what went wrong first is what is told
-                run.status("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-            raise
+                run.status("failed", f"{type(told).__name__}: {str(told).splitlines()[0] if str(told) else ''}")
+            if told is error:
+                raise
+            raise told from error
         finally:
             run.close()
 

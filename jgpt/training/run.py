@@ -17,12 +17,14 @@ from ml_collections import ConfigDict
 from jgpt.config import UserError
 from jgpt.data.chat import render
 from jgpt.data.memmap import TokenData
+from jgpt.hardware.memory import shortage
 from jgpt.inference.decode import NonFiniteLogits, generate
 from jgpt.inference.sampling import Sampling
 from jgpt.training.checkpoint import Checkpoints, state_bytes
 from jgpt.training.curves import write_curves
 from jgpt.training.evaluation import bits_per_byte, evaluate
 from jgpt.training.metrics import MetricsLog, Progress, Throughput
+from jgpt.training.out_of_memory import EVALUATING, PLACING, SAMPLING, SAVING, TRAINING, explain
 from jgpt.training.report import write_report
 from jgpt.training.run_dir import write_status
 from jgpt.training.samples import append_samples, drop_samples_after
@@ -68,6 +70,7 @@ class Run:
         self.last_save = time.monotonic()
         self.saved_step = -1
         self.val_loss: float | None = None  # at this very step
+        self.doing = PLACING  # what a shortage of memory is told with
         self.opened: list[Any] = [self.checkpoints]
 
     def start(self, abstract: TrainState) -> None:
@@ -106,7 +109,13 @@ class Run:
             self.training.peak_flops,
         )
         self.opened += [self.metrics, self.progress]
+        self.doing = TRAINING
         self.status("running", "")
+
+    def out_of_memory(self, error: BaseException, doing: str = "") -> str:
+        """Say what did not fit, and what would; "" where an error has another reason."""
+        found, on_host = shortage(error, self.training.runner.devices[0]), isinstance(error, MemoryError)
+        return found and explain(found, doing or self.doing, on_host, self.config, self.training, self.command)
 
     def _warn_of_differences(self, meta: dict[str, Any]) -> None:
         """Say where what follows is not bit for bit what the earlier process would have done."""
@@ -169,7 +178,7 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Return the loss on the validation blocks, and in bits per byte."""
-        t = self.training
+        t, self.doing = self.training, EVALUATING
         with self.throughput.pause():
             loss, _ = evaluate(
                 t.runner,
@@ -180,7 +189,7 @@ class Run:
                 t.rows,
                 t.sequence_length,
             )
-        self.val_loss = loss
+        self.val_loss, self.doing = loss, TRAINING
         data = self.data
         return {"val_loss": loss, "bits_per_byte": bits_per_byte(loss, data.val_targets, data.meta["val_bytes"])}
 
@@ -205,8 +214,11 @@ class Run:
                 n_ids=tokenizer.vocab_size,
                 seed=self.config.seed,
             )
-        except NonFiniteLogits as error:  # no reason to lose a run
-            log.warning("no samples at step %d: %s", self.step, error)
+        except (NonFiniteLogits, jax.errors.JaxRuntimeError) as error:  # no reason to lose a run
+            reason = str(error) if isinstance(error, NonFiniteLogits) else self.out_of_memory(error, SAMPLING)
+            if not reason:
+                raise
+            log.warning("no samples at step %d: %s", self.step, reason)
             return
         decoded = [text + tokenizer.decode(ids) for ids in texts]
         append_samples(self.run_dir / "samples.txt", self.step, self.val_loss, decoded)
@@ -219,6 +231,7 @@ class Run:
         """Begin to save the state of this step, if it is not saved yet."""
         if self.saved_step == self.step:
             return
+        self.doing = SAVING
         # A copy: the step that follows uses the memory of this state again.
         state = jax.tree.map(np.array, self.training.runner.on_host(self.state))
         self.checkpoints.save(
@@ -235,7 +248,7 @@ class Run:
                 "stop_ids": list(self.stop_ids),
             },
         )
-        self.saved_step, self.last_save = self.step, time.monotonic()
+        self.saved_step, self.last_save, self.doing = self.step, time.monotonic(), TRAINING
         self.status("running", "")
 
     def finish(self, reason: str = "") -> None:

@@ -18,133 +18,32 @@ import json
 import shutil
 import statistics
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import Contestant, cores, machine, serve
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's jgpt, installed or not
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One of nanoGPT's models, and how it is trained there."""
-
-    n_layers: int
-    n_heads: int
-    d_model: int
-    context_length: int
-    batch: int
-    dropout: float
-    vocab_size: int = 65
-
+from side_by_side import cores, machine, serve
+from trainers import BETAS, LEARNING_RATE, WEIGHT_DECAY, RunSteps, Shape, Trainer, jgpt_step, take_turns, timed
 
 SHAPES = {
     "cpu": Shape(n_layers=4, n_heads=4, d_model=128, context_length=64, batch=12, dropout=0.0),
     "baby": Shape(n_layers=6, n_heads=6, d_model=384, context_length=256, batch=64, dropout=0.2),
 }
 CONTESTANTS = ("torch-sdpa", "torch-eager", "torch-compile", "jgpt")
-LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.99), 0.1
-RunSteps = Callable[[int], list[tuple[float, float]]]  # how many steps -> (seconds, loss) of each
-
-
-def windows(shape: Shape) -> Iterator[np.ndarray]:
-    """Yield batches int32 [B, T+1] at random places of the text; the same ones to every contestant."""
-    from jgpt.config import standard_library_glob
-
-    first = standard_library_glob().split(",")[0]
-    files = sorted(Path(first).parent.glob(Path(first).name))
-    text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)[:4_000_000]
-    common = [character for character, _ in Counter(text).most_common(shape.vocab_size - 1)]
-    table = {character: i for i, character in enumerate(common)}
-    ids = np.array([table.get(character, shape.vocab_size - 1) for character in text], np.int32)
-    random = np.random.default_rng(0)
-    while True:
-        starts = random.integers(0, len(ids) - shape.context_length - 1, shape.batch)
-        yield np.stack([ids[start : start + shape.context_length + 1] for start in starts])
-
-
-def timed(step: Callable[[np.ndarray], float], shape: Shape) -> RunSteps:
-    """Make a runner of a step that takes a batch and returns the loss when the update is done."""
-    batches = windows(shape)
-
-    def run_steps(n: int) -> list[tuple[float, float]]:
-        results = []
-        for _ in range(n):
-            batch = next(batches)
-            start = time.perf_counter()
-            loss = step(batch)
-            results.append((time.perf_counter() - start, loss))
-        return results
-
-    return run_steps
 
 
 def jgpt_contestant(shape: Shape, micro_batch: int) -> RunSteps:
-    """Build jgpt's train step through its own functions."""
+    """Build jgpt's train step: on a CPU a device for each core."""
     from jgpt.hardware.devices import set_up_process, training_devices
 
     set_up_process()
-    import jax
-
-    from jgpt.config import default_config
-    from jgpt.data.batches import Batch
-    from jgpt.model.gpt import GPT, ModelConfig
     from jgpt.model.precision import Policy
-    from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
-    from jgpt.training.step import Pmap, init_state, make_train_step
 
-    config = default_config()
-    config.optimizer.update(learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY)
-    config.optimizer.update(warmup_steps=0, total_steps=100_000, clip_norm=1.0)
-    model = GPT(
-        ModelConfig(
-            vocab_size=shape.vocab_size,
-            context_length=shape.context_length,
-            n_layers=shape.n_layers,
-            n_heads=shape.n_heads,
-            n_kv_heads=shape.n_heads,
-            d_model=shape.d_model,
-            d_head=shape.d_model // shape.n_heads,
-            d_ff=4 * shape.d_model,
-            dropout=shape.dropout,
-            position="learned",
-            norm="layernorm",
-            mlp="gelu",
-            bias=False,
-        )
-    )
     devices = training_devices(shape.batch)
     share = shape.batch // len(devices)
     micro = next(size for size in range(min(share, micro_batch or share), 0, -1) if share % size == 0)
-    policy, optimizer = Policy(), make_optimizer(config.optimizer)
-    runner = Pmap(devices)
-    train_step = runner.train_step(
-        make_train_step(
-            model,
-            policy,
-            optimizer,
-            learning_rate_schedule(config.optimizer),
-            accumulation=share // micro,
-            seed=0,
-            loss_chunk_tokens=config.loss_chunk_tokens,
-            growth_steps=config.precision.loss_scale_growth_steps,
-        )
-    )
-    state = runner.place_state(jax.jit(lambda: init_state(model, policy, optimizer, seed=0, loss_scale=1.0))())
-
-    def step(batch: np.ndarray) -> float:
-        nonlocal state
-        placed = runner.place_batch(Batch(batch.reshape(len(devices), share // micro, micro, -1)))
-        state, metrics = train_step(state, {}, placed)
-        return float(metrics["loss"])
-
-    return timed(step, shape)
+    return timed(jgpt_step(shape.model, shape.batch, devices, micro, Policy()), shape)
 
 
 def torch_contestant(shape: Shape, attention: str, compiled: bool) -> RunSteps:
@@ -184,21 +83,6 @@ def torch_contestant(shape: Shape, attention: str, compiled: bool) -> RunSteps:
     return timed(step, shape)
 
 
-class Trainer(Contestant):
-    """A contestant that trains when it is told to, and what is known of its steps."""
-
-    def __init__(self, name: str, arguments: list[str]) -> None:
-        super().__init__(__file__, name, arguments)
-        self.seconds, self.losses = [], []
-        self.first_step_seconds = self.run(1)[0]
-
-    def run(self, steps: int) -> list[float]:
-        """Run steps in the child and return the seconds of each."""
-        results = self.ask(steps)
-        self.losses += [loss for _, loss in results]
-        return [seconds for seconds, _ in results]
-
-
 def make_contestant(name: str, shape: Shape, micro_batch: int) -> RunSteps:
     """Build a contestant by its name."""
     if name == "jgpt":
@@ -214,13 +98,8 @@ def compare(shape_name: str, shape: Shape, options: argparse.Namespace) -> list[
         print("torch-compile is left out: no C++ compiler here")
         names.remove("torch-compile")
     arguments = ["--shape", shape_name, "--batch", str(shape.batch), "--micro_batch", str(options.micro_batch)]
-    contestants = [Trainer(name, arguments) for name in names]
-    for turn in range(options.rounds):
-        for contestant in contestants:
-            contestant.run(1)  # wakes its threads and caches up; not counted
-            seconds = contestant.run(options.steps_per_round)
-            contestant.seconds += seconds
-            print(f"{shape_name} round {turn + 1}: {contestant.name} {1e3 * min(seconds):.1f} ms", file=sys.stderr)
+    contestants = [Trainer(__file__, name, arguments) for name in names]
+    take_turns(contestants, options.rounds, options.steps_per_round, shape_name)
     tokens = shape.batch * shape.context_length
     rows = [
         {
