@@ -59,11 +59,6 @@ def test_stopped_by_its_deadline_and_resumed_it_is_the_run_that_was_never_stoppe
     whole.run(write_folder(kernel(), tmp_path / "whole-folder"))
     assert [line["step"] for line in whole.metrics()] == list(range(61))
     assert second.metrics() == whole.metrics()
-    with (
-        tarfile.open(second.outputs / "checkpoint-60.tar") as ours,
-        tarfile.open(whole.outputs / "checkpoint-60.tar") as x,
-    ):
-        assert sorted(ours.getnames())[0] == sorted(x.getnames())[0] == "60"
 
 
 def test_without_what_it_was_pushed_with_it_does_not_begin_anew(tmp_path, machine):
@@ -79,7 +74,7 @@ def test_without_what_it_was_pushed_with_it_does_not_begin_anew(tmp_path, machin
 def test_every_tokenizer_works_offline(tmp_path, machine, trained, kind):
     session = machine("session")
     mounted = session.root / "input" / "datasets" / OWNER / "tokenizer"
-    changes = {"tokenizer__kind": kind, "optimizer__total_steps": 3}
+    changes = {"tokenizer__kind": kind, "optimizer__total_steps": 3, "sample__num_samples": 0}
     if kind == "hf":
         mounted.mkdir()
         for path in (trained / "tokenizer").iterdir():

@@ -34,12 +34,14 @@ def bring_back(config: ConfigDict) -> None:
     if config.checkpoint.resume == "never":
         return
     with open_run_dir(config.out_dir) as run_dir:
-        pack.unpack(run_dir, run_dir)  # an earlier session of this machine has packed it
+        pack.clear_up(run_dir)
+        if holds_run(run_dir):
+            pack.unpack(run_dir, run_dir)  # it may have been packed when the script before this one ended
         here = whole_steps(run_dir / "checkpoints")
         upload = "" if here else config.checkpoint.upload  # what lies here was sent no later than it was saved
         folders = [folder for folder in earlier_runs(upload) if _is_same_run(folder, config)]
         elsewhere = [(step, folder) for folder in folders for step in pack.checkpoints_in(folder)]
-        elsewhere.sort(key=lambda found: -found[0])  # stable: of equal ones the first
+        elsewhere.sort(key=lambda found: -found[0])
         while elsewhere:
             step, folder = elsewhere[0]
             if here and here[-1] >= step:
