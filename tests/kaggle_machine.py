@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -93,8 +92,3 @@ class Machine:
         """Return the lines of metrics.jsonl, without what depends on the clock."""
         lines = [json.loads(line) for line in (self.outputs / "metrics.jsonl").read_text().splitlines()]
         return [{key: line[key] for key in OF_THE_RUN if key in line} for line in lines]
-
-
-def this_python() -> Path:
-    """Return the Python that runs the tests, where nothing must be missing."""
-    return Path(sys.executable)

@@ -117,6 +117,12 @@ def test_what_an_earlier_run_said_is_not_taken_for_its_word(outputs):
     assert status(outputs)["reason"] == "exit code 2\na mistake"
 
 
+@pytest.mark.parametrize("torn", ["", "{", "[1]", "3"])
+def test_a_torn_status_is_written_anew(outputs, torn):
+    start(WRITES_STATUS + f"(out / 'status.json').write_text({torn!r}); sys.exit(3)")
+    assert status(outputs)["reason"] == "exit code 3" and list(status(outputs)) == STATUS_KEYS
+
+
 def test_only_the_last_lines_are_kept(outputs):
     start("import sys\nfor i in range(500):\n  print(i)\nsys.exit(1)")
     assert status(outputs)["reason"].splitlines() == ["exit code 1", *(str(i) for i in range(480, 500))]

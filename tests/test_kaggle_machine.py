@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kaggle_machine import NAME, OWNER, Machine, python_without, settings
+from kaggle_machine import NAME, OWNER, Machine, settings
 
 from jgpt.kaggle.kernel import Kernel, read_folder, write_folder
 
@@ -16,19 +16,9 @@ CONFIG = str(REPOSITORY / "configs" / "kaggle_t4.py")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    return python_without(("ml_collections", "jgpt"), tmp_path_factory.mktemp("python") / "venv")
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
 @pytest.fixture
-def machine(tmp_path, python, compiled):
-    return lambda name: Machine(tmp_path / name, python, compiled)
+def machine(tmp_path, python_without_ml_collections, compiled_on_kaggle):
+    return lambda name: Machine(tmp_path / name, python_without_ml_collections, compiled_on_kaggle)
 
 
 def kernel(**changes) -> Kernel:

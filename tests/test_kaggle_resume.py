@@ -1,5 +1,6 @@
 """Resuming on Kaggle: the newest whole checkpoint, wherever the earlier output is mounted, and no other run's."""
 
+import errno
 import json
 import shutil
 import tarfile
@@ -145,6 +146,26 @@ def test_a_damaged_one_in_the_run_directory_does_not_count(config, mount, traine
     flip_a_bit(Path(config.out_dir), 4)
     shutil.rmtree(Path(config.out_dir) / "checkpoints" / "2")
     mount()
+    bring_back(config)
+    assert steps(config)[-1] == 4
+
+
+@pytest.mark.parametrize("place", [0, 70])
+def test_a_manifest_with_a_flipped_bit_is_no_manifest(config, mount, place):
+    manifest = mount() / "checkpoints" / "4.sha256"
+    content = bytearray(manifest.read_bytes())
+    content[place] ^= 128  # no longer UTF-8
+    manifest.write_bytes(content)
+    bring_back(config)
+    assert steps(config) == [2]
+
+
+def test_a_full_disk_while_bringing_back_is_no_damage_of_what_is_brought(config, mount):
+    mount(packed=True)
+    with mock.patch("shutil.copyfileobj", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+        with mock.patch("tarfile.copyfileobj", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            with pytest.raises(OSError, match="No space"):
+                bring_back(config)
     bring_back(config)
     assert steps(config)[-1] == 4
 

@@ -10,6 +10,7 @@ import collections
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def start(archive: str, module: str, arguments: list[str], *, inputs: list[str],
 
 
 def unpack_code(archive: str, code: Path) -> None:
-    """Unpack the archive into the folder `code`."""
+    """Unpack the archive into the folder `code`, which holds nothing else then."""
+    shutil.rmtree(code, ignore_errors=True)
     with tarfile.open(fileobj=io.BytesIO(base64.b64decode(archive)), mode="r:xz") as tar:
         tar.extractall(code, filter="data")
 
@@ -142,8 +144,8 @@ def record_end(outputs: Path, child: Child) -> None:
     """Write status.json for a child that died before it could: why, and the last lines that it wrote."""
     path = outputs / "status.json"
     try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        status = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none, or a torn one
         status = {}
     pid = child.process.pid if child.process else os.getpid()
     code = child.process.returncode if child.process else None

@@ -1,7 +1,7 @@
 """A kernel for Kaggle as a folder: kernel-metadata.json, and the one script that carries the whole project.
 
-Beside the data path: what is built here `python -m jgpt.kaggle` pushes; what runs there first is `bootstrap.py`, whose
-source the script begins with. Of a kernel's folder only the script is uploaded, so it holds everything: jgpt, configs/,
+Beside the data path: what is built here `__main__.py` pushes; what runs there first is `bootstrap.py`, whose source the
+script begins with. Of a kernel's folder only the script is uploaded, so it holds everything: jgpt, configs/,
 the user's config, and the packages that Kaggle's image lacks, as one compressed archive.
 """
 

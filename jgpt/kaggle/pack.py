@@ -9,6 +9,7 @@ A name is there only when the file is whole, and a folder goes only after its ta
 counts. Nothing here needs JAX.
 """
 
+import errno
 import logging
 import os
 import re
@@ -129,7 +130,9 @@ def fetch(part: Part, run_dir: Path) -> Path | None:
                 _copy(part.source / name, staging / name)
         found = {path.name for path in staging.iterdir()}
         damage = "" if found == set(part.names) else f"it holds {', '.join(sorted(found)) or 'nothing'}"
-    except (FileNotFoundError, EOFError, tarfile.ReadError) as error:
+    except (OSError, EOFError, tarfile.ReadError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # no fault of what is read
         damage = str(error).splitlines()[0][:200]
     if damage:
         log.warning("%s is damaged and passed over: %s", part.source, damage)

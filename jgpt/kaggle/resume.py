@@ -38,7 +38,8 @@ def bring_back(config: ConfigDict) -> None:
         here = whole_steps(run_dir / "checkpoints")
         upload = "" if here else config.checkpoint.upload  # what lies here was sent no later than it was saved
         folders = [folder for folder in earlier_runs(upload) if _is_same_run(folder, config)]
-        elsewhere = sorted(((step, folder) for folder in folders for step in pack.checkpoints_in(folder)), reverse=True)
+        elsewhere = [(step, folder) for folder in folders for step in pack.checkpoints_in(folder)]
+        elsewhere.sort(key=lambda found: -found[0])
         while elsewhere:
             step, folder = elsewhere[0]
             if here and here[-1] >= step:
