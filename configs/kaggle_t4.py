@@ -19,9 +19,7 @@ def get_config() -> ConfigDict:
     config.out_dir = str(outputs_dir())
     config.log_every_steps = 20
     config.data.text_glob = f"{input_dir()}/**/*.txt"  # what an earlier run wrote is left out
-    config.data.cache_dir = str(
-        scratch_dir() / "jgpt" / "tokens"
-    )  # scratch: not counted against the 20 GB that are kept
+    config.data.cache_dir = f"{scratch_dir()}/jgpt/tokens"  # scratch: not counted against the 20 GB that are kept
     config.data.val_fraction = 0.01
     config.tokenizer.vocab_size = 16_384
     config.model.n_layers = 12

@@ -17,6 +17,7 @@ from unittest import mock
 import jax
 import pytest
 from absl import flags
+from kaggle_machine import python_without
 from kaggle_server import FakeKaggle, reach
 
 jax.config.update("jax_num_cpu_devices", 2)  # before any test touches a device
@@ -113,6 +114,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = _run("train", *_tiny(root))
     assert result.code == 0, result.err
     return root / "run"
+
+
+@pytest.fixture(scope="session")
+def python_without_ml_collections(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a Python with all packages of this one but ml_collections and jgpt: Kaggle's image has neither."""
+    return python_without(("ml_collections", "jgpt"), tmp_path_factory.mktemp("python") / "venv")
+
+
+@pytest.fixture(scope="session")
+def compiled_on_kaggle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory for JAX's cache of compiled programs, for the sessions on an imitated Kaggle."""
+    return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture

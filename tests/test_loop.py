@@ -21,10 +21,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from jgpt.config import UserError, default_config
+from jgpt.training import checkpoint, setup
 from jgpt.training import run as run_module
-from jgpt.training import setup
 from jgpt.training.checkpoint import digest, whole_steps
-from jgpt.training.loop import train
+from jgpt.training.loop import EXIT_SECONDS, train
 from jgpt.training.run import TrainingDiverged
 from jgpt.training.stop import Stop
 
@@ -223,6 +223,21 @@ def test_deadline(config: Callable[..., ConfigDict], tmp_path: Path):
     found = status(tmp_path / "run")
     assert (found["state"], found["step"], found["resume_command"]) == ("stopped", 1, "go on")
     assert "deadline" in found["reason"] and whole_steps(tmp_path / "run" / "checkpoints") == [1]
+
+
+def test_the_time_that_saving_needs_is_guessed_and_then_measured(config: Callable[..., ConfigDict]):
+    """At a byte a second a save would take hours; the first real one shows that it does not."""
+    margins: list[float] = []
+
+    def reason(self: Stop, margin_seconds: float = 0.0) -> str:
+        margins.append(margin_seconds)
+        return ""
+
+    guess = mock.patch.object(checkpoint, "SAVE_BYTES_PER_SECOND", 1.0)
+    with guess, mock.patch.object(Stop, "reason", reason):
+        train(config())
+    assert len(margins) == STEPS and margins[0] > 10_000
+    assert EXIT_SECONDS < margins[-1] < 1000
 
 
 def test_killed_before_the_first_checkpoint_begins_anew(full: Path, copy: Path, config: Callable[..., ConfigDict]):

@@ -10,6 +10,7 @@ import collections
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,11 +41,12 @@ def scratch_dir() -> Path:
     return scratch
 
 
-def start(archive: str, module: str, arguments: list[str], internet: bool, trains: bool) -> None:
+def start(archive: str, module: str, arguments: list[str], *, inputs: list[str], internet: bool, trains: bool) -> None:
     """Run `python -m MODULE ARGUMENTS` from `archive` (base64 of a .tar.xz) and return, however that ends.
 
-    `trains` says that the arguments name a config: its run directory is then working/outputs, and its token files are
-    in scratch. What went wrong is in working/outputs/status.json.
+    `inputs` are what must be mounted, each as "KIND NAME"; jgpt.train refuses to begin without them. `trains` says that
+    the arguments name a config: its run directory is then working/outputs, and its token files are in scratch. What
+    went wrong is in working/outputs/status.json.
     """
     outputs, scratch = kaggle_root() / "working" / "outputs", scratch_dir() / "jgpt"
     if trains:
@@ -55,7 +57,7 @@ def start(archive: str, module: str, arguments: list[str], internet: bool, train
     try:
         code = scratch / "code"
         unpack_code(archive, code)
-        environment = child_environment(code, scratch, internet)
+        environment = child_environment(code, scratch, inputs, internet)
         with child.takes_signals():
             child.run([sys.executable, "-m", module, *arguments], code, environment)
             record_end(outputs, child)
@@ -68,12 +70,13 @@ def start(archive: str, module: str, arguments: list[str], internet: bool, train
 
 
 def unpack_code(archive: str, code: Path) -> None:
-    """Unpack the archive into the folder `code`."""
+    """Unpack the archive into the folder `code`, which holds nothing else then."""
+    shutil.rmtree(code, ignore_errors=True)
     with tarfile.open(fileobj=io.BytesIO(base64.b64decode(archive)), mode="r:xz") as tar:
         tar.extractall(code, filter="data")
 
 
-def child_environment(code: Path, scratch: Path, internet: bool) -> dict[str, str]:
+def child_environment(code: Path, scratch: Path, inputs: list[str], internet: bool) -> dict[str, str]:
     """Return the child's environment: our code before what is installed, caches in scratch, the Hub as it can be had.
 
     What concerns the devices jgpt sets by itself (hardware/devices.py).
@@ -81,6 +84,7 @@ def child_environment(code: Path, scratch: Path, internet: bool) -> dict[str, st
     environment = dict(os.environ)
     paths = [str(code), str(code / "packages"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment["JGPT_KAGGLE_INPUTS"] = ",".join(inputs)
     environment["PYTHONUNBUFFERED"] = "1"  # lines arrive when they are written
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(scratch / "jax"))
     environment.setdefault("HF_HOME", str(scratch / "huggingface"))
@@ -95,11 +99,11 @@ class Child:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
         self.lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
-        self._stopped = False  # a signal came: nothing more is started
+        self._stopped = False  # a signal came while there was no child: none is started any more
 
     def run(self, command: list[str], folder: Path, environment: dict[str, str]) -> None:
         """Run a command to its end; both of its streams are printed as one."""
-        if self._stopped and self.process is None:
+        if self._stopped:
             return
         print("+", " ".join(["python", *command[1:]]), flush=True)
         # A session of its own: Ctrl-C in a terminal reaches it once, from here, and not a second time by itself.
@@ -108,7 +112,7 @@ class Child:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         if self._stopped:
-            self.process.terminate()  # the signal fell between the question above and the start
+            self.process.terminate()  # it came between the question above and here
         assert self.process.stdout is not None
         with self.process.stdout as output:
             for line in output:
@@ -130,17 +134,18 @@ class Child:
                 signal.signal(number, handler)
 
     def _forward(self, number: int, frame: object) -> None:
-        self._stopped = True
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
+        else:
+            self._stopped = True
 
 
 def record_end(outputs: Path, child: Child) -> None:
     """Write status.json for a child that died before it could: why, and the last lines that it wrote."""
     path = outputs / "status.json"
     try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        status = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none, or a torn one
         status = {}
     pid = child.process.pid if child.process else os.getpid()
     code = child.process.returncode if child.process else None

@@ -1,6 +1,6 @@
 """What can be wrong with a session on Kaggle, and what mends it: asked by `jgpt.check_env` there.
 
-Beside the data path. No secret's value is ever asked for or shown where its name will do.
+Beside the data path. Secrets are told by name, never by value.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jgpt.hardware.checks import Check
-from jgpt.kaggle.machine import KEPT_GB
+from jgpt.kaggle.limits import KEPT_GB
 from jgpt.kaggle.paths import input_dir, mounts, scratch_dir, working_dir
 from jgpt.redaction import redact
 from jgpt.training.disk import bytes_below
@@ -23,13 +23,8 @@ INTERNET_ON = (
     'in the editor: Settings > Internet on (it needs a phone-verified account), or "enable_internet": true in '
     "kernel-metadata.json"
 )
-LABELS = (
-    "HF_TOKEN",
-    "KAGGLE_API_TOKEN",
-    "KAGGLE_USERNAME",
-    "KAGGLE_KEY",
-    "WANDB_API_KEY",
-)  # of secrets, as users name them
+# The labels of secrets, as users name them.
+LABELS = ("HF_TOKEN", "KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "WANDB_API_KEY")
 LEAST_SCRATCH_GB = 5.0  # token files, and one checkpoint on its way out
 IMAGE_FILES = ("/etc/git_commit", "/etc/build_date")  # which image this is, as Kaggle's Dockerfile writes it
 

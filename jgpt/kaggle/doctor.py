@@ -160,20 +160,12 @@ def matmul(seconds: float) -> dict[str, Any]:
 def _clocks() -> Iterator[list[str]]:
     """Let nvidia-smi write a line for each GPU and second while the block runs; they are in the list after it."""
     lines: list[str] = []
-    command = [
-        "nvidia-smi",
-        f"--query-gpu=index,{','.join(CLOCKS.values())}",
-        "--format=csv,noheader,nounits",
-        "-l",
-        "1",
-    ]
+    query = f"--query-gpu=index,{','.join(CLOCKS.values())}"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-l", "1"]
     if shutil.which(command[0]) is None:
         yield lines
         return
-    with (
-        tempfile.TemporaryFile("w+") as file,
-        subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL) as process,
-    ):
+    with tempfile.TemporaryFile("w+") as file, subprocess.Popen(command, stdout=file) as process:
         try:
             yield lines
         finally:
@@ -215,11 +207,8 @@ def disks() -> dict[str, Any]:
     for name, folder in (("working", working_dir()), ("scratch", scratch_dir()), ("tmp", Path(tempfile.gettempdir()))):
         if folder.is_dir():
             usage = shutil.disk_usage(folder)
-            found[name] = {
-                "total_gb": usage.total / 1e9,
-                "free_gb": usage.free / 1e9,
-                "write_mb_per_second": _write(folder),
-            }
+            found[name] = {"total_gb": usage.total / 1e9, "free_gb": usage.free / 1e9}
+            found[name]["write_mb_per_second"] = _write(folder)
     return found
 
 

@@ -1,7 +1,7 @@
 """A kernel for Kaggle as a folder: kernel-metadata.json, and the one script that carries the whole project.
 
-Beside the data path: what is built here `python -m jgpt.kaggle` pushes; what runs there first is `bootstrap.py`, whose
-source the script begins with. Of a kernel's folder only the script is uploaded, so it holds everything: jgpt, configs/,
+Beside the data path: what is built here `__main__.py` pushes; what runs there first is `bootstrap.py`, whose source the
+script begins with. Of a kernel's folder only the script is uploaded, so it holds everything: jgpt, configs/,
 the user's config, and the packages that Kaggle's image lacks, as one compressed archive.
 """
 
@@ -30,8 +30,8 @@ CARRIED_PACKAGES = ("ml_collections",)  # pure Python, and not in Kaggle's image
 NOT_CARRIED = {"__pycache__", "tests", "examples", "conftest.py"}
 PROJECT = Path(jgpt.__file__).parents[1]  # a checkout, or site-packages
 
-# What `kaggle kernels push --accelerator` takes and jgpt trains on (kaggle-cli docs/kernels.md, February 2026); some are
-# for certain competitions only. Not the P100, which is gone: Kaggle would take a T4 without a word.
+# What `kaggle kernels push --accelerator` takes and jgpt trains on (kaggle-cli docs/kernels.md, February 2026); some
+# are for certain competitions only. Not the P100, which is gone: Kaggle would take a T4 without a word.
 ACCELERATORS = ("NvidiaTeslaT4", "NvidiaTeslaT4Highmem", "NvidiaL4", "NvidiaL4X1", "NvidiaTeslaA100", "NvidiaH100")
 ACCELERATORS += ("NvidiaRtxPro6000", "")  # "": none, a CPU
 SLUG = r"[A-Za-z0-9][A-Za-z0-9_-]*/[a-z0-9]+(?:-[a-z0-9]+)*"  # owner/name, as in the address of its page
@@ -94,7 +94,8 @@ def read_folder(folder: Path) -> Kernel:
     path = folder / KERNEL_FILE
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return Kernel(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found.items()}
+        return Kernel(**values)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read: {str(error).splitlines()[0]}. Needed is a folder that a push wrote. Name it by "
@@ -162,9 +163,10 @@ def code_file(kernel: Kernel) -> str:
     """Return the script: a header for people, the source of bootstrap.py, the archive, and the call of it."""
     archive = base64.b64encode(_archive(_files(kernel))).decode()
     arguments = [_there(argument, kernel.config) for argument in kernel.arguments]
-    call = (
-        f"module={kernel.module!r}, arguments={arguments!r}, internet={kernel.internet}, trains={bool(kernel.config)}"
-    )
+    inputs = [("datasets", kernel.datasets), ("models", kernel.models), ("notebooks", kernel.kernels)]
+    named = [f"{kind} {name}" for kind, names in inputs for name in names]
+    call = f"module={kernel.module!r}, arguments={arguments!r}, inputs={named!r}, "
+    call += f"internet={kernel.internet}, trains={bool(kernel.config)}"
     return (
         f"# {kernel.slug}: python -m {' '.join([kernel.module, *arguments])}\n"
         f"# Written by jgpt {version()}; not to be edited. Below are the source of jgpt/kaggle/bootstrap.py, an\n"

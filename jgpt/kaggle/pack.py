@@ -9,6 +9,7 @@ A name is there only when the file is whole, and a folder goes only after its ta
 counts. Nothing here needs JAX.
 """
 
+import errno
 import logging
 import os
 import re
@@ -52,9 +53,11 @@ def unpack(folder: Path, run_dir: Path) -> None:
     for a tar whose members would land elsewhere.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    clear_up(run_dir)
     in_place = folder.resolve() == run_dir.resolve()
     parts = [_checkpoint(folder, step) for step in checkpoints_in(folder)]
-    parts += [_folder(folder, name) for name in folders_in(folder)]
+    outside = [name for name in folders_in(folder) if not run_dir.resolve().is_relative_to((folder / name).resolve())]
+    parts += [_folder(folder, name) for name in outside]
     for part in parts:
         if in_place and part.source.is_dir():
             continue
@@ -127,7 +130,9 @@ def fetch(part: Part, run_dir: Path) -> Path | None:
                 _copy(part.source / name, staging / name)
         found = {path.name for path in staging.iterdir()}
         damage = "" if found == set(part.names) else f"it holds {', '.join(sorted(found)) or 'nothing'}"
-    except (FileNotFoundError, EOFError, tarfile.ReadError) as error:
+    except (OSError, EOFError, tarfile.ReadError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # no fault of what is read
         damage = str(error).splitlines()[0][:200]
     if damage:
         log.warning("%s is damaged and passed over: %s", part.source, damage)

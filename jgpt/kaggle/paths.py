@@ -12,9 +12,11 @@ from jgpt.config import UserError
 from jgpt.data.files import holds_run
 from jgpt.kaggle.bootstrap import kaggle_root, scratch_dir
 
-__all__ = ["find_input", "find_runs", "input_dir", "on_kaggle", "outputs_dir", "scratch_dir", "working_dir"]
+__all__ = ["check_inputs", "find_input", "find_runs", "input_dir", "on_kaggle", "outputs_dir", "scratch_dir"]
+__all__ += ["working_dir"]
 
-KINDS = ("datasets", "notebooks", "models", "competitions")  # the folders of the new layout
+# The folders of the new layout, and how many names deep a mount lies in each.
+LEVELS = {"datasets": 2, "notebooks": 2, "models": 5, "competitions": 1}
 MOST_LEVELS = 7  # input/models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION, the deepest mount there is
 MOST_FOLDERS = 10_000  # a dataset of images may have more: what is looked for lies near the top
 
@@ -42,11 +44,15 @@ def outputs_dir() -> Path:
 def find_input(kind: str, name: str) -> Path:
     """Return where an input is mounted.
 
-    `kind` is one of KINDS, `name` what Kaggle's address has: "owner/slug" of a dataset or of a notebook's output,
+    `kind` is a key of LEVELS, `name` what Kaggle's address has: "owner/slug" of a dataset or of a notebook's output,
     "owner/model/framework/variation/version" of a model. Raises UserError, with what is mounted, where it is not.
     """
     parts = name.strip("/").split("/")
-    if kind not in KINDS or len(parts) != {"models": 5, "competitions": 1}.get(kind, 2):
+    if kind in ("datasets", "notebooks"):
+        parts = parts[:2] + [
+            part for part in parts[2:] if not part.isdigit()
+        ]  # a version is mounted without its number
+    if len(parts) != LEVELS.get(kind):
         raise UserError(
             f"{kind} {name!r} is no name of an input. Allowed: datasets or notebooks 'owner/slug', models "
             "'owner/model/framework/variation/version', competitions 'slug'. Copy it from the address of its page."
@@ -69,6 +75,16 @@ def find_input(kind: str, name: str) -> Path:
     )
 
 
+def check_inputs() -> None:
+    """Raise UserError when an input that the kernel was pushed with is not mounted.
+
+    Without it a run would begin anew, or on half of its text, for as long as its session lasts.
+    """
+    for named in filter(None, os.environ.get("JGPT_KAGGLE_INPUTS", "").split(",")):
+        kind, name = named.split(" ")
+        find_input(kind, name)
+
+
 def find_runs(folder: Path) -> list[Path]:
     """List the run directories in `folder` and below, packed or not, those nearest to the top first."""
     return [found for found in (folder, *folders_below(folder)) if holds_run(found)]
@@ -76,10 +92,9 @@ def find_runs(folder: Path) -> list[Path]:
 
 def mounts() -> list[Path]:
     """List the folders of input/ that hold something, without the levels that only sort them."""
-    sorting = {kind: {"datasets": 2, "notebooks": 2, "models": 5, "competitions": 1}[kind] for kind in KINDS}
     found = []
     for top in sorted(input_dir().glob("*")):
-        found += sorted(top.glob("/".join("*" * sorting[top.name]))) if top.name in sorting else [top]
+        found += sorted(top.glob("/".join("*" * LEVELS[top.name]))) if top.name in LEVELS else [top]
     return found
 
 

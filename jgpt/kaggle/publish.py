@@ -189,8 +189,8 @@ def _reason(error: BaseException) -> str:
     status, told = _status(error), redact(" ".join(str(error).split()))[:300]
     if status in (401, 403):
         return (
-            f"it answered {status}, so these credentials may not write there. Check OWNER, and that the token may write"
-            f" (it said: {told})."
+            f"it answered {status}: these credentials are not enough. Check OWNER, and that the token may read and"
+            f" write (it said: {told})."
         )
     if status is not None:
         return f"it answered {status}. Try again later (it said: {told})."

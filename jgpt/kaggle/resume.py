@@ -12,6 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jgpt.config import UserError
+from jgpt.data.files import holds_run
 from jgpt.kaggle import pack
 from jgpt.kaggle.paths import find_runs, input_dir, scratch_dir
 from jgpt.kaggle.publish import fetch
@@ -33,12 +34,12 @@ def bring_back(config: ConfigDict) -> None:
     if config.checkpoint.resume == "never":
         return
     with open_run_dir(config.out_dir) as run_dir:
-        pack.clear_up(run_dir)
         pack.unpack(run_dir, run_dir)  # an earlier session of this machine has packed it
         here = whole_steps(run_dir / "checkpoints")
         upload = "" if here else config.checkpoint.upload  # what lies here was sent no later than it was saved
         folders = [folder for folder in earlier_runs(upload) if _is_same_run(folder, config)]
-        elsewhere = sorted(((step, folder) for folder in folders for step in pack.checkpoints_in(folder)), reverse=True)
+        elsewhere = [(step, folder) for folder in folders for step in pack.checkpoints_in(folder)]
+        elsewhere.sort(key=lambda found: -found[0])
         while elsewhere:
             step, folder = elsewhere[0]
             if here and here[-1] >= step:
@@ -48,6 +49,16 @@ def bring_back(config: ConfigDict) -> None:
                 return
             else:
                 elsewhere.pop(0)
+
+
+def unpacked(init_from: str) -> str:
+    """Return a model's name for `init_from`: a run that was packed on Kaggle is unpacked in scratch first."""
+    folder = Path(init_from)
+    if not init_from or not holds_run(folder) or not pack.checkpoints_in(folder) or (folder / "checkpoints").is_dir():
+        return init_from
+    run_dir = scratch_dir() / "jgpt" / "init_from"
+    pack.unpack(folder, run_dir)
+    return str(run_dir)
 
 
 def earlier_runs(upload: str) -> Iterator[Path]:

@@ -230,7 +230,7 @@ def digest(directory: Path) -> str:
 
 def verify(directory: Path, step: int) -> str:
     """Compare a step with its manifest; return what is wrong with it, or ""."""
-    expected = set((directory / f"{step}.sha256").read_text().splitlines())
+    expected = set((directory / f"{step}.sha256").read_text(errors="replace").splitlines())
     found = set(digest(directory / str(step)).splitlines())
     wrong = sorted({line[66:] for line in expected ^ found})
     return "" if not wrong else f"{len(wrong)} of its files changed or missing, such as {wrong[0]}"

@@ -111,7 +111,8 @@ def test_the_hub_keeps_the_newest_checkpoint_alone_and_gives_it_back(
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(401, "may not write there"), (403, "may not write there"), (500, "it answered 500")]
+    ("status", "words"),
+    [(401, "these credentials are not enough"), (403, "may not write there"), (500, "it answered 500")],
 )
 @pytest.mark.parametrize("where", ["dataset:owner/slug", "model:a/b/jax/d"])
 def test_what_kaggle_refuses_is_told_without_the_token(
@@ -126,7 +127,7 @@ def test_what_kaggle_refuses_is_told_without_the_token(
 def test_what_the_hub_refuses_is_told_without_the_token(server: Server, hub, run_dir: Path):
     server.status = 403
     done = ask(str(run_dir), "hub:owner/name")
-    assert done.returncode == 2 and "may not write there" in done.stderr.splitlines()[-1], done.stderr
+    assert done.returncode == 2 and "these credentials are not enough" in done.stderr.splitlines()[-1], done.stderr
     assert HUB_TOKEN not in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 

@@ -107,4 +107,4 @@ def test_uploading_is_tried_when_asked_for(server: Server, monkeypatch: pytest.M
     assert set(server.sent("CreateDataset")) == {"doctor.txt"}
     server.status = 403
     told = doctor.session("dataset:owner/slug")["upload"]
-    assert "may not write there" in told and KAGGLE_TOKEN not in told
+    assert "these credentials are not enough" in told and KAGGLE_TOKEN not in told

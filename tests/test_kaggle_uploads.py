@@ -25,6 +25,7 @@ def train(arguments: list[str], *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_run_sends_its_last_checkpoint_and_goes_on_from_it_elsewhere(hub, server: Server, tiny, tmp_path: Path):
     first = train(tiny, UPLOAD)
     assert first.returncode == 0, first.stderr
@@ -45,6 +46,7 @@ def test_a_run_sends_its_last_checkpoint_and_goes_on_from_it_elsewhere(hub, serv
     assert not list((tmp_path / "kaggle").rglob("upload-*"))
 
 
+@pytest.mark.slow
 def test_a_host_that_refuses_costs_a_warning_and_not_the_run(hub, server: Server, tiny, tmp_path: Path):
     server.status = 500
     done = train(tiny, UPLOAD, "--config.checkpoint.upload_every_minutes=0")
