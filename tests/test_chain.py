@@ -124,7 +124,7 @@ def test_more_steps_than_it_finished_with(chain, command, server):
     [
         (["RUNNING", "ERROR"], {}, "more memory than is available.", ["Kaggle says: more memory than is available."]),
         (["RUNNING", "COMPLETE"], output(7, "failed", "TrainingDiverged: nan"), "", ["failed: TrainingDiverged: nan"]),
-        (["RUNNING", "COMPLETE"], {}, "", ["it ended without a status.json"]),
+        (["RUNNING", "COMPLETE"], {}, "", ["it left no status.json"]),
     ],
 )
 def test_a_run_that_failed_ends_it_with_the_end_of_the_log(chain, server, states, files, failure, parts):
@@ -164,8 +164,10 @@ def test_nothing_is_left_of_the_first_session(chain, server):
 
     server.on_save = first_is_cut_off
     result = chain(*CONFIG)
-    assert result.code == 0, result.err
-    assert "version 1 left no output, nor did one before it: the run begins anew" in result.out
+    assert result.code == 2 and "version 1 of owner/my-gpt failed: it left no status.json" in result.err
+    again = chain()  # the user has read that
+    assert again.code == 0, again.err
+    assert "version 1 left no output, nor did one before it" in again.out
     assert sources(server) == [False, False, True, True]
 
 

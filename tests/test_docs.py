@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jgpt.config import default_config, flatten
+from jgpt.kaggle.__main__ import VERBS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "configs").glob("*.py"), *(ROOT / "jgpt").rglob("*.py")])
@@ -30,8 +31,12 @@ def test_what_a_document_names_exists(path):
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"\bconfigs/(\w+)\.py", text):
         assert (ROOT / "configs" / f"{name}.py").is_file() or name in ("X", "mine", "my_config"), f"configs/{name}.py"
-    for name in re.findall(r"python -m jgpt\.(\w+)", text):
-        assert (ROOT / "jgpt" / f"{name}.py").is_file() or name in ("NAME", "COMMAND"), f"python -m jgpt.{name}"
+    for name in re.findall(r"python -m jgpt\.(\w+(?:\.\w+)*)", text):
+        module = ROOT / "jgpt" / name.replace(".", "/")
+        is_there = module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
+        assert is_there or name in ("NAME", "COMMAND"), f"python -m jgpt.{name}"
+    for verb in re.findall(r"(?:python -m jgpt\.kaggle|jgpt-kaggle) ([\w-]+)", text):
+        assert verb in (*VERBS, "VERB", "--help"), f"python -m jgpt.kaggle {verb}"
     for name in re.findall(r"(?:bash |\()((?:scripts|\.ci)/[\w./]+)", text):
         assert (ROOT / name).exists(), name
     for key in re.findall(r"--config\.([a-z]\w*(?:\.\w+)*)(?==| |`|$|\.)", text):

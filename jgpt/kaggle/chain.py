@@ -47,7 +47,7 @@ class Chain:
                 if progress is not None and is_finished(self.base, progress):
                     say(f"finished. To have the model here: python -m jgpt.kaggle pull --slug {self.base.slug}")
                     return
-                self.check_run(version, status, progress, before)
+                self.check_run(version, progress, before, may_be_lost=ended_before and status.state != "COMPLETE")
                 before = progress
             left = self.hours_left(before)
             if left is None:
@@ -68,7 +68,7 @@ class Chain:
     def report(self, version: int, progress: Progress | None) -> None:
         """Say what a version came to."""
         if progress is None:
-            say(f"version {version} left no output, nor did one before it: the run begins anew")
+            say(f"version {version} left no output, nor did one before it")
         elif progress.version < version:
             say(f"version {version} left no output: going back to {progress}")
         else:
@@ -102,11 +102,11 @@ class Chain:
                 " left, start the same command again."
             )
 
-    def check_run(self, version: int, status: "Status", progress: Progress | None, before: Progress | None) -> None:
+    def check_run(self, version: int, progress: Progress | None, before: Progress | None, may_be_lost: bool) -> None:
         """Raise UserError when another session would fail in the same way, or lead nowhere."""
+        if progress is None and not may_be_lost:  # twelve hours for nothing: not again before someone has looked
+            raise UserError(self.failure(version, "it left no status.json"))
         if progress is None:
-            if status.state == "COMPLETE":
-                raise UserError(self.failure(version, "it ended without a status.json"))
             return
         if progress.version == version and progress.state == "failed":
             raise UserError(self.failure(version, progress.reason))

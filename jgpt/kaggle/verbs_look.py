@@ -135,4 +135,6 @@ def _describe(directory: Path, url: str) -> None:
         raise UserError(f"there is no directory {directory}. Needed is a run directory or an exported model. Name one.")
     files = [path for path in directory.rglob("*") if path.is_file()]
     megabytes = sum(path.stat().st_size for path in files) / 1e6
-    print(f"Nothing was sent. Without --dry_run {directory} is ({len(files)} files, {megabytes:,.1f} MB), to {url}")
+    print(
+        f"Nothing was sent. Without --dry_run the {len(files)} files of {directory} ({megabytes:,.1f} MB) go to {url}"
+    )
