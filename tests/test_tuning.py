@@ -1,4 +1,4 @@
-"""The search finds what trying everything would, in few tries; it knows nothing of compilers, so neither do the tests."""
+"""The search finds what trying everything would, in few tries. It knows nothing of compilers, nor do these tests."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -73,6 +73,8 @@ def test_none_fits():
     found = search(STATE + 100)
     assert found.fastest() is None
     assert Choice(1, "block", 2048) in found.tried  # the least was tried
+    hopeless = search(STATE - 1)
+    assert hopeless.fastest() is None and len(hopeless.tried) <= 3  # no recomputation makes the parameters smaller
 
 
 def test_without_rates_the_largest_micro_batch_without_recomputation_wins():

@@ -72,6 +72,8 @@ class Search(Generic[Found]):
             if best and (best.seconds is None or best.choice.micro_batch_size * space.sequence_length >= FILLS):
                 break
             self.largest(Choice(0, remat, space.chunks[0]))
+            if any(tried.state > self.limit for tried in self.tried.values()):
+                return None  # the parameters and what goes with them alone are too much
         if best := self.best():
             tokens, smaller = best.choice.micro_batch_size * space.sequence_length, space.chunks[0]
             for chunk in space.chunks[1:] if best.seconds is not None else ():
