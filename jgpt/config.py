@@ -109,11 +109,12 @@ def default_config() -> ConfigDict:
     config.batch = batch = ConfigDict()
     batch.global_batch_size = 32  # sequences an optimizer step, on all devices together
     batch.sequence_length = 0  # tokens of a training sequence; 0: model.context_length
-    batch.micro_batch_size = (
-        32  # sequences on one device at a time, at most; the rest is accumulated; 0 or auto: fastest
-    )
+    batch.micro_batch_size = 32  # sequences on one device at a time, at most; the rest is accumulated; 0, auto: search
 
     config.remat = "none"  # recomputed in the backward pass: "none", "dots" (all but matmuls), "block" (all), "auto"
+    # How training attends. "plain": all pairs; "chunked": 5/8 of them, in pieces; "kept": so with a backward pass that
+    # moves less memory; "light": so, and keeps less; "cudnn": a fused kernel, from sm_80 on. auto: by the device.
+    config.attention = "auto"
     config.loss_chunk_tokens = 2048  # tokens whose logits are in memory at one time; 0: all
 
     config.eval = evaluation = ConfigDict()
@@ -156,6 +157,7 @@ CHOICES = {
     "precision.compute": ("auto", "fp32", "fp16", "bf16"),
     "precision.params": ("fp32", "fp16", "bf16"),
     "remat": ("none", "dots", "block", "auto"),
+    "attention": ("auto", "plain", "chunked", "kept", "light", "cudnn"),
     "checkpoint.resume": ("auto", "must", "never"),
 }
 

@@ -49,7 +49,7 @@ def settled(config: ConfigDict) -> ConfigDict:
 def test_it_searches_once_and_remembers(cache: Path, searches: list, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO", "jgpt")
     first = settled(config_of())
-    assert choice_of(first) == (4, "none", 2048)  # a share of the batch in one piece: there is room for it
+    assert choice_of(first) == (4, "none", 2048, "auto")  # a share of the batch in one piece: there is room for it
     assert not is_auto(first) and len(searches) == 1 and len(json.loads(cache.read_text())) == 1
     assert "chosen for" in caplog.text and "--config.batch.micro_batch_size=4 --config.remat=none" in caplog.text
     assert choice_of(settled(config_of())) == choice_of(first) and len(searches) == 1
@@ -58,7 +58,9 @@ def test_it_searches_once_and_remembers(cache: Path, searches: list, caplog: pyt
     assert len(searches) == 2 and len(json.loads(cache.read_text())) == 2
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"a": [1]}', '{"a": ["x", 2, 3]}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"a": 1}', '{"a": [1]}', '{"a": ["x", "none", 3, "kept"]}', "\x00\xff"]
+)
 def test_a_damaged_memory_is_none(content: str, cache: Path, searches: list):
     cache.parent.mkdir(parents=True)
     cache.write_text(content)
@@ -72,8 +74,8 @@ def test_where_nothing_can_be_remembered_it_still_searches(cache: Path, searches
 
 
 def test_only_what_is_asked_for_is_chosen(cache: Path, searches: list):
-    assert choice_of(settled(config_of(remat="block"))) == (4, "block", 2048)
-    assert choice_of(settled(config_of(**{"batch.micro_batch_size": 2}))) == (2, "none", 2048)
+    assert choice_of(settled(config_of(remat="block"))) == (4, "block", 2048, "auto")
+    assert choice_of(settled(config_of(**{"batch.micro_batch_size": 2}))) == (2, "none", 2048, "auto")
     config = config_of(**{"batch.micro_batch_size": 2, "remat": "dots"})
     assert settled(config) is config and len(searches) == 2
 
@@ -93,8 +95,8 @@ def test_a_run_that_goes_on_keeps_what_it_began_with(tmp_path: Path):
     assert as_begun(asked, run_dir) is asked  # there is no run yet
     begun = with_choice(asked, choice_of(asked)._replace(micro_batch_size=2, remat="dots"))
     write_identity(run_dir, begun)
-    assert choice_of(as_begun(asked, run_dir)) == (2, "dots", 2048)
-    assert choice_of(as_begun(config_of(remat="block"), run_dir)) == (2, "block", 2048)
+    assert choice_of(as_begun(asked, run_dir)) == (2, "dots", 2048, "auto")
+    assert choice_of(as_begun(config_of(remat="block"), run_dir)) == (2, "block", 2048, "auto")
     versions = run_dir / "versions.json"
     versions.write_text(versions.read_text().replace(f"{len(jax.local_devices())} x", "7 x"))
     assert as_begun(asked, run_dir) is asked  # other devices, another question

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-CHUNKS = 4  # of the queries in causal attention; 8 do less work in smaller, slower products
+from jgpt.config import UserError
+from jgpt.model.chunked_attention import CHUNKS, attend_in_chunks
 
 
 def attend(
@@ -39,18 +40,53 @@ def attend(
     return jnp.einsum("BKGTS,BSKH->BKGTH", weights, v).transpose(0, 3, 1, 2, 4)
 
 
+def choose_attention(attention: str, compute: Any, platform: str, compute_capability: tuple[int, int] | None) -> str:
+    """Resolve the config's `attention` for a device, given as to `choose_policy`; `compute` is the products' dtype.
+
+    "auto" is "chunked" on CPU, whose cost is arithmetic, and "kept" on GPUs, whose cost is memory traffic. Raises
+    UserError for "cudnn" where there is none: below sm_80, and for fp32.
+
+    >>> choose_attention("auto", jnp.float16, "gpu", (7, 5))
+    'kept'
+    """
+    if attention == "auto":
+        return "kept" if platform == "gpu" else "chunked"
+    if attention == "cudnn" and (compute == jnp.float32 or (compute_capability or (0, 0)) < (8, 0)):
+        device = "sm_{}{}".format(*compute_capability) if compute_capability else platform
+        raise UserError(
+            f"attention='cudnn' on {device} in {jnp.dtype(compute).name}: cuDNN's fused attention needs a GPU of compute"
+            " capability 8.0 or above (a T4 is 7.5), and fp16 or bf16. Allowed here: 'auto', 'plain', 'chunked',"
+            " 'kept', 'light'. Take --config.attention=auto."
+        )
+    return attention
+
+
 def attend_causally(
     q: Array,
     k: Array,
     v: Array,
     mask: Array,
-    drop: Callable[[Array], Array] = lambda weights: weights,
+    attention: str = "chunked",
+    drop: Callable[[Array], Array] | None = None,
     scores_dtype: Any = None,
 ) -> Array:
     """Do the same for a sequence that attends to itself (S = T), where no query looks past its own place.
 
-    The queries go in four pieces, each with the keys up to its end only: 5/8 of the work and memory of all pairs.
+    `attention` names how; all forms agree to rounding. "plain": all pairs at once. "chunked": the queries go in four
+    pieces, each with the keys up to its end only, 5/8 of the work and memory of all pairs. "kept", "light": the same
+    pieces, with a backward pass of our own (`model/chunked_attention.py`). "cudnn": a fused kernel, which knows no
+    mask but the causal one. Dropout, a `scores_dtype` and texts that share a row go by the pieces where a form of
+    these three has no room for them.
     """
+    alone = drop is None and scores_dtype is None
+    if attention == "cudnn" and alone and mask.shape[0] == 1:
+        heads = q.reshape(*q.shape[:2], -1, q.shape[-1])  # [B, T, N, H]; G query heads in a row share a key
+        return jax.nn.dot_product_attention(heads, k, v, is_causal=True, implementation="cudnn").reshape(q.shape)
+    if attention in ("kept", "light", "cudnn") and alone:
+        return attend_in_chunks(q, k, v, mask, attention != "light")
+    drop = drop or (lambda weights: weights)
+    if attention == "plain":
+        return attend(q, k, v, mask, drop, scores_dtype)
     length = q.shape[1]
     size = -(-length // CHUNKS)
     pieces = []

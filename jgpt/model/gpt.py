@@ -73,6 +73,7 @@ class Attention(nn.Module):
     config: ModelConfig
     dtype: Any
     lora: LoRA | None = None
+    form: str = "chunked"  # see `attend_causally`
 
     @nn.compact
     def __call__(
@@ -91,9 +92,9 @@ class Attention(nn.Module):
         if c.position == "rope":
             q = rope(q, context.positions, c.rope_theta, c.rope_scaling)
             k = rope(k, context.positions, c.rope_theta, c.rope_scaling)
-        drop = dropout(self, c.dropout, deterministic)
         if cache is None:
-            mixed = attend_causally(q, k, v, context.mask, drop)  # [B, T, K, G, H]
+            drop = None if deterministic or c.dropout == 0.0 else dropout(self, c.dropout, deterministic)
+            mixed = attend_causally(q, k, v, context.mask, self.form, drop)  # [B, T, K, G, H]
         elif context.prefill:
             cache = cache.fill(k, v)
             mixed = attend_causally(q, k, v, context.mask, scores_dtype=jnp.float32)
@@ -136,6 +137,7 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: Any
     lora: LoRA | None = None
+    attention: str = "chunked"
 
     @nn.compact
     def __call__(
@@ -145,7 +147,7 @@ class Block(nn.Module):
         drop = dropout(self, c.dropout, deterministic)
         y = Norm(c.norm, c.norm_eps, c.bias, self.dtype, name="attn_norm")(x)
         context = Context(positions, mask, prefill)
-        y, cache = Attention(c, self.dtype, self.lora, name="attn")(y, context, cache, deterministic)
+        y, cache = Attention(c, self.dtype, self.lora, self.attention, name="attn")(y, context, cache, deterministic)
         x = x + drop(y)
         y = Norm(c.norm, c.norm_eps, c.bias, self.dtype, name="mlp_norm")(x)
         return x + drop(MLP(c, self.dtype, self.lora, name="mlp")(y, deterministic)), cache
@@ -161,6 +163,7 @@ class GPT(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     lora: LoRA | None = None  # with it, `apply` takes the adapters as the collection "lora"
+    attention: str = "chunked"  # of sequences without a cache: see `attend_causally`
 
     def setup(self) -> None:
         c = self.config
@@ -173,7 +176,7 @@ class GPT(nn.Module):
         # arguments can be.
         remat = REMAT_POLICY.get(self.remat)
         block = Block if self.remat == "none" else nn.remat(Block, static_argnums=(4, 6), policy=remat)
-        self.h = [block(c, self.dtype, self.lora) for _ in range(c.n_layers)]
+        self.h = [block(c, self.dtype, self.lora, self.attention) for _ in range(c.n_layers)]
         self.norm = Norm(c.norm, c.norm_eps, c.bias, jnp.float32)
 
     def __call__(

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from jgpt.config import UserError
 from jgpt.data.batches import Batch
+from jgpt.hardware.devices import compute_capability
+from jgpt.model.attention import choose_attention
 from jgpt.model.build import abstract_adapters, abstract_stored, flops_per_token, lora_config
 from jgpt.model.gpt import GPT, ModelConfig
 from jgpt.model.lora import LoRA
@@ -93,7 +95,9 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
     rows = max(n for n in micro_batch_sizes(size, runner.shares) if n <= config.batch.micro_batch_size)
     accumulation = size // runner.shares // rows
     lora = lora_config(config.lora)
-    plain, model = (GPT(c, policy.compute, config.remat, lora) for c in (shapes, shared))
+    device = devices[0]
+    attention = choose_attention(config.attention, policy.compute, device.platform, compute_capability(device))
+    plain, model = (GPT(c, policy.compute, config.remat, lora, attention) for c in (shapes, shared))
     optimizer = make_optimizer(config.optimizer)
     train_step = make_train_step(
         model,
