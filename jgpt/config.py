@@ -109,9 +109,7 @@ def default_config() -> ConfigDict:
     config.batch = batch = ConfigDict()
     batch.global_batch_size = 32  # sequences an optimizer step, on all devices together
     batch.sequence_length = 0  # tokens of a training sequence; 0: model.context_length
-    batch.micro_batch_size = (
-        32  # sequences on one device at a time, at most; the rest is accumulated; 0 or auto: fastest
-    )
+    batch.micro_batch_size = 32  # sequences on one device at a time, at most; the rest is accumulated; 0, auto: search
 
     config.remat = "none"  # recomputed in the backward pass: "none", "dots" (all but matmuls), "block" (all), "auto"
     # How training attends. "plain": all pairs; "chunked": 5/8 of them, in pieces; "kept": so with a backward pass that

@@ -17,7 +17,7 @@ from jgpt.training.run import TrainingDiverged
 
 ROOT = Path(__file__).parents[1]
 BASE = f"--config={ROOT / 'configs' / 'base.py'}"
-WITH_CONFIG = ("train", "prepare")
+WITH_CONFIG = ("train", "prepare", "plan")
 COMMANDS = (*WITH_CONFIG, "evaluate", "generate", "check_env")
 
 

@@ -26,7 +26,17 @@ from jgpt.training.metrics import format_duration
 from jgpt.training.run_dir import read_config, was_last_here
 from jgpt.training.tuning import refusal, search
 
-ASKED = ("model.", "lora.", "precision.", "batch.", "remat", "loss_chunk_tokens", "parallel", "data.format")
+ASKED = (
+    "model.",
+    "lora.",
+    "precision.",
+    "batch.",
+    "remat",
+    "attention",
+    "loss_chunk_tokens",
+    "parallel",
+    "data.format",
+)
 
 log = logging.getLogger("jgpt")
 
@@ -99,8 +109,10 @@ def _file() -> Path:
 
 def _remembered() -> dict[str, Choice]:
     try:
-        return {key: Choice(int(micro), str(remat), int(chunk)) for key, (micro, remat, chunk) in
-                json.loads(_file().read_text()).items()}  # fmt: skip
+        return {
+            key: Choice(int(micro), str(remat), int(chunk), str(attention))
+            for key, (micro, remat, chunk, attention) in json.loads(_file().read_text()).items()
+        }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 

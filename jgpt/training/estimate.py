@@ -27,16 +27,19 @@ class Choice(NamedTuple):
     micro_batch_size: int
     remat: str
     loss_chunk_tokens: int
+    attention: str
 
     def overrides(self) -> dict[str, Any]:
         """Return them by their keys in a config."""
-        micro, remat, chunk = self
-        return {"batch.micro_batch_size": micro, "remat": remat, "loss_chunk_tokens": chunk}
+        micro, remat, chunk, attention = self
+        return {
+            "batch.micro_batch_size": micro, "remat": remat, "loss_chunk_tokens": chunk, "attention": attention
+        }  # fmt: skip
 
     def described(self) -> str:
         """Say it in words."""
         chunk = f"loss in chunks of {self.loss_chunk_tokens}" if self.loss_chunk_tokens else "loss in one chunk"
-        return f"micro-batch {self.micro_batch_size}, remat {self.remat}, {chunk}"
+        return f"micro-batch {self.micro_batch_size}, remat {self.remat}, attention {self.attention}, {chunk}"
 
     def flags(self) -> str:
         """Return them as a command line has them."""
@@ -81,7 +84,7 @@ ACTIVATIONS = "activations, workspace"
 
 def choice_of(config: ConfigDict) -> Choice:
     """Return what a config chooses."""
-    return Choice(config.batch.micro_batch_size, config.remat, config.loss_chunk_tokens)
+    return Choice(config.batch.micro_batch_size, config.remat, config.loss_chunk_tokens, config.attention)
 
 
 def with_choice(config: ConfigDict, choice: Choice) -> ConfigDict:

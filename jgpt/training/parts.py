@@ -95,7 +95,8 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
     rows = max(n for n in micro_batch_sizes(size, runner.shares) if n <= config.batch.micro_batch_size)
     accumulation = size // runner.shares // rows
     lora = lora_config(config.lora)
-    attention = choose_attention(config.attention, policy.compute, devices[0].platform, compute_capability(devices[0]))
+    device = devices[0]
+    attention = choose_attention(config.attention, policy.compute, device.platform, compute_capability(device))
     plain, model = (GPT(c, policy.compute, config.remat, lora, attention) for c in (shapes, shared))
     optimizer = make_optimizer(config.optimizer)
     train_step = make_train_step(

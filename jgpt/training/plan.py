@@ -18,7 +18,7 @@ from jgpt.model.build import model_config
 from jgpt.model.gpt import ModelConfig
 from jgpt.training.auto import is_auto
 from jgpt.training.checkpoint import state_bytes
-from jgpt.training.estimate import Choice, Estimate, estimate, with_choice
+from jgpt.training.estimate import Choice, Estimate, choice_of, estimate, with_choice
 from jgpt.training.setup import adopt_source, devices_of
 from jgpt.training.tuning import Search, refusal, search
 
@@ -98,7 +98,7 @@ def make_plan(
     if plan(found, None).fits:
         return plan(found, None)
     tell(found)
-    opened = with_choice(config, Choice(0, "auto", config.loss_chunk_tokens))
+    opened = with_choice(config, choice_of(config)._replace(micro_batch_size=0, remat="auto"))
     return plan(found, _searched(opened, shapes, target, tell, False)[1])
 
 

@@ -53,7 +53,7 @@ def verdict(plan: Plan) -> str:
 def tried_row(found: Estimate) -> str:
     """Write one compiled choice as a row: what was chosen, its memory, its speed."""
     speed = f"{found.tokens_per_second:9,.0f} tokens/s" if found.tokens_per_second else ""
-    return f"{found.choice.described():<48}{found.peak / GIB:7.2f} GiB  {speed}".rstrip()
+    return f"{found.choice.described():<68}{found.peak / GIB:7.2f} GiB  {speed}".rstrip()
 
 
 def _line(label: str, text: str) -> str:

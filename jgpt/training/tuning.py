@@ -19,6 +19,7 @@ from jgpt.training.estimate import Choice, Estimate, estimate, with_choice
 from jgpt.training.parts import micro_batch_sizes
 
 REMATS = ("none", "dots", "block")  # fewer FLOPs first, less memory last
+ATTENTIONS = ("kept", "chunked", "light")  # of GPUs; the last computes its scores twice
 FILLS = 4096  # tokens of a micro-batch that keep a device busy; from there on recomputing costs more than it gains
 FIRST_TOKENS = 8192  # of the micro-batch that is tried first
 SAME = 0.005  # of a step's time: less of a difference is none, and less memory decides
@@ -43,10 +44,13 @@ Found = TypeVar("Found", bound=Tried)
 
 @dataclass(frozen=True)
 class Space:
-    """What may be chosen: `sizes` of a micro-batch, smallest first; each of the others likely best first."""
+    """What may be chosen: `sizes` of a micro-batch, smallest first; the others likely best first.
+
+    `ways` are remat and attention: those without recomputation, then those with, the one that takes least last.
+    """
 
     sizes: Sequence[int]
-    remats: Sequence[str]
+    ways: Sequence[tuple[str, str]]
     chunks: Sequence[int]
     sequence_length: int
 
@@ -67,11 +71,14 @@ class Search(Generic[Found]):
         fits; recomputation where that is too small to keep the device busy; then the loss's chunk.
         """
         space = self.space
-        for remat in space.remats:
+        for remat, attention in space.ways:
             best = self.best()
-            if best and (best.seconds is None or best.choice.micro_batch_size * space.sequence_length >= FILLS):
+            busy = best and (best.seconds is None or best.choice.micro_batch_size * space.sequence_length >= FILLS)
+            if busy and (remat != "none" or attention == "light"):
                 break
-            self.largest(Choice(0, remat, space.chunks[0]))
+            self.largest(Choice(0, remat, space.chunks[0], attention))
+            if any(tried.state > self.limit for tried in self.tried.values()):
+                return None  # the parameters and what goes with them alone are too much
         if best := self.best():
             tokens, smaller = best.choice.micro_batch_size * space.sequence_length, space.chunks[0]
             for chunk in space.chunks[1:] if best.seconds is not None else ():
@@ -141,12 +148,14 @@ def space_of(config: ConfigDict, shapes: ModelConfig, target: Target, everything
     """Return what a config leaves open, or all there is."""
     b, chunk = config.batch, config.loss_chunk_tokens
     sizes = micro_batch_sizes(b.global_batch_size, 1 if config.parallel == "tensor" else len(target.devices))
-    open_size, open_remat = everything or not b.micro_batch_size, everything or config.remat == "auto"
+    open_size, remats = everything or not b.micro_batch_size, REMATS if config.remat == "auto" else [config.remat]
+    forms = ATTENTIONS if target.chip.compute_capability else ("chunked",)  # on a CPU the others only move less memory
+    ways = [*(("none", form) for form in forms), *((remat, forms[0]) for remat in REMATS[1:])]
     base = chunk or 2048
     return Space(
         sizes=sizes if open_size else [max(n for n in sizes if n <= b.micro_batch_size)],
-        remats=REMATS if open_remat else [config.remat],
         chunks=[base, 2 * base, 4 * base] if everything else [chunk],
+        ways=ways if everything else [(remat, config.attention) for remat in remats],
         sequence_length=b.sequence_length or shapes.context_length,
     )
 
