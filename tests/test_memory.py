@@ -48,7 +48,7 @@ Peak buffers:
         ("INTERNAL: Failed to instantiate CUDA graph: CUDA_ERROR_OUT_OF_MEMORY: out of memory", "ran out of memory,"),
         ("INTERNAL: cuBLAS call failed: CUBLAS_STATUS_ALLOC_FAILED", "ran out of memory,"),
         (
-            "INTERNAL: Buffer Definition Event: Error preparing computation: Out of memory allocating 310546309896 bytes",
+            "INTERNAL: Error preparing computation: Out of memory allocating 310546309896 bytes.",
             "asked for 289.22 GiB",
         ),
     ],

@@ -13,8 +13,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from jgpt.config import default_config
+from jgpt.data.batches import Batch
+from jgpt.data.memmap import prepare
 from jgpt.hardware.memory import OutOfMemory
-from jgpt.training import setup
+from jgpt.training import run, setup
 from jgpt.training.checkpoint import digest, whole_steps
 from jgpt.training.loop import train
 from jgpt.training.out_of_memory import EVALUATING, PLACING, TRAINING, overrides
@@ -80,14 +82,34 @@ def test_an_evaluation_that_does_not_fit_is_found_before_the_first_step(config: 
         train(config(**TOO_MANY))
 
 
+@pytest.mark.parametrize("chunk", [0, 64])
+def test_evaluation_takes_no_more_than_the_step(config: Callable[..., ConfigDict], chunk: int):
+    """So that a run whose first step fits cannot fail in a later evaluation; by XLA's own count."""
+    c = config(**{"model.context_length": 64, "batch.global_batch_size": 8, "batch.micro_batch_size": 4})
+    c.update({"remat": "block", "loss_chunk_tokens": chunk})
+    training = setup.set_up(c, prepare(c, None))
+    state = jax.eval_shape(training.init)
+    tokens = jax.ShapeDtypeStruct((training.runner.shares, 1, training.rows, 65), "int32")
+    weights = jax.ShapeDtypeStruct((training.runner.shares, training.rows, 64), "float32")
+    row = jax.ShapeDtypeStruct((training.runner.shares, training.rows, 65), "int32")
+    step: Any = training.train_step
+    evaluation: Any = training.eval_step
+    programs = step.lower(state, {}, Batch(tokens)), evaluation.lower(state.params, {}, Batch(row, weights))
+    of_the_step, of_evaluation = (p.compile().memory_analysis().temp_size_in_bytes for p in programs)
+    assert 0 < of_evaluation < of_the_step
+
+
 def test_samples_that_do_not_fit_do_not_end_the_run(
-    config: Callable[..., ConfigDict], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: Callable[..., ConfigDict],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    """2^20 caches of 1024 positions: 128 GiB."""
+    monkeypatch.setattr(run, "generate", lambda *_, **__: jax.block_until_ready(jax.numpy.zeros(1 << 44)))
     with caplog.at_level(logging.WARNING, "jgpt"):
-        train(config(**{"sample.num_samples": 2**20, "sample.max_new_tokens": 1000}))
-    assert "no samples at step 2: out of memory in sampling" in caplog.text
-    assert "Take --config.sample.num_samples=524288 (it was 1048576; 0: no samples)" in caplog.text
+        train(config(**{"sample.num_samples": 8}))
+    assert "no samples at step 2: out of memory in sampling: the cpu was asked for 65536.00 GiB" in caplog.text
+    assert "Take --config.sample.num_samples=4 (it was 8; 0: no samples)" in caplog.text
     assert status(tmp_path)["state"] == "finished" and whole_steps(tmp_path / "run" / "checkpoints") == [2]
 
 

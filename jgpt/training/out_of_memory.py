@@ -27,7 +27,7 @@ def explain(shortage: str, doing: str, on_host: bool, config: ConfigDict, traini
             f"  {plan.replace('jgpt.train', 'jgpt.plan')} --tune",
         ]
     if doing != SAMPLING:
-        lines += ["The checkpoints are whole: the same command with such an override goes on from the last."]
+        lines += ["What was saved is whole: the same command with such an override goes on from there."]
     return "\n".join(lines)
 
 
@@ -38,13 +38,13 @@ def overrides(doing: str, config: ConfigDict, training: Training) -> list[str]:
     if doing == SAMPLING:
         fewer = c.sample.num_samples // 2
         return [f"--config.sample.num_samples={fewer} (it was {c.sample.num_samples}; 0: no samples)"]
-    if doing in (EVALUATING, TRAINING):
+    if doing != PLACING:  # what a save finds may be the step's before it, which ran in the background
         share = training.accumulation * rows  # sequences of a step on a device
         if smaller := [n for n in range(1, rows) if share % n == 0]:
             found.append(
                 f"--config.batch.micro_batch_size={smaller[-1]} (it was {rows}; the global batch stays as it is)"
             )
-        if doing == TRAINING and training.model.remat != "block":
+        if doing != EVALUATING and training.model.remat != "block":
             found.append("--config.remat=block (computes the forward pass twice: a third more work)")
         chunk = min(c.loss_chunk_tokens or rows * length, rows * length)
         if chunk > LEAST_CHUNK:
