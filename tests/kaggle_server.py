@@ -234,6 +234,7 @@ def reach(server: FakeKaggle, monkeypatch: Any, home: Path) -> None:
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(home))
     monkeypatch.setenv("KAGGLE_API_TOKEN", server.token)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     from kagglesdk.kaggle_env import KaggleEnv, _env_to_endpoint
 
     monkeypatch.setitem(_env_to_endpoint, KaggleEnv.PROD, server.url)

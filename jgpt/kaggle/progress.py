@@ -16,13 +16,13 @@ from ml_collections import ConfigDict, config_flags
 
 from jgpt.config import UserError
 from jgpt.kaggle.kernel import Kernel, write_folder
+from jgpt.kaggle.limits import DEADLINE_HOURS
 
 if TYPE_CHECKING:
     from jgpt.kaggle.client import Kaggle
 
 LOOK_BACK = 10  # versions without output, before a run counts as lost
 NEXT = "next"  # the folder of the version that goes on, in that of the first push
-DEADLINE_HOURS = 11.0  # of a config without one
 
 
 @dataclass(frozen=True)
