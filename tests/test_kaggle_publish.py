@@ -112,7 +112,7 @@ def test_the_hub_keeps_the_newest_checkpoint_alone_and_gives_it_back(
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(401, "these credentials are not enough"), (403, "may not write there"), (500, "it answered 500")],
+    [(401, "these credentials are not enough"), (403, "these credentials are not enough"), (500, "it answered 500")],
 )
 @pytest.mark.parametrize("where", ["dataset:owner/slug", "model:a/b/jax/d"])
 def test_what_kaggle_refuses_is_told_without_the_token(
