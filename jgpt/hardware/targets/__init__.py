@@ -75,7 +75,7 @@ def compile_only(name: str) -> Target:
     """Return devices of a kind that is not here. Raises UserError for a name that is none, and without the wheels."""
     if name not in TARGETS:
         known = [*TARGETS, THIS]
-        close = difflib.get_close_matches(name, known, 1)
+        close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise UserError(f"--device={name} is not known.{hint} Allowed: {', '.join(known)}.")
     kind, count = TARGETS[name]
@@ -109,8 +109,8 @@ def check_wheels() -> None:
         oldest = ".".join(map(str, OLDEST_JAX))
         raise UserError(
             f"jax {version} cannot compile this step for devices that are not here: that takes jax {oldest} or newer. "
-            f'In an environment of its own: pip install -U "jax>={oldest}" jgpt[plan]. Or plan for the devices that '
-            "are here: --device=this."
+            "In an environment of its own: pip install -U jax jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12. "
+            "Or plan for the devices that are here: --device=this."
         )
     found = {name: _version(name) for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt")}
     if any(there != jaxlib for there in found.values()):
