@@ -24,7 +24,7 @@ from jgpt.model.attention import choose_attention
 from jgpt.model.build import abstract_adapters, count_parameters, flops_per_token, lora_config, model_config
 from jgpt.model.gpt import GPT, ModelConfig
 from jgpt.model.lora import LoRA
-from jgpt.model.precision import Policy
+from jgpt.model.precision import DTYPES, Policy
 from jgpt.model.sharding import for_devices
 from jgpt.training.checkpoint import read_meta, state_bytes, whole_steps
 from jgpt.training.loading import choose_device_policy
@@ -172,6 +172,7 @@ def set_up(config: ConfigDict, data: TokenData, source: Source | None = None) ->
         config.seed,
         config.loss_chunk_tokens,
         config.precision.loss_scale_growth_steps,
+        DTYPES[config.precision.gradient_average],
     )
 
     def init(params: Any = None) -> TrainState:
