@@ -160,7 +160,9 @@ def set_up(config: ConfigDict, data: TokenData, source: Source | None = None) ->
     rows = max(n for n in range(1, min(config.batch.micro_batch_size, share) + 1) if share % n == 0)
     accumulation = share // rows
     lora = lora_config(config.lora)
-    attention = choose_attention(config.attention, policy.compute, devices[0].platform, compute_capability(devices[0]))
+    # Where devices share the model XLA divides the form that JAX differentiates; it was not tried with the others.
+    wanted = "chunked" if tensor and config.attention == "auto" else config.attention
+    attention = choose_attention(wanted, policy.compute, devices[0].platform, compute_capability(devices[0]))
     plain, model = (GPT(c, policy.compute, config.remat, lora, attention) for c in (shapes, shared))
     optimizer = make_optimizer(config.optimizer)
     train_step = make_train_step(

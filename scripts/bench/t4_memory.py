@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jgpt.data.batches import Batch
+from jgpt.model.attention import choose_attention
 from jgpt.model.build import count_parameters, model_config
 from jgpt.model.gpt import GPT
-from jgpt.model.precision import choose_policy
+from jgpt.model.precision import DTYPES, choose_policy
 from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.training.step import Pmap, init_state, make_train_step
 
@@ -42,13 +43,14 @@ def main(config_file: str, *overrides: str) -> None:
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x2")
     runner = Pmap(topology.devices)
     policy = choose_policy("auto", config.precision.params, "gpu", (7, 5))
-    model, optimizer = GPT(shapes, policy.compute, config.remat), make_optimizer(config.optimizer)
+    attention = choose_attention(config.attention, policy.compute, "gpu", (7, 5))
+    model, optimizer = GPT(shapes, policy.compute, config.remat, attention=attention), make_optimizer(config.optimizer)
     rows = config.batch.micro_batch_size
     accumulation = config.batch.global_batch_size // (len(runner.devices) * rows)
     schedule = learning_rate_schedule(config.optimizer)
-    step = runner.train_step(
-        make_train_step(model, policy, optimizer, schedule, accumulation, 0, config.loss_chunk_tokens, 1000)
-    )
+    chunk, average = config.loss_chunk_tokens, DTYPES[config.precision.gradient_average]
+    pure = make_train_step(model, policy, optimizer, schedule, accumulation, 0, chunk, 1000, average)
+    step = runner.train_step(pure)
     state = jax.eval_shape(lambda: init_state(model, policy, optimizer, 0, 1.0))
     batch = Batch(jax.ShapeDtypeStruct((runner.shares, accumulation, rows, shapes.context_length + 1), jnp.int32))
     began = time.perf_counter()
