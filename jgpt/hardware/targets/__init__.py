@@ -27,8 +27,8 @@ _MEMORY_GIB = {"t4": 14.6, "p100": 15.8, "l4": 22.0, "a100": 39.4, "h100": 79.1}
 _CPU_MEMORY_SHARE = 0.5  # of the machine's memory, for the step: the text, the samples and other programs have theirs
 
 # A T4 sustains 24 of its 65 TFLOP/s in fp16: a product of 4096^3 at its 70 W (NVIDIA's answer in its developer forum,
-# thread 264462). fp32 three quarters of 8.1, memory 80% of 320 GB/s: estimates. Its pair on Kaggle talks through the host: 2 to 6
-# GB/s were seen on such machines, 4 is assumed.
+# thread 264462). fp32 three quarters of 8.1, memory 80% of 320 GB/s: estimates. Two on Kaggle talk through the host: 2
+# to 6 GB/s are expected, 4 is assumed.
 _T4_RATES = Rates(fp16_flops=24e12, fp32_flops=6e12, bandwidth=256e9, link=4e9)
 # Of the others nothing was measured here: shares of the data sheet that large products and copies commonly reach.
 _SUSTAINED, _BANDWIDTH, _LINK = 0.6, 0.8, 4e9
