@@ -92,6 +92,7 @@ def default_config() -> ConfigDict:
     config.precision = precision = ConfigDict()
     precision.compute = "auto"  # "fp32", "fp16", "bf16"; auto: fp32 on CPU, fp16 on GPUs below sm_80, bf16 from sm_80
     precision.params = "fp32"  # dtype of the stored parameters; half precision loses small Adam updates
+    precision.gradient_average = "fp32"  # what devices send each other; "fp16", half of it, where compute is fp16
     precision.loss_scale = 32_768.0  # fp16 only: the first loss scale
     precision.loss_scale_growth_steps = 1000  # fp16 only: doubled after so many steps without overflow
 
@@ -159,6 +160,7 @@ CHOICES = {
     "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
     "precision.compute": ("auto", "fp32", "fp16", "bf16"),
     "precision.params": ("fp32", "fp16", "bf16"),
+    "precision.gradient_average": ("fp32", "fp16"),
     "remat": ("none", "dots", "block", "auto"),
     "attention": ("auto", "plain", "chunked", "kept", "light", "cudnn"),
     "checkpoint.resume": ("auto", "must", "never"),

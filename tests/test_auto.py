@@ -58,12 +58,11 @@ def test_it_searches_once_and_remembers(cache: Path, searches: list, caplog: pyt
     assert len(searches) == 2 and len(json.loads(cache.read_text())) == 2
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"a": 1}', '{"a": [1]}', '{"a": ["x", "none", 3, "kept"]}', "\x00\xff"]
-)
-def test_a_damaged_memory_is_none(content: str, cache: Path, searches: list):
+def test_a_damaged_memory_is_none(cache: Path, searches: list):
     cache.parent.mkdir(parents=True)
-    cache.write_text(content)
+    for content in ("", "[]", '{"a": 1}', '{"a": [1]}', '{"a": ["x", "none", 3, "kept"]}', "\x00\xff", "{"):
+        cache.write_text(content)
+        assert auto._remembered() == {}
     settled(config_of())
     assert len(searches) == 1 and len(json.loads(cache.read_text())) == 1
 

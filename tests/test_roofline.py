@@ -1,10 +1,20 @@
 """Costs of a compiled program: by hand on small HLO, and against the model's own count of FLOPs."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 
+from jgpt.config import default_config
+from jgpt.data.batches import Batch
 from jgpt.hardware.roofline import GROUPS, Rates, predict
+from jgpt.model.build import flops_per_token
+from jgpt.model.gpt import GPT, ModelConfig
+from jgpt.model.precision import Policy
+from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
+from jgpt.training.step import Pmap, init_state, make_train_step
 
 RATES = Rates(fp16_flops=1000.0, fp32_flops=100.0, bandwidth=10.0, link=1.0)  # a slow machine, in round numbers
 TARGET = 'custom_call_target="__cublas$lt$matmul"'
@@ -126,3 +136,25 @@ def test_groups_come_from_the_scopes_of_the_model():
 def test_flops_of_a_program_compiled_here():
     compiled = jax.jit(lambda x, y: (x @ y, jnp.tanh(x))).lower(jnp.ones((32, 16)), jnp.ones((16, 64))).compile()
     assert predict(compiled.as_text(), RATES).gemm_flops == 2 * 32 * 16 * 64
+
+
+def test_flops_of_a_compiled_t4_step_are_those_of_the_model():
+    """GEMMs of a step that keeps all pairs of attention and recomputes nothing: what flops_per_token counts."""
+    pytest.importorskip("jax_plugins.xla_cuda12", reason="the plan wheels are missing")
+    shapes = ModelConfig(
+        512, 128, n_layers=2, n_heads=2, n_kv_heads=2, d_model=128, d_head=64, d_ff=512, position="learned"
+    )
+    try:
+        target = (Path(__file__).parents[1] / "scripts/bench/t4_target_config.txt").read_text()
+        devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x2").devices
+    except jax.errors.JaxRuntimeError as error:
+        pytest.skip(f"this jaxlib does not compile for a T4 that is not there: {error}")
+    policy, options = Policy(compute=jnp.float16), default_config().optimizer
+    optimizer, model = make_optimizer(options), GPT(shapes, policy.compute, attention="plain")
+    step = make_train_step(model, policy, optimizer, learning_rate_schedule(options), 3, 0, 0, 1000)
+    state = jax.eval_shape(lambda: init_state(model, policy, optimizer, 0, 1.0))
+    batch = Batch(jax.ShapeDtypeStruct((2, 3, 4, 129), jnp.int32))
+    found = predict(Pmap(devices).train_step(step).lower(state, {}, batch).compile().as_text(), RATES)
+    assert found.gemm_flops == pytest.approx(3 * 4 * 128 * flops_per_token(shapes), rel=0.02)
+    assert not [op for op in found.ops if op.kind == "fp32 gemm"]
+    assert len([op for op in found.ops if op.kind == "collective"]) == 1

@@ -48,7 +48,12 @@ def _random(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
 
 @cache
 def parts(
-    policy: Policy = FP32, devices: int = 2, accumulation: int = 1, dropout: float = 0.0, seed: int = SEED
+    policy: Policy = FP32,
+    devices: int = 2,
+    accumulation: int = 1,
+    dropout: float = 0.0,
+    seed: int = SEED,
+    average: Any = jnp.float32,
 ) -> Parts:
     shapes = ModelConfig(
         V, T, n_layers=1, n_heads=2, n_kv_heads=1, d_model=16, d_head=8, d_ff=32, dropout=dropout, bias=True,
@@ -59,7 +64,8 @@ def parts(
     # A large eps keeps Adam from blowing rounding up: its first update is otherwise the sign of the gradient.
     o.update({"eps": 1e-2, "warmup_steps": 2, "total_steps": 20, "learning_rate": 0.05, "clip_norm": 0.5})
     optimizer = make_optimizer(o)
-    pure = make_train_step(model, policy, optimizer, learning_rate_schedule(o), accumulation, seed, 16, growth_steps=2)
+    schedule = learning_rate_schedule(o)
+    pure = make_train_step(model, policy, optimizer, schedule, accumulation, seed, 16, 2, average)
     runner = Pmap(jax.local_devices()[:devices])
     abstract = jax.eval_shape(lambda: init_state(model, policy, optimizer, SEED, 8.0))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
@@ -292,6 +298,24 @@ def test_one_gradient_all_reduce():
     ]
     assert [size for size in sizes if size > 1] in ([n_parameters], [n_parameters + 1])  # with the loss, or beside it
     assert len(sizes) <= 2
+
+
+def test_gradients_averaged_in_fp16_are_those_averaged_in_fp32_to_rounding():
+    """Two devices with different batches; what they send is fp16, and the loss is not rounded with it."""
+    wide, narrow = parts(FP16, accumulation=2), parts(FP16, accumulation=2, average=jnp.float16)
+    state, batch = narrow.runner.place_state(narrow.initial), tokens(0).reshape(2, 2, 2, T + 1)
+    lowered = narrow.step.lower(state, {}, narrow.runner.place_batch(Batch(batch))).as_text()
+    n_parameters = sum(x.size for x in jax.tree.leaves(narrow.initial.params))
+    sent = re.findall(r"all_reduce.*?: \(tensor<([\dx]*)x?(f\d+)>\) ->", lowered, re.DOTALL)
+    assert (str(n_parameters) + "x", "f16") in [(size.rstrip("x") + "x", dtype) for size, dtype in sent]
+    (a, [exact]), (b, [rounded]) = (run(p, p.initial, tokens(0)) for p in (wide, narrow))
+    assert rounded["loss"] == exact["loss"]
+    np.testing.assert_allclose(rounded["grad_norm"], exact["grad_norm"], rtol=1e-3)
+    for x, y in zip(
+        jax.tree.leaves(on_each(wide, a)[0].params), jax.tree.leaves(on_each(narrow, b)[0].params), strict=True
+    ):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+    assert not same(on_each(wide, a)[0].params, on_each(narrow, b)[0].params)
 
 
 @cache

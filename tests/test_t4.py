@@ -83,7 +83,7 @@ def test_gradients_are_exchanged_once_a_step(plan: Plan):
     exchanged = all_reduces(plan.found.program, GRADIENTS)
     assert len(exchanged) == 1, exchanged
     parameters = plan.found.memory["parameters"]  # in fp32; what is exchanged may be fp16
-    assert parameters / 2 <= exchanged[0] <= parameters
+    assert parameters / 2 <= exchanged[0] <= 1.01 * parameters  # the loss goes along
 
 
 def test_the_check_sees_a_second_exchange(t4s: Target):

@@ -54,9 +54,9 @@ def choose_attention(attention: str, compute: Any, platform: str, compute_capabi
     if attention == "cudnn" and (compute == jnp.float32 or (compute_capability or (0, 0)) < (8, 0)):
         device = "sm_{}{}".format(*compute_capability) if compute_capability else platform
         raise UserError(
-            f"attention='cudnn' on {device} in {jnp.dtype(compute).name}: cuDNN's fused attention needs a GPU of compute"
-            " capability 8.0 or above (a T4 is 7.5), and fp16 or bf16. Allowed here: 'auto', 'plain', 'chunked',"
-            " 'kept', 'light'. Take --config.attention=auto."
+            f"attention='cudnn' on {device} in {jnp.dtype(compute).name}: cuDNN's fused attention needs a GPU of"
+            " compute capability 8.0 or above (a T4 is 7.5), and fp16 or bf16. Allowed here: 'auto', 'plain',"
+            " 'chunked', 'kept', 'light'. Take --config.attention=auto."
         )
     return attention
 

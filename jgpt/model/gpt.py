@@ -109,6 +109,20 @@ class Attention(nn.Module):
         return proj(mixed, deterministic), cache
 
 
+def gelu(x: Array) -> Array:
+    """Return GPT-2's tanh form of x * P(normal < x), computed in fp32, in x's dtype."""
+    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def swiglu(x: Array) -> Array:
+    """Return silu(gate) * up of `x` [..., 2, width], computed in fp32, in x's dtype."""
+    wide = x.astype(jnp.float32)
+    return (nn.silu(wide[..., 0, :]) * wide[..., 1, :]).astype(x.dtype)
+
+
+_RECOMPUTED = {"gelu": jax.checkpoint(gelu), "swiglu": jax.checkpoint(swiglu)}
+
+
 class MLP(nn.Module):
     """GPT-2's two layers with a GELU between, or SwiGLU (Shazeer, arXiv 2002.05202)."""
 
@@ -124,7 +138,9 @@ class MLP(nn.Module):
         name = "gate_up" if gated else "up"
         up = Linear(features, c.bias, INIT["linear"], self.dtype, self.dtype, lora=self.lora, name=name)
         x = up(x, deterministic)
-        x = nn.silu(x[..., 0, :]) * x[..., 1, :] if gated else nn.gelu(x, approximate=True)
+        # In half precision the work is memory traffic: between the passes only the layer's output is kept. On a CPU, in
+        # fp32, it is the arithmetic.
+        x = (swiglu if gated else gelu)(x) if self.dtype == jnp.float32 else _RECOMPUTED[c.mlp](x)
         x = x.reshape(*x.shape[:2], c.d_ff)
         std = INIT["residual"] * (2 * c.n_layers) ** -0.5
         down = Linear((c.d_model,), c.bias, std, self.dtype, jnp.float32, True, self.lora, name="down")

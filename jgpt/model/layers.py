@@ -28,9 +28,12 @@ class Norm(nn.Module):
     def __call__(self, x: Array) -> Array:
         x = x.astype(jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        if self.kind == "layernorm":
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        if self.kind == "layernorm":  # both means in one pass over x, and in one pass their gradients
+            mean = jnp.mean(x, axis=-1, keepdims=True)
+            variance = jnp.maximum(variance - jnp.square(mean), 0)
+            x = x - mean
+        x = x * jax.lax.rsqrt(variance + self.epsilon)
         wide = (1,) * (x.ndim - 1) + scale.shape
         x = x * scale.astype(jnp.float32).reshape(wide)
         if self.kind == "layernorm" and self.use_bias:
@@ -64,7 +67,8 @@ class Linear(nn.Module):
         x = x.reshape(-1, inputs).astype(self.dtype)
         y = product(x, kernel, self.transposed, self.output)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, self.features).astype(self.output)[None]
+            bias = self.param("bias", nn.initializers.zeros, self.features)
+            y = (y.reshape(len(y), -1) + bias.astype(self.output).reshape(1, -1)).reshape(y.shape)
         if self.lora is not None and self.name in self.lora.targets:
             y = y + self._adapter(dropout(self, self.lora.dropout, deterministic)(x))
         return y.reshape(*leading, *self.features)

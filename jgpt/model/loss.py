@@ -8,6 +8,8 @@ nothing of size V is kept, and nothing is computed twice. The idea is that of Li
 (arXiv 2410.10989, 2411.09009).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -38,15 +40,16 @@ def cross_entropy(hidden: Array, unembedding: Array, targets: Array, weights: Ar
 def _summed(hidden: Array, unembedding: Array, targets: Array, weights: Array) -> Array:
     def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
         hidden, targets, weights = chunk
-        losses, _ = _losses(hidden, unembedding, targets)
+        losses, _ = _losses(hidden, unembedding, targets, jnp.float32)
         return total + jnp.sum(losses * weights), None
 
     return jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), (hidden, targets, weights))[0]
 
 
-def _losses(hidden: Array, unembedding: Array, targets: Array) -> tuple[Array, Array]:
-    """Return the losses [n] and the probabilities [n, V] of one chunk, fp32."""
-    logits = jnp.einsum("nD,VD->nV", hidden.astype(unembedding.dtype), unembedding, preferred_element_type=jnp.float32)
+def _losses(hidden: Array, unembedding: Array, targets: Array, dtype: Any) -> tuple[Array, Array]:
+    """Return the losses [n] and the probabilities [n, V] of a chunk, fp32; its product gives logits in `dtype`."""
+    logits = jnp.einsum("nD,VD->nV", hidden.astype(unembedding.dtype), unembedding, preferred_element_type=dtype)
+    logits = logits.astype(jnp.float32)
     highest = jnp.max(logits, axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - highest)
     z = jnp.sum(exponentials, axis=-1, keepdims=True)
@@ -57,11 +60,13 @@ def _losses(hidden: Array, unembedding: Array, targets: Array) -> tuple[Array, A
 def _summed_forward(hidden: Array, unembedding: Array, targets: Array, weights: Array) -> tuple[Array, tuple]:
     peak = jnp.max(jnp.abs(weights))  # where few targets count, theirs are large
     scale = SCALE / jnp.where(peak > 0, peak, 1)
+    # In training the logits are read three times: fp16 ones take half as long. bf16 would round them too coarsely.
+    dtype = jnp.float16 if unembedding.dtype == jnp.float16 else jnp.float32
 
     def add_chunk(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], tuple]:
         total, d_unembedding = carry
         hidden, targets, weights = chunk
-        losses, probabilities = _losses(hidden, unembedding, targets)
+        losses, probabilities = _losses(hidden, unembedding, targets, dtype)
         d_logits = probabilities - jax.nn.one_hot(targets, unembedding.shape[0], dtype=jnp.float32)
         # At most SCALE in size: fp16 holds it, and with it the small ones. Undone in the backward pass.
         d_logits = (d_logits * (weights * scale)[:, None]).astype(unembedding.dtype)

@@ -20,7 +20,7 @@ from jgpt.model.attention import choose_attention
 from jgpt.model.build import abstract_adapters, abstract_stored, flops_per_token, lora_config
 from jgpt.model.gpt import GPT, ModelConfig
 from jgpt.model.lora import LoRA
-from jgpt.model.precision import Policy
+from jgpt.model.precision import DTYPES, Policy
 from jgpt.model.sharding import for_devices
 from jgpt.training.loading import choose_device_policy
 from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
@@ -96,7 +96,9 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
     accumulation = size // runner.shares // rows
     lora = lora_config(config.lora)
     device = devices[0]
-    attention = choose_attention(config.attention, policy.compute, device.platform, compute_capability(device))
+    # Where devices share the model XLA divides the form that JAX differentiates; it was not tried with the others.
+    wanted = "chunked" if tensor and config.attention == "auto" else config.attention
+    attention = choose_attention(wanted, policy.compute, device.platform, compute_capability(device))
     plain, model = (GPT(c, policy.compute, config.remat, lora, attention) for c in (shapes, shared))
     optimizer = make_optimizer(config.optimizer)
     train_step = make_train_step(
@@ -108,6 +110,7 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
         config.seed,
         config.loss_chunk_tokens,
         config.precision.loss_scale_growth_steps,
+        DTYPES[config.precision.gradient_average],
     )
 
     def init(params: Any = None) -> TrainState:

@@ -27,9 +27,9 @@ _MEMORY_GIB = {"t4": 14.6, "p100": 15.8, "l4": 22.0, "a100": 39.4, "h100": 79.1}
 _CPU_MEMORY_SHARE = 0.5  # of the machine's memory, for the step: the text, the samples and other programs have theirs
 
 # A T4 sustains 24 of its 65 TFLOP/s in fp16: a product of 4096^3 at its 70 W (NVIDIA's answer in its developer forum,
-# thread 264462). fp32 60% of 8.1, memory 80% of 320 GB/s: estimates. Its pair on Kaggle talks through the host: 2 to 6
-# GB/s were seen on such machines, 4 is assumed.
-_T4_RATES = Rates(fp16_flops=24e12, fp32_flops=4.9e12, bandwidth=256e9, link=4e9)
+# thread 264462). fp32 three quarters of 8.1, memory 80% of 320 GB/s: estimates. Two on Kaggle talk through the host: 2
+# to 6 GB/s are expected, 4 is assumed.
+_T4_RATES = Rates(fp16_flops=24e12, fp32_flops=6e12, bandwidth=256e9, link=4e9)
 # Of the others nothing was measured here: shares of the data sheet that large products and copies commonly reach.
 _SUSTAINED, _BANDWIDTH, _LINK = 0.6, 0.8, 4e9
 
@@ -75,7 +75,7 @@ def compile_only(name: str) -> Target:
     """Return devices of a kind that is not here. Raises UserError for a name that is none, and without the wheels."""
     if name not in TARGETS:
         known = [*TARGETS, THIS]
-        close = difflib.get_close_matches(name, known, 1)
+        close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise UserError(f"--device={name} is not known.{hint} Allowed: {', '.join(known)}.")
     kind, count = TARGETS[name]
@@ -109,8 +109,8 @@ def check_wheels() -> None:
         oldest = ".".join(map(str, OLDEST_JAX))
         raise UserError(
             f"jax {version} cannot compile this step for devices that are not here: that takes jax {oldest} or newer. "
-            f'In an environment of its own: pip install -U "jax>={oldest}" jgpt[plan]. Or plan for the devices that '
-            "are here: --device=this."
+            "In an environment of its own: pip install -U jax jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12. "
+            "Or plan for the devices that are here: --device=this."
         )
     found = {name: _version(name) for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt")}
     if any(there != jaxlib for there in found.values()):

@@ -1,0 +1,205 @@
+"""What a training step of GPT-2 costs on two T4s, predicted: compiled for them on any machine, no GPU, no driver.
+
+    pip install jax-cuda12-plugin==V jax-cuda12-pjrt==V        # V: the version of jax here, 0.10 or newer
+    python scripts/bench/t4_predicted.py [--rows kept,light] [--sizes gpt2,gpt2-medium]
+
+The first table takes GPT-2 124M (T=1024, vocabulary 50304, 8 micro-batches of 8 a step) from a GPT as one writes it in
+plain linen to jgpt's own, change by change; the second asks which size of GPT-2 fits two T4s. Peak memory is XLA's
+analysis of the compiled step; the times are those of `jgpt/hardware/roofline.py` at the rates below, none measured.
+"""
+
+import argparse
+import os
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: the plugin only compiles here
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jgpt.config import default_config
+from jgpt.data.batches import Batch
+from jgpt.hardware.roofline import GROUPS, Rates, predict
+from jgpt.hardware.targets import compile_only
+from jgpt.model.build import count_parameters
+from jgpt.model.gpt import GPT, ModelConfig
+from jgpt.model.precision import Policy
+from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
+from jgpt.training.step import Pmap, init_state, make_train_step
+
+# Assumed of a T4 at its 70 W, from what users report: of 65 and 8.1 TFLOP/s on paper, 320 GB/s, and PCIe by the host.
+T4 = Rates(fp16_flops=24e12, fp32_flops=6e12, bandwidth=256e9, link=4e9)
+USABLE_GIB, T, V, A = 14.0, 1024, 50_304, 8
+SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+
+
+class Variant(NamedTuple):
+    """One row of a table: which attention, remat, sequences at a time, and how the gradients are averaged."""
+
+    attention: str  # "linen" is the plain GPT below
+    remat: str
+    rows: int
+    average: Any = jnp.float32
+    size: str = "gpt2"
+
+
+STEPS = {
+    "linen-remat": Variant("linen", "block", 8),
+    "linen": Variant("linen", "none", 8),
+    "plain": Variant("plain", "none", 8),
+    "chunked": Variant("chunked", "none", 8),
+    "light": Variant("light", "none", 8),
+    "kept": Variant("kept", "none", 8),
+    "kept-average16": Variant("kept", "none", 8, jnp.float16),
+    "kept-remat": Variant("kept", "block", 8, jnp.float16),
+    "kept-16": Variant("kept", "none", 12, jnp.float16),
+}
+FITS = {  # the variants of each size, fastest first: the first that fits is its answer
+    "gpt2": [Variant("kept", "none", 8, jnp.float16)],
+    "gpt2-medium": [Variant("light", "none", 4, jnp.float16, "gpt2-medium")],
+    "gpt2-large": [Variant("kept", "block", 1, jnp.float16, "gpt2-large")],
+    "gpt2-xl": [Variant("kept", "block", 1, jnp.float16, "gpt2-xl")],
+}
+
+
+class LinenBlock(nn.Module):
+    """A block of the plain GPT: fp16 layers between fp32 norms, all scores at once in fp32."""
+
+    n_heads: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        rows, length, width = x.shape
+        dense = partial(nn.Dense, dtype=jnp.float16)
+        y = dense(3 * width, name="qkv")(nn.LayerNorm(name="attn_norm")(x))
+        with jax.named_scope("attn"):
+            q, k, v = (z.reshape(rows, length, self.n_heads, -1) for z in jnp.split(y, 3, axis=-1))
+            scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+            scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, jnp.finfo(jnp.float32).min)
+            mixed = jnp.einsum("BNTS,BSNH->BTNH", nn.softmax(scores).astype(v.dtype), v).reshape(rows, length, width)
+            x = x + dense(width, name="proj")(mixed)
+        with jax.named_scope("mlp"):
+            y = nn.gelu(dense(4 * width, name="up")(nn.LayerNorm(name="mlp_norm")(x)))
+            return x + dense(width, name="down")(y)
+
+
+class LinenGPT(nn.Module):
+    """GPT-2 as one writes it first: returns the fp32 logits."""
+
+    shapes: ModelConfig
+    remat: bool
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Array:
+        c = self.shapes
+        wte = nn.Embed(c.vocab_size, c.d_model, name="wte")
+        x = wte(tokens) + nn.Embed(c.context_length, c.d_model, name="wpe")(jnp.arange(tokens.shape[1])[None])
+        block = nn.remat(LinenBlock) if self.remat else LinenBlock
+        for i in range(c.n_layers):
+            x = block(c.n_heads, name=f"h_{i}")(x)
+        x = nn.LayerNorm(name="norm")(x).astype(jnp.float16)
+        with jax.named_scope("loss"):
+            table = wte.embedding.astype(jnp.float16)
+            return jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+
+
+def linen_step(shapes: ModelConfig, remat: bool, optimizer: optax.GradientTransformation, devices: Any) -> Any:
+    """Return the plain GPT's pmapped step (state, batch [devices, A, B, T + 1]) -> (state, loss), and its state."""
+    model = LinenGPT(shapes, remat)
+
+    def loss_of(params: Any, tokens: Array) -> Array:
+        logits = model.apply({"params": params}, tokens[:, :-1])
+        with jax.named_scope("loss"):
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()  # type: ignore[arg-type]
+
+    def step(state: Any, batch: Array) -> Any:
+        params, moments = state
+
+        def micro_step(total: Any, tokens: Array) -> Any:
+            loss, gradient = jax.value_and_grad(loss_of)(params, tokens)
+            return jax.tree.map(jnp.add, total, gradient), loss
+
+        gradient, loss = jax.lax.scan(micro_step, jax.tree.map(jnp.zeros_like, params), batch)
+        gradient = jax.lax.pmean(gradient, "devices")
+        with jax.named_scope("optimizer"):
+            updates, moments = optimizer.update(gradient, moments, params)
+            return (optax.apply_updates(params, updates), moments), jax.lax.pmean(loss.mean(), "devices")
+
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    pmapped = jax.pmap(
+        step, "devices", in_axes=(None, 0), out_axes=(None, None), devices=devices, donate_argnums=0
+    )  # fmt: skip
+    return pmapped, (params, jax.eval_shape(optimizer.init, params))
+
+
+def shapes_of(size: str) -> ModelConfig:
+    """Return GPT-2's shapes."""
+    n_layers, n_heads, d_model = SIZES[size]
+    return ModelConfig(
+        V, T, n_layers, n_heads, n_heads, d_model, d_model // n_heads, 4 * d_model,
+        position="learned", norm="layernorm", mlp="gelu", bias=True,
+    )  # fmt: skip
+
+
+def compile_for(variant: Variant, devices: Any) -> Any:
+    """Compile the variant's step for the devices."""
+    shapes, options = shapes_of(variant.size), default_config().optimizer
+    optimizer, schedule = make_optimizer(options), learning_rate_schedule(options)
+    batch = jax.ShapeDtypeStruct((len(devices), A, variant.rows, T + 1), jnp.int32)
+    if variant.attention == "linen":
+        step, state = linen_step(shapes, variant.remat == "block", optax.adamw(schedule), devices)
+        return step.lower(state, batch).compile()
+    policy = Policy(compute=jnp.float16)
+    model = GPT(shapes, policy.compute, variant.remat, attention=variant.attention)
+    step = make_train_step(model, policy, optimizer, schedule, A, 0, 2048, 1000, variant.average)
+    state = jax.eval_shape(lambda: init_state(model, policy, optimizer, 0, 1.0))
+    return Pmap(devices).train_step(step).lower(state, {}, Batch(batch)).compile()  # type: ignore[attr-defined]
+
+
+def row(name: str, variant: Variant, devices: Any) -> float:
+    """Compile, print a row, and return the peak in GiB."""
+    began, compiled = time.process_time(), compile_for(variant, devices)
+    m, prediction = compiled.memory_analysis(), predict(compiled.as_text(), T4)
+    peak = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes) / 2**30
+    groups = " ".join(f"{1e3 * prediction.by_group()[group]:10.0f}" for group in GROUPS)
+    tokens = A * variant.rows * T / prediction.seconds
+    fp32 = sum(op.kind == "fp32 gemm" for op in prediction.ops)
+    reduces = sum(op.kind == "collective" and op.bytes > 1e4 for op in prediction.ops)
+    print(
+        f"{name:<15}{variant.rows:>3} {variant.remat:<6}{peak:>6.2f} {groups} {1e3 * prediction.seconds:>7.0f}"
+        f"{tokens:>8.0f}{fp32:>6}{reduces:>8}   compiled in {time.process_time() - began:.0f} s of CPU",
+        flush=True,
+    )
+    return peak
+
+
+def main() -> None:
+    """Compile and print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(STEPS), help="of the first table, of " + ", ".join(STEPS))
+    parser.add_argument("--sizes", default=",".join(SIZES), help="of the second table, of " + ", ".join(SIZES))
+    flags = parser.parse_args()
+    devices = compile_only("t4x2").devices
+    print(f"predicted for two T4s at {T4}, A={A}, T={T}, V={V}, jax {jax.__version__}: tokens a second of each")
+    heads = " ".join(f"{group:>10}" for group in GROUPS)
+    head = f"{'':<15}{'B':>3} {'remat':<6}{'GiB':>6} {heads} {'all ms':>7}{'tok/s':>8}{'fp32':>6}{'reduces':>8}"
+    print(head)
+    for name in filter(None, flags.rows.split(",")):
+        row(name, STEPS[name], devices)
+    print(f"which GPT-2 fits {USABLE_GIB} GiB on each\n{head}")
+    for size in filter(None, flags.sizes.split(",")):
+        millions = count_parameters(shapes_of(size)) / 1e6
+        for variant in FITS[size]:
+            fits = row(f"{millions:.0f}M {variant.attention}", variant, devices) <= USABLE_GIB
+            print(f"    {'fits' if fits else 'does not fit'}")
+            if fits:
+                break
+
+
+if __name__ == "__main__":
+    main()
