@@ -173,7 +173,7 @@ def ending(error):
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9663676416 bytes."),
             3,
-            ["error: the device was asked for 9.00 GiB in one piece", "Take fewer or shorter sequences"],
+            ["error: the cpu was asked for 9.00 GiB in one piece", "Take fewer or shorter sequences"],
         ),
         (MemoryError(), 3, ["error: the machine ran out of memory"]),
         (OutOfMemory("take less\nor less"), 3, ["error: take less\nor less\n"]),

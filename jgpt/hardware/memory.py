@@ -25,15 +25,16 @@ class OutOfMemory(RuntimeError):
 def shortage(error: BaseException | None, device: jax.Device | None = None) -> str:
     """Say in a sentence what was asked for and what there is; "" where neither an error nor its cause is about memory.
 
-    `device` is where the work was, the machine's own memory for a CPU.
+    `device` is where the work was (the first one where that is not known); a CPU has the machine's own memory.
     """
     while error is not None:
         text = str(error)
         if isinstance(error, MemoryError):
             return f"the machine {_asked(text)}, and has {_host()}"
         if isinstance(error, jax.errors.JaxRuntimeError) and _means_memory(text):
-            has = _host() if device is None or device.platform == "cpu" else _on(device)
-            return f"the {'device' if device is None else device.device_kind} {_asked(text)}, and has {has}"
+            device = device or jax.local_devices()[0]
+            has = _host() if device.platform == "cpu" else _on(device)
+            return f"the {device.device_kind} {_asked(text)}, and has {has}"
         error = error.__cause__
     return ""
 
