@@ -113,9 +113,10 @@ def default_config() -> ConfigDict:
     batch.micro_batch_size = 32  # sequences on one device at a time, at most; the rest is accumulated; 0, auto: search
 
     config.remat = "none"  # recomputed in the backward pass: "none", "dots" (all but matmuls), "block" (all), "auto"
-    # How training attends. "plain": all pairs; "chunked": 5/8 of them, in pieces; "kept": so with a backward pass that
-    # moves less memory; "light": so, and keeps less; "cudnn": a fused kernel, from sm_80 on. auto: by the device.
-    config.attention = "auto"
+    config.attention = (
+        "auto"  # of training: "plain", "chunked" (5/8 of the pairs), "kept" (so, and a backward pass that moves less
+        # memory), "light" (so, and keeps no weights), "cudnn" (a fused kernel, from sm_80 on); auto: by the device
+    )
     config.loss_chunk_tokens = 2048  # tokens whose logits are in memory at one time; 0: all
 
     config.eval = evaluation = ConfigDict()

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,6 +57,10 @@ def start(archive: str, module: str, arguments: list[str], *, inputs: list[str],
     try:
         code = scratch / "code"
         unpack_code(archive, code)
+        sys.path.insert(0, str(code))
+        from jgpt.redaction import redact  # the one part of jgpt that is used here: it needs nothing else
+
+        child.clean = redact
         environment = child_environment(code, scratch, inputs, internet)
         with child.takes_signals():
             child.run([sys.executable, "-m", module, *arguments], code, environment)
@@ -64,8 +68,9 @@ def start(archive: str, module: str, arguments: list[str], *, inputs: list[str],
             if trains:  # few flat files survive what Kaggle's datasets do to folders
                 child.run([sys.executable, "-m", "jgpt.kaggle.pack", str(outputs)], code, environment)
     except (Exception, KeyboardInterrupt):
-        traceback.print_exc()
-        child.lines.extend(traceback.format_exc().splitlines())
+        text = child.clean(traceback.format_exc())
+        print(text, file=sys.stderr, flush=True)
+        child.lines.extend(text.splitlines())
         record_end(outputs, child)
 
 
@@ -99,6 +104,7 @@ class Child:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
         self.lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
+        self.clean: Callable[[str], str] = str  # what hides the secrets in a line
         self._stopped = False  # a signal came while there was no child: none is started any more
 
     def run(self, command: list[str], folder: Path, environment: dict[str, str]) -> None:
@@ -115,7 +121,7 @@ class Child:
             self.process.terminate()  # it came between the question above and here
         assert self.process.stdout is not None
         with self.process.stdout as output:
-            for line in output:
+            for line in map(self.clean, output):
                 self.lines.append(line.rstrip("\n"))
                 print(line, end="", flush=True)
         self.process.wait()

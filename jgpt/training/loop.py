@@ -124,8 +124,9 @@ def loop(run: Run, stop: Stop) -> None:
             if run.step == first_step:
                 jax.block_until_ready(numbers)
                 run.throughput.restart(run.step)  # the first step compiled: it says nothing of the others
-            began, seconds = time.monotonic(), time.monotonic() - began  # of a step and what was done before it
-            longest = max(longest, seconds) if run.step > first_step + 1 else seconds
+            else:
+                longest = max(longest, time.monotonic() - began)  # of a step and what was done before it
+            began = time.monotonic()
             reason = stop.reason(2 * longest + run.save_seconds() + EXIT_SECONDS)
 
             # Once in a while: log, evaluate, sample, save, stop.
