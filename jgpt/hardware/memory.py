@@ -32,9 +32,9 @@ def shortage(error: BaseException | None, device: jax.Device | None = None) -> s
         if isinstance(error, MemoryError):
             return f"the machine {_asked(text)}, and has {_host()}"
         if isinstance(error, jax.errors.JaxRuntimeError) and _means_memory(text):
-            device = device or jax.local_devices()[0]
-            has = _host() if device.platform == "cpu" else _on(device)
-            return f"the {device.device_kind} {_asked(text)}, and has {has}"
+            where = jax.local_devices()[0] if device is None else device
+            has = _host() if where.platform == "cpu" else _on(where)
+            return f"the {where.device_kind} {_asked(text)}, and has {has}"
         error = error.__cause__
     return ""
 
