@@ -32,7 +32,7 @@ from jgpt.model.precision import Policy
 from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.training.step import Pmap, init_state, make_train_step
 
-# Assumed of a T4 at its 70 W, from what users report: of 65 and 8.1 TFLOP/s on paper, 320 GB/s, and PCIe by the host.
+# Assumed of a T4 at its 70 W: on paper 65 and 8.1 TFLOP/s, 320 GB/s. The link goes through the host.
 T4 = Rates(fp16_flops=24e12, fp32_flops=6e12, bandwidth=256e9, link=4e9)
 USABLE_GIB, T, V, A = 14.0, 1024, 50_304, 8
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
@@ -57,7 +57,7 @@ STEPS = {
     "kept": Variant("kept", "none", 8),
     "kept-average16": Variant("kept", "none", 8, jnp.float16),
     "kept-remat": Variant("kept", "block", 8, jnp.float16),
-    "kept-16": Variant("kept", "none", 12, jnp.float16),
+    "kept-rows12": Variant("kept", "none", 12, jnp.float16),
 }
 FITS = {  # the variants of each size, fastest first: the first that fits is its answer
     "gpt2": [Variant("kept", "none", 8, jnp.float16)],
