@@ -26,6 +26,7 @@ from jgpt.training import run as run_module
 from jgpt.training.checkpoint import digest, whole_steps
 from jgpt.training.loop import EXIT_SECONDS, train
 from jgpt.training.run import TrainingDiverged
+from jgpt.training.step import Pmap
 from jgpt.training.stop import Stop
 
 REPOSITORY = Path(__file__).parents[1]
@@ -313,7 +314,7 @@ def test_from_fp32_to_fp16_begins_with_the_configured_scale(copy: Path, config: 
 
 def test_divergence(copy: Path, config: Callable[..., ConfigDict]):
     """A parameter that became NaN: no step changes anything, and after some the run gives up, its checkpoints good."""
-    place = setup.Pmap.place_state
+    place = Pmap.place_state
 
     def poison(self: Any, state: Any) -> Any:
         table = np.array(state.params["wte"]["embedding"])
@@ -321,7 +322,7 @@ def test_divergence(copy: Path, config: Callable[..., ConfigDict]):
         return place(self, state._replace(params=state.params | {"wte": {"embedding": table}}))
 
     patched = (
-        mock.patch.object(setup.Pmap, "place_state", poison),
+        mock.patch.object(Pmap, "place_state", poison),
         mock.patch.object(run_module, "MOST_SKIPS_IN_A_ROW", 3),
     )
     before = digest(copy / "checkpoints" / "12")
