@@ -59,7 +59,7 @@ class Plan:
     def checkpoints(self) -> tuple[int, int]:
         """Return how many checkpoints lie on disk at most, with one being written, and the bytes of each."""
         c = self.config.checkpoint
-        return c.keep_last + c.keep_best + 1, state_bytes(jax.eval_shape(self.found.parts.init))
+        return c.keep_last + c.keep_best + 1, int(state_bytes(jax.eval_shape(self.found.parts.init)))
 
     @property
     def advice(self) -> Choice | None:
