@@ -116,7 +116,9 @@ def make_train_step(
     fp16 has held those of every micro-batch.
     """
     narrow = policy.scales_loss and average_dtype == jnp.float16
-    accumulate = optax.MultiSteps(optax.identity(), every_k_schedule=accumulation)
+    # It would hand the mean out, and begin anew, one micro-batch after the last: until then its state holds the mean,
+    # and the loop over micro-batches carries no second tree of gradients.
+    accumulate = optax.MultiSteps(optax.identity(), every_k_schedule=accumulation + 1)
 
     def scaled_loss(params: Any, frozen: Any, batch: Batch, key: Array, scale: Array) -> tuple[Array, Array]:
         hidden, matrix = hidden_states(model, params, frozen, batch, deterministic=False, rngs={"dropout": key})
@@ -133,21 +135,19 @@ def make_train_step(
         base = policy.cast_to_compute(frozen)
         scale = state.loss_scale.scale
 
-        def micro_step(carry: tuple, x: tuple[Batch, Array]) -> tuple[tuple, Array]:
-            accumulated, _ = carry
+        def micro_step(accumulated: optax.MultiStepsState, x: tuple[Batch, Array]) -> tuple[Any, Array]:
             micro_batch, index = x
             gradient, loss = jax.grad(scaled_loss, has_aux=True)(
                 params, base, micro_batch, jax.random.fold_in(key, index), scale
             )
             with jax.named_scope("accumulate"):
                 gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradient)
-                mean, accumulated = accumulate.update(gradient, accumulated)
-            return (accumulated, mean), loss  # the mean is zero until the last micro-batch
+                _, accumulated = accumulate.update(gradient, accumulated)
+            return accumulated, loss
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
-        (_, gradient), losses = jax.lax.scan(
-            micro_step, (accumulate.init(zeros), zeros), (batch, jnp.arange(accumulation))
-        )
+        accumulated, losses = jax.lax.scan(micro_step, accumulate.init(zeros), (batch, jnp.arange(accumulation)))
+        gradient = accumulated.acc_grads
         if narrow:
             gradient = jax.tree.map(lambda g: (g * scale).astype(jnp.float16), gradient)
         gradient, loss = average((gradient, jnp.mean(losses)))
@@ -244,7 +244,7 @@ class Pmap:
         if self.shares == 1:
             return tree
         leaves, structure = jax.tree.flatten(tree)
-        for dtype in {leaf.dtype for leaf in leaves}:
+        for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
             places = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
             flat = jnp.concatenate([leaves[i].reshape(-1) for i in places])
             flat = jax.lax.psum(flat / self.shares, self.AXIS)
