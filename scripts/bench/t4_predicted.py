@@ -1,6 +1,6 @@
 """What a training step of GPT-2 costs on two T4s, predicted: compiled for them on any machine, no GPU, no driver.
 
-    pip install jax-cuda12-plugin==V jax-cuda12-pjrt==V        # V: the version of jax here, 0.10 or newer
+    pip install "jgpt[plan]"        # jax 0.10 or newer
     python scripts/bench/t4_predicted.py [--rows kept,light] [--sizes gpt2,gpt2-medium]
 
 The first table takes GPT-2 124M (T=1024, vocabulary 50304, 8 micro-batches of 8 a step) from a GPT as one writes it in
@@ -11,6 +11,7 @@ analysis of the compiled step; the times are those of `jgpt/hardware/roofline.py
 import argparse
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,12 +26,14 @@ from jax import Array
 from jgpt.config import default_config
 from jgpt.data.batches import Batch
 from jgpt.hardware.roofline import GROUPS, Rates, predict
-from jgpt.hardware.targets import compile_only
+from jgpt.hardware.targets import Target, compile_only
 from jgpt.model.build import count_parameters
 from jgpt.model.gpt import GPT, ModelConfig
 from jgpt.model.precision import Policy
 from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
+from jgpt.training.plan_text import tried_row
 from jgpt.training.step import Pmap, init_state, make_train_step
+from jgpt.training.tuning import search
 
 # Assumed of a T4 at its 70 W: on paper 65 and 8.1 TFLOP/s, 320 GB/s. The link goes through the host.
 T4 = Rates(fp16_flops=24e12, fp32_flops=6e12, bandwidth=256e9, link=4e9)
@@ -39,13 +42,12 @@ SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36
 
 
 class Variant(NamedTuple):
-    """One row of a table: which attention, remat, sequences at a time, and how the gradients are averaged."""
+    """One row of the first table: which attention, remat, sequences at a time, how the gradients are averaged."""
 
     attention: str  # "linen" is the plain GPT below
     remat: str
     rows: int
     average: Any = jnp.float32
-    size: str = "gpt2"
 
 
 STEPS = {
@@ -58,12 +60,6 @@ STEPS = {
     "kept-average16": Variant("kept", "none", 8, jnp.float16),
     "kept-remat": Variant("kept", "block", 8, jnp.float16),
     "kept-rows12": Variant("kept", "none", 12, jnp.float16),
-}
-FITS = {  # the variants of each size, fastest first: the first that fits is its answer
-    "gpt2": [Variant("kept", "none", 8, jnp.float16)],
-    "gpt2-medium": [Variant("light", "none", 4, jnp.float16, "gpt2-medium")],
-    "gpt2-large": [Variant("kept", "block", 1, jnp.float16, "gpt2-large")],
-    "gpt2-xl": [Variant("kept", "block", 1, jnp.float16, "gpt2-xl")],
 }
 
 
@@ -148,7 +144,7 @@ def shapes_of(size: str) -> ModelConfig:
 
 def compile_for(variant: Variant, devices: Any) -> Any:
     """Compile the variant's step for the devices."""
-    shapes, options = shapes_of(variant.size), default_config().optimizer
+    shapes, options = shapes_of("gpt2"), default_config().optimizer
     optimizer, schedule = make_optimizer(options), learning_rate_schedule(options)
     batch = jax.ShapeDtypeStruct((len(devices), A, variant.rows, T + 1), jnp.int32)
     if variant.attention == "linen":
@@ -161,8 +157,8 @@ def compile_for(variant: Variant, devices: Any) -> Any:
     return Pmap(devices).train_step(step).lower(state, {}, Batch(batch)).compile()  # type: ignore[attr-defined]
 
 
-def row(name: str, variant: Variant, devices: Any) -> float:
-    """Compile, print a row, and return the peak in GiB."""
+def row(name: str, variant: Variant, devices: Any) -> None:
+    """Compile, and print a row of the first table."""
     began, compiled = time.process_time(), compile_for(variant, devices)
     m, prediction = compiled.memory_analysis(), predict(compiled.as_text(), T4)
     peak = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes) / 2**30
@@ -175,7 +171,17 @@ def row(name: str, variant: Variant, devices: Any) -> float:
         f"{tokens:>8.0f}{fp32:>6}{reduces:>8}   compiled in {time.process_time() - began:.0f} s of CPU",
         flush=True,
     )
-    return peak
+
+
+def fit(size: str, target: Target) -> None:
+    """Search for the fastest step of a GPT-2 that fits, as `micro_batch_size=auto` and `remat=auto` do; print it."""
+    config, shapes = default_config(), shapes_of(size)
+    config.batch.update({"global_batch_size": 2 * A * 8, "micro_batch_size": 0})
+    config.update({"remat": "auto", "precision": {"gradient_average": "fp16"}})
+    found = search(config, shapes, target, lambda tried: print(f"    tried {tried_row(tried)}", flush=True))
+    best = found.best() or min(found.tried.values(), key=lambda tried: tried.peak)
+    verdict = "fits" if best.peak <= found.limit else "does not fit"
+    print(f"{size}, {count_parameters(shapes) / 1e6:.0f}M: {verdict}: {tried_row(best)}", flush=True)
 
 
 def main() -> None:
@@ -184,21 +190,15 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(STEPS), help="of the first table, of " + ", ".join(STEPS))
     parser.add_argument("--sizes", default=",".join(SIZES), help="of the second table, of " + ", ".join(SIZES))
     flags = parser.parse_args()
-    devices = compile_only("t4x2").devices
+    target = compile_only("t4x2")
     print(f"predicted for two T4s at {T4}, A={A}, T={T}, V={V}, jax {jax.__version__}: tokens a second of each")
     heads = " ".join(f"{group:>10}" for group in GROUPS)
-    head = f"{'':<15}{'B':>3} {'remat':<6}{'GiB':>6} {heads} {'all ms':>7}{'tok/s':>8}{'fp32':>6}{'reduces':>8}"
-    print(head)
+    print(f"{'':<15}{'B':>3} {'remat':<6}{'GiB':>6} {heads} {'all ms':>7}{'tok/s':>8}{'fp32':>6}{'reduces':>8}")
     for name in filter(None, flags.rows.split(",")):
-        row(name, STEPS[name], devices)
-    print(f"which GPT-2 fits {USABLE_GIB} GiB on each\n{head}")
+        row(name, STEPS[name], target.devices)
+    print(f"which GPT-2 fits {USABLE_GIB} GiB on each; tokens a second of both")
     for size in filter(None, flags.sizes.split(",")):
-        millions = count_parameters(shapes_of(size)) / 1e6
-        for variant in FITS[size]:
-            fits = row(f"{millions:.0f}M {variant.attention}", variant, devices) <= USABLE_GIB
-            print(f"    {'fits' if fits else 'does not fit'}")
-            if fits:
-                break
+        fit(size, replace(target, memory_bytes=int(USABLE_GIB * 2**30)))
 
 
 if __name__ == "__main__":
