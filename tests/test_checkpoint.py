@@ -297,11 +297,13 @@ def test_a_lost_directory_is_told(tmp_path: Path, opened: Opened):
         checkpoints.wait()
 
 
-def test_an_error_without_words_is_told_by_its_name(opened: Opened, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("error", "told"), [(TimeoutError, UserError), (MemoryError, MemoryError)])
+def test_an_error_without_words_is_told_by_its_name(opened: Opened, monkeypatch: pytest.MonkeyPatch, error, told):
+    """And one that is no disk's stays itself."""
     checkpoints = opened()
-    monkeypatch.setattr(module, "write_file", lambda *arguments: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(module, "write_file", lambda *arguments: (_ for _ in ()).throw(error()))
     checkpoints.save(state_at(1), meta_at(1))
-    with pytest.raises(UserError, match="MemoryError"):
+    with pytest.raises(told, match="TimeoutError" if told is UserError else ""):
         checkpoints.wait()
 
 

@@ -131,7 +131,7 @@ def test_wrong_flags_of_the_other_commands(command, name, arguments, parts, tmp_
         ("def get_config():\n    pass\n", ["get_config() returned None", "default_config()"]),
         (
             "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'a': 1})\n",
-            ["the unknown key a, no key batch.global_batch_size", "more"],
+            ["the unknown key a, no key attention, no key batch.global_batch_size", "more"],
         ),
         ("{default}    config.model.n_layer = 3\n", ["line 4: unknown config key n_layer. Did you mean n_layers?"]),
         ("{default}    config.modle.n_layers = 3\n", ["line 4: unknown config key modle. Did you mean model?"]),

@@ -20,6 +20,7 @@ from jgpt.training import run, setup
 from jgpt.training.checkpoint import digest, whole_steps
 from jgpt.training.loop import train
 from jgpt.training.out_of_memory import EVALUATING, PLACING, TRAINING, overrides
+from jgpt.training.step import Pmap
 
 # Attention scores of so many sequences of 1024, two heads each, take 128 GiB on each of two devices.
 TOO_MANY = {"batch.global_batch_size": 2**15, "batch.micro_batch_size": 2**14}
@@ -121,7 +122,7 @@ def test_the_machines_own_memory(config: Callable[..., ConfigDict], tmp_path: Pa
             raise MemoryError("Unable to allocate 1.50 GiB for an array with shape (402653184,) and data type float32")
         return jax.device_get(tree)
 
-    monkeypatch.setattr(setup.Pmap, "on_host", full)
+    monkeypatch.setattr(Pmap, "on_host", full)
     with pytest.raises(OutOfMemory, match=r"(?s)in saving: the machine was asked for 1.50 GiB .*each save copies"):
         train(config())
     assert status(tmp_path)["state"] == "failed" and whole_steps(tmp_path / "run" / "checkpoints") == []

@@ -1,15 +1,13 @@
 """Costs of a compiled program: by hand on small HLO, and against the model's own count of FLOPs."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
-from jgpt.config import default_config
+from jgpt.config import UserError, default_config
 from jgpt.data.batches import Batch
 from jgpt.hardware.roofline import GROUPS, Rates, predict
+from jgpt.hardware.targets import compile_only
 from jgpt.model.build import flops_per_token
 from jgpt.model.gpt import GPT, ModelConfig
 from jgpt.model.precision import Policy
@@ -140,15 +138,13 @@ def test_flops_of_a_program_compiled_here():
 
 def test_flops_of_a_compiled_t4_step_are_those_of_the_model():
     """GEMMs of a step that keeps all pairs of attention and recomputes nothing: what flops_per_token counts."""
-    pytest.importorskip("jax_plugins.xla_cuda12", reason="the plan wheels are missing")
     shapes = ModelConfig(
         512, 128, n_layers=2, n_heads=2, n_kv_heads=2, d_model=128, d_head=64, d_ff=512, position="learned"
     )
     try:
-        target = (Path(__file__).parents[1] / "scripts/bench/t4_target_config.txt").read_text()
-        devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x2").devices
-    except jax.errors.JaxRuntimeError as error:
-        pytest.skip(f"this jaxlib does not compile for a T4 that is not there: {error}")
+        devices = compile_only("t4x2").devices
+    except UserError as error:  # too old a JAX, or no wheels
+        pytest.skip(str(error))
     policy, options = Policy(compute=jnp.float16), default_config().optimizer
     optimizer, model = make_optimizer(options), GPT(shapes, policy.compute, attention="plain")
     step = make_train_step(model, policy, optimizer, learning_rate_schedule(options), 3, 0, 0, 1000)
