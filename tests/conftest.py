@@ -39,6 +39,13 @@ class Result:
 Command = Callable[..., Result]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_let_go() -> Iterator[None]:
+    """After each file: every program on CPU maps memory, and a process may have 65,530 maps (vm.max_map_count)."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def command() -> Command:
     """Run a command as `python -m jgpt.NAME` would, in this process: command("train", "--config=...", stdin="")."""

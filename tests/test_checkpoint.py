@@ -303,7 +303,7 @@ def test_an_error_without_words_is_told_by_its_name(opened: Opened, monkeypatch:
     checkpoints = opened()
     monkeypatch.setattr(module, "write_file", lambda *arguments: (_ for _ in ()).throw(error()))
     checkpoints.save(state_at(1), meta_at(1))
-    with pytest.raises(told, match="TimeoutError" if told is UserError else ""):
+    with pytest.raises(told, match="TimeoutError" if told is UserError else None):
         checkpoints.wait()
 
 
