@@ -7,7 +7,7 @@ costs a T4 more than it looks.
 from collections import Counter
 from typing import NamedTuple
 
-from jgpt.hardware.hlo import Op, Program
+from jgpt.hardware.hlo import Program
 
 
 class Product(NamedTuple):
@@ -31,7 +31,7 @@ def products(program: Program) -> Counter[Product]:
     found: Counter[Product] = Counter()
     for ops in program.computations.values():
         dtypes = {op.name: op.shapes[0].dtype for op in ops if op.shapes}
-        for op in filter(_multiplies, ops):
+        for op in (op for op in ops if op.is_product):
             left, right = (dtypes[name] for name in op.operands[:2])
             found[Product(left, right, op.shapes[0].dtype)] += 1
     return found
@@ -47,8 +47,3 @@ def all_reduces(program: Program, at_least: int = 0) -> list[int]:
         )
         found += [int(size) for size in summed if size >= at_least]
     return found
-
-
-def _multiplies(op: Op) -> bool:
-    called = op.find(r'custom_call_target="([^"]*)"') if op.opcode == "custom-call" else ""
-    return op.opcode == "dot" or called.startswith("__cublas")

@@ -58,6 +58,13 @@ class Op:
         """The path of JAX scopes that the op comes from; "" where XLA made it."""
         return self.find(r'op_name="([^"]*)"')
 
+    @property
+    def is_product(self) -> bool:
+        """Tell a matrix product: XLA's own, or a call of cuBLAS."""
+        return self.opcode == "dot" or (
+            self.opcode == "custom-call" and "__cublas" in self.find(r'custom_call_target="([^"]*)"')
+        )
+
     def find(self, pattern: str) -> str:
         """Return the first group of a pattern in `rest`, or ""."""
         found = re.search(pattern, self.rest)

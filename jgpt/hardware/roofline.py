@@ -163,7 +163,7 @@ def _kernel(program: Program, op: Op, shapes: dict[str, tuple[Shape, ...]], time
     inner = {o.name: o for o in body}
     moved = _bytes(body, inner) * times
     flops, kind = {"fp16": 0.0, "fp32": sum(_elementwise_flops(o, inner) for o in body) * times}, op.opcode
-    for product in filter(_is_product, body):
+    for product in (o for o in body if o.is_product):
         narrow = all(inner[name].shapes[0].itemsize <= 2 for name in product.operands[:2])
         flops["fp16" if narrow else "fp32"] += _product_flops(product, inner) * times
         kind = "fp16 gemm" if narrow else "fp32 gemm"
@@ -206,7 +206,7 @@ def _bytes(body: list[Op], inner: dict[str, Op]) -> float:
             in_place.add(result.name)
             update = inner[result.operands[1 if result.opcode == "dynamic-update-slice" else -1]]
             written += update.elements * result.shapes[0].itemsize
-        elif _is_product(result):
+        elif result.is_product:
             written += result.shapes[0].bytes
         elif not _is_scratch(result, inner):
             written += sum(shape.bytes for shape in result.shapes)
@@ -230,14 +230,9 @@ def _touched(op: Op, place: int, inner: dict[str, Op], in_place: bool) -> float:
     return inner[op.operands[place]].elements
 
 
-def _is_product(op: Op) -> bool:
-    """Tell a matrix product: XLA's own, or a call of cuBLAS."""
-    return op.opcode == "dot" or (op.opcode == "custom-call" and "__cublas" in op.find(r'custom_call_target="([^"]*)"'))
-
-
 def _is_scratch(op: Op, inner: dict[str, Op]) -> bool:
     """Tell the second result of a call of cuBLAS, its scratch space."""
-    return op.opcode == "get-tuple-element" and _is_product(inner[op.operands[0]]) and op.find(r"index=(\d+)") != "0"
+    return op.opcode == "get-tuple-element" and inner[op.operands[0]].is_product and op.find(r"index=(\d+)") != "0"
 
 
 def _product_flops(op: Op, inner: dict[str, Op]) -> float:
