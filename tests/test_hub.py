@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Condition, Thread
 
 import pytest
 
@@ -42,13 +42,15 @@ class Hub:
     error_code: str = ""
     status_of: dict[str, int] = field(default_factory=dict)  # of single files
     break_off: int = 0  # answers with the weights that end half-way
+    refuse_after: set[str] = field(default_factory=set)  # files that are sent before `status_of` counts
+    sent: set[str] = field(default_factory=set)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    state = Hub()
+    state, news = Hub(), Condition()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -69,6 +71,9 @@ def hub() -> Iterator[Hub]:
             path = self.path.split("?")[0]
             name = path.rsplit("/", 1)[-1]
             status = state.status_of.get(name, state.status)
+            if name in state.status_of:
+                with news:
+                    assert news.wait_for(lambda: state.refuse_after <= state.sent, timeout=60)
             if status != 200:
                 self.send(status, {"X-Error-Code": state.error_code} if state.error_code else {}, b"{}", body)
             elif path.startswith("/api/models/owner/name/revision/"):
@@ -82,6 +87,9 @@ def hub() -> Iterator[Hub]:
                 self.send(200, {"Content-Type": "application/json"}, json.dumps(tree).encode(), body)
             elif name in FILES:
                 self.send_file(FILES[name], body)
+                with news:
+                    state.sent |= {name} if body else set()
+                    news.notify_all()
             else:
                 self.send(404, {"X-Error-Code": "EntryNotFound"}, b"", body)
 
@@ -147,6 +155,7 @@ def test_a_download_that_breaks_off_goes_on_from_there(hub, tmp_path):
 
 def test_files_that_arrived_are_kept_when_the_download_is_given_up(hub, tmp_path):
     hub.status_of["model.safetensors"] = 404
+    hub.refuse_after = {"config.json", "tokenizer.json", "chat_template.jinja"}  # the files are fetched side by side
     failed = ask(hub, tmp_path)
     refused(failed, "'owner/name' cannot be downloaded", "the same command goes on from there")
     hub.status_of.clear()
