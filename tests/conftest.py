@@ -22,6 +22,10 @@ from kaggle_server import FakeKaggle, reach
 
 jax.config.update("jax_num_cpu_devices", 2)  # before any test touches a device
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling is most of what the tests do, and takes half as long so. Not for the sessions on an imitated Kaggle, which
+# have an environment of their own. Programs that are started compare with this process bit for bit: both the same.
+jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 # 1,289 characters and an end-of-text token: 1,161 tokens to train on, and for validation 8 blocks of 16 and one.
 TEXT = ("".join(f"{n} times {n} is {n * n}, says the table.\n" for n in range(99)))[:1289]
@@ -44,6 +48,14 @@ def compiled_programs_are_let_go() -> Iterator[None]:
     """After each file: every program on CPU maps memory, and a process may have 65,530 maps (vm.max_map_count)."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """Compile as a user's process does, where a test judges what was compiled."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from jgpt.config import UserError, default_config
 from jgpt.model.build import model_config
 from jgpt.training import auto
 from jgpt.training.auto import as_begun, is_auto, settle
-from jgpt.training.estimate import choice_of, with_choice
+from jgpt.training.estimate import choice_of, least_bytes, with_choice
 from jgpt.training.run_dir import write_identity
 from jgpt.training.setup import devices_of
 from jgpt.training.tuning import search
@@ -80,8 +80,9 @@ def test_only_what_is_asked_for_is_chosen(cache: Path, searches: list):
 
 
 def test_a_model_that_cannot_fit_is_refused_with_the_numbers(cache: Path, monkeypatch: pytest.MonkeyPatch):
-    machine = auto.this_machine
-    monkeypatch.setattr(auto, "this_machine", lambda devices: replace(machine(devices), memory_bytes=10_000))
+    machine, config = auto.this_machine, config_of()
+    least = least_bytes(config, model_config(config.model, 50), machine(devices_of(config)))
+    monkeypatch.setattr(auto, "this_machine", lambda devices: replace(machine(devices), memory_bytes=least + 1000))
     with pytest.raises(UserError, match=r"does not fit.*micro_batch_size=1 --config.remat=.*GiB.*Take a smaller model"):
         settled(config_of())
     assert not cache.exists()

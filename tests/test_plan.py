@@ -109,8 +109,10 @@ def test_a_config_that_does_not_fit_is_told_what_does(tmp_path: Path, monkeypatc
     assert not plan.fits and plan.advice is not None and plan.advice.micro_batch_size < 4
     text = page(plan, 5)
     assert "DOES NOT FIT" in text and plan.advice.flags() in text.splitlines()[-1]
-    nothing = with_memory(1000)
+    nothing = with_memory(sum(whole.memory[part] for part in ("parameters", "moments")) + 100)
     assert nothing.advice is None and "Nothing does: this model does not fit" in page(nothing, 5)
+    with pytest.raises(UserError, match="does not fit .*: its parameters and the optimizer's moments alone take"):
+        with_memory(whole.memory["parameters"])
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path: Path):

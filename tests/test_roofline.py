@@ -136,7 +136,7 @@ def test_flops_of_a_program_compiled_here():
     assert predict(compiled.as_text(), RATES).gemm_flops == 2 * 32 * 16 * 64
 
 
-def test_flops_of_a_compiled_t4_step_are_those_of_the_model():
+def test_flops_of_a_compiled_t4_step_are_those_of_the_model(optimized: None):
     """GEMMs of a step that keeps all pairs of attention and recomputes nothing: what flops_per_token counts."""
     shapes = ModelConfig(
         512, 128, n_layers=2, n_heads=2, n_kv_heads=2, d_model=128, d_head=64, d_ff=512, position="learned"

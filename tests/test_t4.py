@@ -23,8 +23,8 @@ CONFIG = Path(__file__).parents[1] / "configs" / "kaggle_t4.py"
 GRADIENTS = 1 << 20  # bytes: an all-reduce of more sums gradients, of less the loss and the like
 
 
-@pytest.fixture(scope="session")
-def t4s() -> Target:
+@pytest.fixture(scope="module")
+def t4s(optimized: None) -> Target:
     """Two T4s; skip where this machine cannot compile for them."""
     try:
         target = compile_only("t4x2")
@@ -34,7 +34,7 @@ def t4s() -> Target:
     return target
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def plan(t4s: Target) -> Plan:
     """Compile the step that `jgpt.train --config configs/kaggle_t4.py` runs, once."""
     config = runpy.run_path(str(CONFIG))["get_config"]()

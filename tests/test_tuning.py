@@ -1,17 +1,17 @@
 """The search finds what trying everything would, in few tries. It knows nothing of compilers, nor do these tests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
 from ml_collections import ConfigDict
 
-from jgpt.config import default_config
+from jgpt.config import UserError, default_config
 from jgpt.hardware.targets import this_machine
 from jgpt.model.build import model_config
 from jgpt.training.estimate import Choice
 from jgpt.training.setup import devices_of
-from jgpt.training.tuning import REMATS, SAME, Search, Space, space_of
+from jgpt.training.tuning import REMATS, SAME, Search, Space, check_least, space_of
 
 T, STATE, DIVISORS = 1024, 3000, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96]
 WAYS = [("none", "kept"), ("none", "chunked"), ("none", "light"), ("dots", "kept"), ("block", "kept")]
@@ -44,7 +44,7 @@ class Step:
 
 
 def search(limit: int, knows_speed: bool = True, **space) -> Search[Step]:
-    given = {"sizes": DIVISORS, "ways": WAYS, "chunks": [2048, 4096, 8192], "sequence_length": T} | space
+    given = {"sizes": DIVISORS, "ways": WAYS, "chunks": [2048, 4096, 8192], "sequence_length": T, "begin": 8} | space
     return Search(lambda choice: Step(choice, knows_speed=knows_speed), Space(**given), limit)
 
 
@@ -95,6 +95,29 @@ def test_without_rates_the_largest_micro_batch_without_recomputation_wins():
     assert best is not None and best.choice == Choice(1, "dots", 256, "kept")
 
 
+@pytest.mark.parametrize(("limit", "size"), [(STATE + 1200, 1), (5000, 2), (13_500, 12)])
+def test_where_it_begins_changes_the_tries_and_not_the_answer(limit: int, size: int):
+    for begin in (1, 3, 96):
+        best = search(limit, ways=WAYS[:1], chunks=[2048], begin=begin).fastest()
+        assert best is not None and best.choice.micro_batch_size == size
+
+
+def test_a_model_that_fills_the_device_begins_with_one_sequence():
+    config = default_config()
+    config.update_from_flattened_dict(
+        {"model.n_layers": 36, "model.d_model": 1280, "model.n_heads": 20, "model.context_length": 1024}
+        | {"precision.compute": "fp16", "batch.global_batch_size": 16, "batch.micro_batch_size": 0, "remat": "auto"}
+    )
+    shapes, machine = model_config(config.model, 50_304), this_machine(devices_of(config))
+    begins = [
+        space_of(config, shapes, replace(machine, memory_bytes=gib * 2**30), False).begin for gib in (10, 14, 24, 80)
+    ]
+    assert begins == [1, 1, 4, 8]
+    check_least(config, shapes, replace(machine, memory_bytes=10 * 2**30))
+    with pytest.raises(UserError, match="moments alone take 8.70 GiB of each, 0.70 more than the 8.00 that there are"):
+        check_least(config, shapes, replace(machine, memory_bytes=8 * 2**30))
+
+
 def test_nothing_is_tried_twice():
     tried: list[Choice] = []
 
@@ -102,7 +125,7 @@ def test_nothing_is_tried_twice():
         tried.append(choice)
         return Step(choice)
 
-    Search(once, Space(DIVISORS, WAYS, [2048, 4096], T), 8000).fastest()
+    Search(once, Space(DIVISORS, WAYS, [2048, 4096], T, 8), 8000).fastest()
     assert len(tried) == len(set(tried))
 
 
@@ -118,8 +141,8 @@ def test_only_what_the_config_leaves_open_is_searched():
         return space_of(config, model_config(config.model, 100), this_machine(devices_of(config)), everything)
 
     own = [("none", "auto")]
-    assert space() == Space([4], own, [2048], 256)  # as training takes it: the largest divisor of 12 below 5
-    assert space(**{"batch.micro_batch_size": 0}) == Space([1, 2, 3, 4, 6, 12], own, [2048], 256)
-    assert space(remat="auto", loss_chunk_tokens=0) == Space([4], [(remat, "auto") for remat in REMATS], [0], 256)
+    assert space() == Space([4], own, [2048], 256, 32)  # as training takes it: the largest divisor of 12 below 5
+    assert space(**{"batch.micro_batch_size": 0}) == Space([1, 2, 3, 4, 6, 12], own, [2048], 256, 32)
+    assert space(remat="auto", loss_chunk_tokens=0) == Space([4], [(remat, "auto") for remat in REMATS], [0], 256, 32)
     all_ways = [(remat, "chunked") for remat in REMATS]  # on a CPU
-    assert space(everything=True) == Space([1, 2, 3, 4, 6, 12], all_ways, [2048, 4096, 8192], 256)
+    assert space(everything=True) == Space([1, 2, 3, 4, 6, 12], all_ways, [2048, 4096, 8192], 256, 32)

@@ -124,6 +124,11 @@ def set_up_process() -> None:
             pass
 
 
+def user_cache() -> Path:
+    """Return the directory for what this user's runs may find again; it need not exist, and nothing depends on it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jgpt"
+
+
 def keep_compiled_programs() -> None:
     """Let JAX keep what it compiles on disk, so that a run that goes on does not compile its step again.
 
@@ -134,7 +139,7 @@ def keep_compiled_programs() -> None:
     """
     if jax.config.jax_compilation_cache_dir is not None or jax.default_backend() == "cpu":  # pyright: ignore[reportAttributeAccessIssue]
         return
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jgpt" / "compiled"
+    directory = user_cache() / "compiled"
     with suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
     if os.access(directory, os.W_OK):

@@ -7,7 +7,6 @@ sums of other micro-batches are rounded differently.
 import hashlib
 import json
 import logging
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict
 import jgpt
 from jgpt.config import UserError, flatten
 from jgpt.data.tokenizer import write_file
-from jgpt.hardware.devices import GIB
+from jgpt.hardware.devices import GIB, user_cache
 from jgpt.hardware.targets import Target, this_machine
 from jgpt.model.gpt import ModelConfig
 from jgpt.training.estimate import Choice, choice_of, with_choice
@@ -103,8 +102,7 @@ def _key(config: ConfigDict, shapes: ModelConfig, target: Target) -> str:
 
 
 def _file() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "jgpt" / "chosen.json"
+    return user_cache() / "chosen.json"
 
 
 def _remembered() -> dict[str, Choice]:

@@ -94,6 +94,13 @@ def with_choice(config: ConfigDict, choice: Choice) -> ConfigDict:
     return config.lock()
 
 
+def least_bytes(config: ConfigDict, shapes: ModelConfig, target: Target) -> int:
+    """Return the bytes of a device that any choice takes: parameters, moments, the frozen ones of LoRA. No compile."""
+    parts = make_parts(with_choice(config, Choice(1, "none", 0, config.attention)), shapes, target.devices)
+    everywhere = _bytes(jax.eval_shape(parts.init)) + _bytes(parts.abstract_frozen())
+    return everywhere // (len(target.devices) if config.parallel == "tensor" else 1)
+
+
 def estimate(config: ConfigDict, shapes: ModelConfig, target: Target) -> Estimate:
     """Compile the train step that a config asks for, and read what it takes. Raises UserError."""
     parts, began = make_parts(config, shapes, target.devices), time.perf_counter()

@@ -20,6 +20,7 @@ from jgpt.data.files import find_files
 from jgpt.data.memmap import prepare
 from jgpt.hardware.devices import keep_compiled_programs, set_up_process
 from jgpt.hardware.memory import OutOfMemory
+from jgpt.hardware.targets import this_machine
 from jgpt.model.build import model_config
 from jgpt.training.auto import as_begun, settle
 from jgpt.training.checkpoint import SAVE_BYTES_PER_SECOND
@@ -30,6 +31,7 @@ from jgpt.training.run_dir import look_for_run, open_run_dir, write_identity
 from jgpt.training.setup import adopt_source, check_disk, devices_of, set_up
 from jgpt.training.step import Numbers
 from jgpt.training.stop import Stop
+from jgpt.training.tuning import check_least
 
 EXIT_SECONDS = 10.0  # what leaving takes beside the save: samples, plots, the interpreter's end
 
@@ -63,11 +65,14 @@ def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], Non
         config, source = adopt_source(config, run_dir)
         config = as_begun(config, run_dir)
         resuming = look_for_run(run_dir, config)
-        p = config.precision
-        choose_device_policy(p.compute, p.params, devices_of(config)[0])  # refuse before the long work
+        p, devices = config.precision, devices_of(config)
+        choose_device_policy(p.compute, p.params, devices[0])  # refuse before the long work
+        target = this_machine(devices)
+        if target.chip.memory_bytes:  # of its own; what a CPU's programs leave each other is a guess
+            check_least(config, model_config(config.model, 1), target)
         keep_compiled_programs()
         data = prepare(config, run_dir / "tokenizer" if resuming else None)
-        config = settle(config, model_config(config.model, data.tokenizer.vocab_size), devices_of(config))
+        config = settle(config, model_config(config.model, data.tokenizer.vocab_size), devices)
         training = set_up(config, data, source)
         abstract = jax.eval_shape(training.init)
         check_disk(run_dir, abstract, config.checkpoint)

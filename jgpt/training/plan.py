@@ -20,7 +20,7 @@ from jgpt.training.auto import is_auto
 from jgpt.training.checkpoint import state_bytes
 from jgpt.training.estimate import Choice, Estimate, choice_of, estimate, with_choice
 from jgpt.training.setup import adopt_source, devices_of
-from jgpt.training.tuning import Search, refusal, search
+from jgpt.training.tuning import Search, check_least, refusal, search
 
 GPT2_IDS = 50_257
 CHARACTERS = 128  # ids of a char tokenizer, at most, for English prose
@@ -88,6 +88,7 @@ def make_plan(
     shapes = model_config(config.model, ids)
     target = target or this_machine(devices_of(config))
     _check_shares(config, target)
+    check_least(config, shapes, target)
 
     def plan(found: Estimate, searched: Search[Estimate] | None) -> Plan:
         return Plan(config, target, vocabulary, found, searched, run_hours, weekly_hours)

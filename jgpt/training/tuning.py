@@ -4,6 +4,7 @@ Beside the data path: `plan.py` prints it, `auto.py` puts its answer into a conf
 compilers: what it tries is a function's business.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +16,15 @@ from jgpt.config import UserError
 from jgpt.hardware.devices import GIB
 from jgpt.hardware.targets import Target
 from jgpt.model.gpt import ModelConfig
-from jgpt.training.estimate import Choice, Estimate, estimate, with_choice
+from jgpt.training.estimate import Choice, Estimate, estimate, least_bytes, with_choice
 from jgpt.training.parts import micro_batch_sizes
 
 REMATS = ("none", "dots", "block")  # fewer FLOPs first, less memory last
 ATTENTIONS = ("kept", "chunked", "light")  # of GPUs; the last computes its scores twice
 FILLS = 4096  # tokens of a micro-batch that keep a device busy; from there on recomputing costs more than it gains
-FIRST_TOKENS = 8192  # of the micro-batch that is tried first
+FIRST_TOKENS = 8192  # of the micro-batch that is tried first, where as many may fit
 SAME = 0.005  # of a step's time: less of a difference is none, and less memory decides
+SMALLER = "Take a smaller model, or train adapters beside a frozen one (--config.lora.rank=16 with init_from)"
 DOUBT = 0.1, 0.02  # of the memory that a line through one measured size, and through two, foretells
 
 
@@ -46,13 +48,15 @@ Found = TypeVar("Found", bound=Tried)
 class Space:
     """What may be chosen: `sizes` of a micro-batch, smallest first; the others likely best first.
 
-    `ways` are remat and attention: those without recomputation, then those with, the one that takes least last.
+    `ways` are remat and attention: those without recomputation, then those with, the one that takes least last. `begin`
+    is about the micro-batch to try first.
     """
 
     sizes: Sequence[int]
     ways: Sequence[tuple[str, str]]
     chunks: Sequence[int]
     sequence_length: int
+    begin: int
 
 
 @dataclass
@@ -108,7 +112,7 @@ class Search(Generic[Found]):
         """
         sizes = self.space.sizes
         fits, too_large = -1, len(sizes)  # the largest index that fits, the smallest that does not
-        at = max(0, bisect_right(sizes, FIRST_TOKENS // self.space.sequence_length) - 1)
+        at = max(0, bisect_right(sizes, self.space.begin) - 1)
         peaks: dict[int, int] = {}
         while fits + 1 < too_large:
             tried = self.measure(choice._replace(micro_batch_size=sizes[at]))
@@ -127,12 +131,17 @@ class Search(Generic[Found]):
 def search(
     config: ConfigDict, shapes: ModelConfig, target: Target, tell: Callable[[Estimate], None], everything: bool = False
 ) -> Search[Estimate]:
-    """Search what a config leaves to the device, or `everything`; `tell` hears of each compile. Returns it, done."""
+    """Search what a config leaves to the device, or `everything`; `tell` hears of each compile. Returns it, done.
+
+    Raises UserError where the memory is not known, or is less than what goes with any choice.
+    """
     if target.memory_bytes is None:
         raise UserError(
             f"how much memory a {target.chip.name} has is not known, so no micro-batch can be chosen for it. Set"
             " --config.batch.micro_batch_size=8, say, and --config.remat=none."
         )
+
+    check_least(config, shapes, target)
 
     def compiled(choice: Choice) -> Estimate:
         found = estimate(with_choice(config, choice), shapes, target)
@@ -151,13 +160,36 @@ def space_of(config: ConfigDict, shapes: ModelConfig, target: Target, everything
     open_size, remats = everything or not b.micro_batch_size, REMATS if config.remat == "auto" else [config.remat]
     forms = ATTENTIONS if target.chip.compute_capability else ("chunked",)  # on a CPU the others only move less memory
     ways = [*(("none", form) for form in forms), *((remat, forms[0]) for remat in REMATS[1:])]
-    base = chunk or 2048
+    base, length = chunk or 2048, b.sequence_length or shapes.context_length
     return Space(
         sizes=sizes if open_size else [max(n for n in sizes if n <= b.micro_batch_size)],
         chunks=[base, 2 * base, 4 * base] if everything else [chunk],
         ways=ways if everything else [(remat, config.attention) for remat in remats],
-        sequence_length=b.sequence_length or shapes.context_length,
+        sequence_length=length,
+        begin=_likely(config, shapes, target, length),
     )
+
+
+def _likely(config: ConfigDict, shapes: ModelConfig, target: Target, length: int) -> int:
+    """Guess the largest micro-batch that fits without recomputation, if it fills the device or less. At least 1.
+
+    A layer keeps about 20 vectors of each token, and its scores of half the keys twice, in half precision; compiling a
+    large model for 8 sequences to learn that 1 does not fit takes many minutes.
+    """
+    room = (target.memory_bytes or math.inf) - least_bytes(config, shapes, target)
+    kept = shapes.n_layers * length * (40 * shapes.d_model + 2 * shapes.n_heads * length)
+    return max(1, int(min(FIRST_TOKENS // length, room // kept)))
+
+
+def check_least(config: ConfigDict, shapes: ModelConfig, target: Target) -> None:
+    """Refuse, before anything is compiled, a model whose parameters and moments alone are too much for a device."""
+    least, limit = least_bytes(config, shapes, target), target.memory_bytes
+    if limit is not None and least > limit:
+        raise UserError(
+            f"this model does not fit {target.kind}: its parameters and the optimizer's moments alone take"
+            f" {least / GIB:.2f} GiB of each, {(least - limit) / GIB:.2f} more than the {limit / GIB:.2f} that there"
+            f" are. {SMALLER}."
+        )
 
 
 def refusal(found: Search[Estimate], target: Target) -> str:
@@ -167,6 +199,5 @@ def refusal(found: Search[Estimate], target: Target) -> str:
         f"this model does not fit {target.kind}: the least that was found, {least.choice.flags()}, takes"
         f" {least.peak / GIB:.2f} GiB of each, {(least.peak - found.limit) / GIB:.2f} more than the"
         f" {found.limit / GIB:.2f} that there are; {least.state / GIB:.2f} of it are parameters, moments and gradients."
-        " Take a smaller model, a shorter --config.batch.sequence_length, or train adapters beside a frozen model"
-        " (--config.lora.rank=16 with init_from)."
+        f" {SMALLER}, or shorten --config.batch.sequence_length."
     )

@@ -28,7 +28,8 @@ from jgpt.data.batches import Batch
 from jgpt.hardware.roofline import GROUPS, Rates, predict
 from jgpt.hardware.targets import Target, compile_only
 from jgpt.model.build import count_parameters
-from jgpt.model.gpt import GPT, ModelConfig
+from jgpt.model.gpt import GPT, Block, ModelConfig, Output
+from jgpt.model.layers import Embedding, Norm
 from jgpt.model.precision import Policy
 from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.training.plan_text import tried_row
@@ -42,12 +43,13 @@ SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36
 
 
 class Variant(NamedTuple):
-    """One row of the first table: which attention, remat, sequences at a time, how the gradients are averaged."""
+    """One row of the first table: attention, remat, sequences at a time, how gradients are averaged, the layers."""
 
     attention: str  # "linen" is the plain GPT below
     remat: str
     rows: int
     average: Any = jnp.float32
+    scanned: bool = False  # one layer compiled, and a loop over all
 
 
 STEPS = {
@@ -60,6 +62,8 @@ STEPS = {
     "kept-average16": Variant("kept", "none", 8, jnp.float16),
     "kept-remat": Variant("kept", "block", 8, jnp.float16),
     "kept-rows12": Variant("kept", "none", 12, jnp.float16),
+    "scan": Variant("kept", "none", 8, jnp.float16, scanned=True),
+    "scan-remat": Variant("kept", "block", 8, jnp.float16, scanned=True),
 }
 
 
@@ -102,6 +106,40 @@ class LinenGPT(nn.Module):
         with jax.named_scope("loss"):
             table = wte.embedding.astype(jnp.float16)
             return jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+
+
+class Layer(nn.Module):
+    """A layer of jgpt's as `nn.scan` takes it."""
+
+    shapes: ModelConfig
+    remat: bool
+    attention: str
+
+    @nn.compact
+    def __call__(self, x: Array, positions: Array, mask: Array) -> tuple[Array, None]:
+        block = nn.remat(Block, static_argnums=(4, 6)) if self.remat else Block
+        return block(self.shapes, jnp.float16, None, self.attention)(x, positions, mask, True, None, False)[0], None
+
+
+class ScannedGPT(nn.Module):
+    """jgpt's GPT-2 for training, its layers in a loop: parameters [L, ...]."""
+
+    config: ModelConfig
+    remat: bool
+    attention: str
+    lora: None = None
+
+    @nn.compact
+    def __call__(self, tokens: Array, segments: None = None, deterministic: bool = False) -> Output:
+        c, positions = self.config, jnp.arange(tokens.shape[1])[None]
+        x = Embedding(c.vocab_size, c.d_model, 0.02, name="wte")(tokens)
+        x = x + Embedding(c.context_length, c.d_model, 0.02, name="wpe")(positions)
+        layers = nn.scan(
+            Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=c.n_layers
+        )
+        mask = positions[:, None, :] <= positions[:, :, None]
+        x, _ = layers(c, self.remat, self.attention, name="h")(x, positions, mask)
+        return Output(Norm(c.norm, c.norm_eps, c.bias, jnp.float32, name="norm")(x), None)
 
 
 def linen_step(shapes: ModelConfig, remat: bool, optimizer: optax.GradientTransformation, devices: Any) -> Any:
@@ -151,7 +189,9 @@ def compile_for(variant: Variant, devices: Any) -> Any:
         step, state = linen_step(shapes, variant.remat == "block", optax.adamw(schedule), devices)
         return step.lower(state, batch).compile()
     policy = Policy(compute=jnp.float16)
-    model = GPT(shapes, policy.compute, variant.remat, attention=variant.attention)
+    model: Any = GPT(shapes, policy.compute, variant.remat, attention=variant.attention)
+    if variant.scanned:
+        model = ScannedGPT(shapes, variant.remat == "block", variant.attention)
     step = make_train_step(model, policy, optimizer, schedule, A, 0, 2048, 1000, variant.average)
     state = jax.eval_shape(lambda: init_state(model, policy, optimizer, 0, 1.0))
     return Pmap(devices).train_step(step).lower(state, {}, Batch(batch)).compile()  # type: ignore[attr-defined]
