@@ -5,15 +5,17 @@ Beside the data path: `verbs_run.py` and `verbs_look.py` hold the verbs, `__main
 
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from jgpt.cli import define_config, load_config
 from jgpt.config import UserError, check
+from jgpt.exchange.hub import is_hub_name
 from jgpt.kaggle.kernel import KERNEL_FILE, METADATA_FILE, Kernel, read_folder
 from jgpt.kaggle.progress import read_arguments
 
@@ -97,8 +99,27 @@ def kernel_of_flags(earlier: Kernel | None = None) -> Kernel:
         docker_image=args.docker_image or kernel.docker_image,
     )
     kernel.check()
-    check(load_config() if "config" in args else read_arguments(kernel.arguments))
+    config = load_config() if "config" in args else read_arguments(kernel.arguments)
+    check(config)
+    if not kernel.internet:
+        for note in _wants_internet(config):
+            print(f"note: {note}", file=sys.stderr)
     return kernel
+
+
+def _wants_internet(config: ConfigDict) -> Iterator[str]:
+    """Say what of a config a session without internet cannot do."""
+    names = {"init_from": config.init_from}
+    if config.tokenizer.kind == "hf" and not config.init_from:
+        names["tokenizer.pretrained"] = config.tokenizer.pretrained
+    for key, name in names.items():
+        if is_hub_name(name):
+            yield (
+                f"{key}={name} is on the Hugging Face Hub, and this session has no internet: add --internet, or mount"
+                " it (--model, --dataset) and name its directory there"
+            )
+    if config.checkpoint.upload:
+        yield f"checkpoint.upload={config.checkpoint.upload}, and this session has no internet: add --internet"
 
 
 def kernel_again() -> Kernel:

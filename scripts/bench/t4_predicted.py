@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jgpt.config import default_config
+from jgpt.config import UserError, default_config
 from jgpt.data.batches import Batch
 from jgpt.hardware.roofline import GROUPS, Rates, predict
 from jgpt.hardware.targets import Target, compile_only
@@ -218,10 +218,14 @@ def fit(size: str, target: Target) -> None:
     config, shapes = default_config(), shapes_of(size)
     config.batch.update({"global_batch_size": 2 * A * 8, "micro_batch_size": 0})
     config.update({"remat": "auto", "precision": {"gradient_average": "fp16"}})
-    found = search(config, shapes, target, lambda tried: print(f"    tried {tried_row(tried)}", flush=True))
+    named = f"{size}, {count_parameters(shapes) / 1e6:.0f}M"
+    try:
+        found = search(config, shapes, target, lambda tried: print(f"    tried {tried_row(tried)}", flush=True))
+    except UserError as error:  # before anything is compiled
+        return print(f"{named}: {error}", flush=True)
     best = found.best() or min(found.tried.values(), key=lambda tried: tried.peak)
     verdict = "fits" if best.peak <= found.limit else "does not fit"
-    print(f"{size}, {count_parameters(shapes) / 1e6:.0f}M: {verdict}: {tried_row(best)}", flush=True)
+    print(f"{named}: {verdict}: {tried_row(best)}", flush=True)
 
 
 def main() -> None:
