@@ -94,7 +94,11 @@ def test_push_dry_run_shows_what_would_be_sent(verb, server, tmp_path):
 
 
 def test_what_takes_the_internet_is_told_before_the_push(verb):
-    wants = ["--config.tokenizer.kind=hf", "--config.tokenizer.pretrained=gpt2", "--config.checkpoint.upload=hub:me/run"]
+    wants = [
+        "--config.tokenizer.kind=hf",
+        "--config.tokenizer.pretrained=gpt2",
+        "--config.checkpoint.upload=hub:me/run",
+    ]
     told = verb("push", CONFIG, *wants, f"--slug={SLUG}", "--dry_run")
     assert told.code == 0 and "note: tokenizer.pretrained=gpt2 is on the Hugging Face Hub" in told.err
     assert "note: checkpoint.upload=hub:me/run, and this session has no internet: add --internet" in told.err
