@@ -88,13 +88,13 @@ def make_plan(
     shapes = model_config(config.model, ids)
     target = target or this_machine(devices_of(config))
     _check_shares(config, target)
-    check_least(config, shapes, target)
 
     def plan(found: Estimate, searched: Search[Estimate] | None) -> Plan:
         return Plan(config, target, vocabulary, found, searched, run_hours, weekly_hours)
 
     if tune or is_auto(config):
         return plan(*_searched(config, shapes, target, tell, tune))
+    check_least(config, shapes, target)  # a search does so itself
     found = estimate(config, shapes, target)
     if plan(found, None).fits:
         return plan(found, None)
