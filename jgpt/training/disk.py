@@ -3,6 +3,7 @@
 Beside the data path: `setup.py` asks before the first step, `checkpoint.py` before each save.
 """
 
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +16,10 @@ SMALL_FILES = 20_000_000  # bytes of a budget left for metrics, samples, plots, 
 def bytes_below(folder: Path) -> int:
     """Return the bytes of all files below a folder; what is deleted meanwhile does not count."""
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
+    for directory, _, names in os.walk(folder):  # passes over directories that vanish, where rglob raises
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(directory, name)).st_size
     return total
 
 
