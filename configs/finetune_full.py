@@ -11,7 +11,7 @@ Command:  python -m jgpt.train --config configs/finetune_full.py --config.data.t
 
 from ml_collections import ConfigDict
 
-from jgpt.config import default_config
+from jgpt.config.defaults import default_config
 
 
 def get_config() -> ConfigDict:
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.optimizer.min_learning_rate = 3e-6
     config.optimizer.weight_decay = 0.01
     config.batch.global_batch_size = 16
-    config.batch.micro_batch_size = 4
+    config.execution.micro_batch_size = 4
     config.batch.sequence_length = 1024
     config.eval.every_steps = 50
     config.sample.every_steps = 100

@@ -4,8 +4,8 @@ The data are .jsonl files, a conversation a line: {"messages": [{"role": "user",
 "assistant", "content": "..."}]}. Only what the assistant says is learned. For plain text set data.format=text.
 
 Hardware: one or two T4s, or any newer GPU; with patience a CPU. A model too large for one card is split over all by
-          --config.parallel=tensor --config.remat=block --config.batch.micro_batch_size=1
-          --config.loss_chunk_tokens=512: Qwen2.5-7B then takes 8.2 GiB of each of two T4s (predicted,
+          --config.execution.parallel=tensor --config.execution.remat=block --config.execution.micro_batch_size=1
+          --config.execution.loss_chunk_tokens=512: Qwen2.5-7B then takes 8.2 GiB of each of two T4s (predicted,
           scripts/bench/t4_large_models.py).
 Time:     measured on 2 CPU cores with shorter sequences (192 tokens, 4 a step): 10 seconds a step. Predicted for two
           T4s: 20,000 tokens a second, so 7 minutes for the 500 steps.
@@ -16,7 +16,7 @@ Command:  python -m jgpt.train --config configs/finetune_lora.py --config.data.t
 
 from ml_collections import ConfigDict
 
-from jgpt.config import default_config
+from jgpt.config.defaults import default_config
 
 
 def get_config() -> ConfigDict:
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.optimizer.min_learning_rate = 2e-5
     config.optimizer.weight_decay = 0.0
     config.batch.global_batch_size = 16
-    config.batch.micro_batch_size = 4
+    config.execution.micro_batch_size = 4
     config.batch.sequence_length = 1024
     config.eval.every_steps = 50
     config.sample.every_steps = 100

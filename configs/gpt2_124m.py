@@ -10,7 +10,7 @@ Offline:  --config.tokenizer.pretrained=DIR, a directory with GPT-2's tokenizer 
 
 from ml_collections import ConfigDict
 
-from jgpt.config import default_config
+from jgpt.config.defaults import default_config
 
 
 def get_config() -> ConfigDict:
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.optimizer.min_learning_rate = 6e-5
     config.optimizer.beta2 = 0.95
     config.batch.global_batch_size = 512
-    config.batch.micro_batch_size = 8
+    config.execution.micro_batch_size = 8
     config.eval.every_steps = 100
     config.eval.batches = 1
     config.checkpoint.every_steps = 500

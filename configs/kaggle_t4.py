@@ -9,7 +9,7 @@ Command:  python -m jgpt.train --config configs/kaggle_t4.py
 
 from ml_collections import ConfigDict
 
-from jgpt.config import default_config
+from jgpt.config.defaults import default_config
 from jgpt.kaggle.paths import input_dir, outputs_dir, scratch_dir
 
 
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.optimizer.min_learning_rate = 1e-4
     config.optimizer.beta2 = 0.95
     config.batch.global_batch_size = 64
-    config.batch.micro_batch_size = 8
+    config.execution.micro_batch_size = 8
     config.eval.every_steps = 500
     config.eval.batches = 8
     config.checkpoint.every_steps = 1000

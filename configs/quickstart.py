@@ -8,7 +8,7 @@ Command:  python -m jgpt.train --config configs/quickstart.py
 
 from ml_collections import ConfigDict
 
-from jgpt.config import default_config
+from jgpt.config.defaults import default_config
 
 
 def get_config() -> ConfigDict:
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 4e-3
     config.optimizer.min_learning_rate = 4e-4
     config.batch.global_batch_size = 16
-    config.batch.micro_batch_size = 2  # on a CPU small buffers are faster: 1.4 times here
+    config.execution.micro_batch_size = 2  # on a CPU small buffers are faster: 1.4 times here
     config.log_every_steps = 20
     config.eval.every_steps = 100
     config.checkpoint.every_steps = 200

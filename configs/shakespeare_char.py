@@ -10,7 +10,7 @@ Text:     https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinysh
 
 from ml_collections import ConfigDict
 
-from jgpt.config import default_config
+from jgpt.config.defaults import default_config
 
 
 def get_config() -> ConfigDict:
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.optimizer.min_learning_rate = 1e-4
     config.optimizer.beta2 = 0.99
     config.batch.global_batch_size = 64
-    config.batch.micro_batch_size = 64
+    config.execution.micro_batch_size = 64
     config.eval.every_steps = 250
     config.eval.batches = 100
     config.checkpoint.every_steps = 250

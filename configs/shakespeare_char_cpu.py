@@ -10,7 +10,7 @@ Text:     https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinysh
 
 from ml_collections import ConfigDict
 
-from jgpt.config import default_config
+from jgpt.config.defaults import default_config
 
 
 def get_config() -> ConfigDict:
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.optimizer.min_learning_rate = 1e-4
     config.optimizer.beta2 = 0.99
     config.batch.global_batch_size = 12
-    config.batch.micro_batch_size = 12
+    config.execution.micro_batch_size = 12
     config.eval.every_steps = 250
     config.eval.batches = 1000  # all of it
     config.checkpoint.every_steps = 500

@@ -17,14 +17,15 @@ from dataclasses import asdict, replace
 import jax
 from absl import flags
 
-from jgpt.cli import run
-from jgpt.config import UserError
-from jgpt.data.chat import read_template
-from jgpt.hardware.devices import describe, set_up_process
+from jgpt.cli.run import run
+from jgpt.data.chat_template import read_template
+from jgpt.errors import UserError
+from jgpt.hardware.devices import describe
+from jgpt.hardware.process import set_up_process
 from jgpt.inference.chat import HELP, Chat, talk
 from jgpt.inference.sampling import Sampling
 from jgpt.kaggle.secrets import provide_hub_token
-from jgpt.training.loading import load_model
+from jgpt.loading.load import load_model
 
 PROMPT = "> "
 DEFAULT = Sampling(temperature=0.7, top_k=50, top_p=0.95)

@@ -18,16 +18,18 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from jgpt.hardware import checks
-from jgpt.hardware.checks import Check
+from jgpt.checks import software as checks
+from jgpt.checks import verdict
+from jgpt.checks.verdict import Check
+from jgpt.wording import GIB
 
 try:
     import jax
     from absl import flags
 
-    from jgpt.cli import run
-    from jgpt.config import UserError
-    from jgpt.hardware import devices, speed
+    from jgpt.cli.run import run
+    from jgpt.errors import UserError
+    from jgpt.hardware import devices, process, speed
     from jgpt.kaggle import checks as kaggle
     from jgpt.kaggle.paths import on_kaggle
     from jgpt.redaction import redact
@@ -35,10 +37,10 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: jax beside a jaxli
     if __name__ != "__main__":
         raise
     broken = {"Software": [*checks.software(), Check("imports", "FAIL", str(error), "mend the packages above")]}
-    print((checks.as_json if "--json" in sys.argv else checks.as_text)(broken))
-    sys.exit(checks.exit_code(broken))
+    print((verdict.as_json if "--json" in sys.argv else verdict.as_text)(broken))
+    sys.exit(verdict.exit_code(broken))
 
-GIB = 2**30
+
 SECRETS = (
     "HF_TOKEN",
     "KAGGLE_API_TOKEN",
@@ -59,8 +61,8 @@ def define_flags() -> None:
 def main() -> int:
     """Check, print, and return the exit code."""
     sections = check_all(Path(flags.FLAGS.run_dir), flags.FLAGS.quick)
-    print(redact(checks.as_json(sections) if flags.FLAGS.json else checks.as_text(sections)))
-    return checks.exit_code(sections)
+    print(redact(verdict.as_json(sections) if flags.FLAGS.json else verdict.as_text(sections)))
+    return verdict.exit_code(sections)
 
 
 def check_all(run_dir: Path, quick: bool) -> dict[str, list[Check]]:
@@ -73,7 +75,7 @@ def check_all(run_dir: Path, quick: bool) -> dict[str, list[Check]]:
     elif online is not None:
         sections["Machine"] += internet(online)
     with contextlib.suppress(UserError):  # TensorFlow: told above
-        devices.set_up_process()
+        process.set_up_process()
     try:
         found = jax.local_devices()
     except RuntimeError as error:
@@ -87,7 +89,7 @@ def check_all(run_dir: Path, quick: bool) -> dict[str, list[Check]]:
 
 def cores() -> list[Check]:
     """Count the CPU cores."""
-    usable, present = devices.usable_cores(), os.cpu_count()
+    usable, present = process.usable_cores(), os.cpu_count()
     return [Check("CPU cores", "ok", f"{usable}" if usable == present else f"{usable} of {present}")]
 
 

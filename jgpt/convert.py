@@ -19,16 +19,16 @@ from pathlib import Path
 
 from absl import flags
 
-from jgpt.cli import run
-from jgpt.config import UserError
+from jgpt.cli.run import run
+from jgpt.errors import UserError
 from jgpt.exchange.hub import locate
 from jgpt.exchange.pretrained import check_export, export_model, open_pretrained
 from jgpt.kaggle.secrets import provide_hub_token
-from jgpt.model.build import count_parameters
+from jgpt.loading.load import import_model
+from jgpt.loading.source import Source, load_params, open_source
+from jgpt.model.parameters import count_parameters
 from jgpt.model.precision import DTYPES
-from jgpt.training.loading import import_model
-from jgpt.training.metrics import format_count
-from jgpt.training.source import Source, load_params, open_source
+from jgpt.wording import format_count
 
 KINDS = ["auto", "fp32", "fp16", "bf16"]
 

@@ -14,16 +14,18 @@ from itertools import chain
 
 from absl import flags
 
-from jgpt.cli import run
-from jgpt.config import UserError
+from jgpt.cli.run import run
 from jgpt.data.batches import Batch, validation_blocks
+from jgpt.data.blocks import TokenStream, blocks
 from jgpt.data.corpus import Corpus
-from jgpt.data.files import find_files
-from jgpt.data.memmap import TokenData, open_token_data, token_directory
-from jgpt.hardware.devices import set_up_process
+from jgpt.data.find_files import find_files
+from jgpt.data.token_files import TokenData, open_token_data, token_directory
+from jgpt.errors import UserError
+from jgpt.hardware.process import set_up_process
 from jgpt.kaggle.secrets import provide_hub_token
-from jgpt.training.evaluation import TokenStream, bits_per_byte, blocks, evaluate_run
-from jgpt.training.loading import LoadedModel, load_model
+from jgpt.loading.evaluate import evaluate_run
+from jgpt.loading.load import LoadedModel, load_model
+from jgpt.parallel.evaluation import bits_per_byte
 
 LONGEST = 2048  # tokens of a block, where neither the user nor a run says how many
 

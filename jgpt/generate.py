@@ -18,14 +18,15 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from jgpt.cli import run
-from jgpt.config import UserError
-from jgpt.hardware.devices import describe, set_up_process
+from jgpt.cli.run import run
+from jgpt.errors import UserError
+from jgpt.hardware.devices import describe
+from jgpt.hardware.process import set_up_process
 from jgpt.inference.decode import generate
 from jgpt.inference.sampling import Sampling
 from jgpt.inference.text_stream import TextStream
 from jgpt.kaggle.secrets import provide_hub_token
-from jgpt.training.loading import load_model
+from jgpt.loading.load import load_model
 
 SEPARATOR = "-" * 80
 

@@ -16,13 +16,14 @@ import sys
 import jax
 from absl import flags
 
-from jgpt.cli import EXIT_DONE, EXIT_MEMORY, define_config, load_config, run
-from jgpt.config import check
-from jgpt.hardware.devices import set_up_process
-from jgpt.hardware.targets import TARGETS, THIS
-from jgpt.training.estimate import Estimate
-from jgpt.training.plan import make_plan
-from jgpt.training.plan_text import as_dict, page, tried_row
+from jgpt.cli.flags import define_config, load_config
+from jgpt.cli.run import EXIT_DONE, EXIT_MEMORY, run
+from jgpt.config.check import check
+from jgpt.hardware.process import set_up_process
+from jgpt.planning.devices import TARGETS, THIS
+from jgpt.planning.estimate import Estimate
+from jgpt.planning.page import as_dict, page, tried_row
+from jgpt.planning.summary import make_plan
 
 
 def define_flags() -> None:

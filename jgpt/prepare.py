@@ -7,10 +7,12 @@ Training does the same when the token directory is missing or out of date.
 
 from pathlib import Path
 
-from jgpt.cli import define_config, load_config, run
-from jgpt.config import check
-from jgpt.data.memmap import prepare, token_directory
-from jgpt.training.setup import adopt_source
+from jgpt.cli.flags import define_config, load_config
+from jgpt.cli.run import run
+from jgpt.config.check import check
+from jgpt.data.token_files import token_directory
+from jgpt.data.write_tokens import prepare
+from jgpt.loading.adopt import adopt_source
 
 PREVIEW_TOKENS = 200
 

@@ -11,7 +11,8 @@ and --config.deadline_hours finish the step, save, and exit with 0.
 import shlex
 import sys
 
-from jgpt.cli import define_config, load_config, run, set_up_logging
+from jgpt.cli.flags import define_config, load_config
+from jgpt.cli.run import run, set_up_logging
 from jgpt.kaggle.limits import fit_to_kaggle
 from jgpt.kaggle.paths import check_inputs, on_kaggle
 from jgpt.kaggle.resume import bring_back, unpacked

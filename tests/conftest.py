@@ -65,7 +65,8 @@ def command() -> Command:
 
 
 def _run(name: Any, *arguments: str, stdin: str | bytes = "") -> Result:
-    from jgpt import cli
+    from jgpt.cli import flags as cli_flags
+    from jgpt.cli import run as cli_run
 
     module = importlib.import_module(f"jgpt.{name}") if isinstance(name, str) else name
     raw = stdin.encode() if isinstance(stdin, str) else stdin
@@ -76,8 +77,8 @@ def _run(name: Any, *arguments: str, stdin: str | bytes = "") -> Result:
                 with pytest.raises(SystemExit) as exit:
                     if hasattr(module, "entry"):  # a command with verbs, each with flags of its own
                         module.entry()
-                    getattr(module, "define_flags", cli.define_config)()
-                    cli.run(module.main, module.__doc__)
+                    getattr(module, "define_flags", cli_flags.define_config)()
+                    cli_run.run(module.main, module.__doc__)
     assert isinstance(exit.value.code, int)
     return Result(exit.value.code, out.getvalue(), err.getvalue())
 
@@ -120,7 +121,7 @@ def _tiny(root: Path) -> list[str]:
         "out_dir": root / "run", "log_every_steps": 1, "data.text_glob": root / "text.txt", "tokenizer.kind": "char",
         "model.n_layers": 1, "model.n_heads": 2, "model.d_model": 16, "model.context_length": 16,
         "optimizer.total_steps": 4, "optimizer.warmup_steps": 1, "batch.global_batch_size": 4,
-        "batch.micro_batch_size": 2, "eval.every_steps": 2, "sample.max_new_tokens": 4, "checkpoint.every_steps": 2,
+        "execution.micro_batch_size": 2, "eval.every_steps": 2, "sample.max_new_tokens": 4, "checkpoint.every_steps": 2,
     }  # fmt: skip
     base = Path(__file__).parents[1] / "configs" / "base.py"
     return [f"--config={base}", *(f"--config.{key}={value}" for key, value in config.items())]

@@ -19,7 +19,7 @@ def settings(**changes: Any) -> tuple[str, ...]:
     small = {
         "log_every_steps": 1, "tokenizer.kind": "char", "model.n_layers": 1, "model.n_heads": 2, "model.d_model": 32,
         "model.context_length": 32, "model.dropout": 0.1, "optimizer.total_steps": 60, "optimizer.warmup_steps": 2,
-        "batch.global_batch_size": 8, "batch.micro_batch_size": 2, "eval.every_steps": 4, "eval.batches": 1,
+        "batch.global_batch_size": 8, "execution.micro_batch_size": 2, "eval.every_steps": 4, "eval.batches": 1,
         "sample.every_steps": 10, "sample.max_new_tokens": 8, "checkpoint.every_steps": 5, "deadline_hours": 0.0,
     }  # fmt: skip
     changed = {name.replace("__", "."): value for name, value in changes.items()}

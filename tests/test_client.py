@@ -5,7 +5,7 @@ import json
 import pytest
 from kaggle_server import SIGNATURE, FakeKaggle, Fault, Version
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.redaction import HIDDEN
 
 SLUG = "owner/a-run"

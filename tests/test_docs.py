@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jgpt.config import default_config, flatten
+from jgpt.config.defaults import default_config, flatten
 from jgpt.kaggle.__main__ import VERBS
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import pytest
 from test_check_env import P100, T4S, fake_gpu, named
 
 from jgpt import check_env
-from jgpt.hardware.checks import Check
+from jgpt.checks.verdict import Check
 from jgpt.kaggle import checks
 
 PLANTED = "planted-secret-0123456789"

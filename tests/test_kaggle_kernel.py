@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.kaggle import kernel as module
 from jgpt.kaggle.kernel import Kernel, code_file, read_folder, write_folder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jgpt.config import default_config
+from jgpt.config.defaults import default_config
 from jgpt.kaggle import limits
 from jgpt.kaggle.limits import fit_to_kaggle, session_hours
 

@@ -13,9 +13,9 @@ from unittest import mock
 
 import pytest
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.kaggle.pack import checkpoints_in, pack, unpack
-from jgpt.training.checkpoint import verify, whole_steps
+from jgpt.run_dir.manifest import verify, whole_steps
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jgpt.config import UserError
-from jgpt.data.files import RUN_FILES, find_files
+from jgpt.data.find_files import RUN_FILES, find_files
+from jgpt.errors import UserError
 from jgpt.kaggle import paths
 
 REPOSITORY = Path(__file__).parents[1]

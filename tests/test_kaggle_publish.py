@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_hosts import HUB_TOKEN, KAGGLE_TOKEN, Server, hub, server  # noqa: F401
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.kaggle import publish as module
 from jgpt.kaggle.publish import LEFT_OUT, check_target, fetch, parse_target, publish
 

@@ -10,13 +10,14 @@ from unittest import mock
 import pytest
 from ml_collections import ConfigDict
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.kaggle import pack as packing
 from jgpt.kaggle.pack import pack
 from jgpt.kaggle.resume import bring_back, unpacked
-from jgpt.training.checkpoint import digest, read_meta, verify, whole_steps
-from jgpt.training.metrics import read_metrics
-from jgpt.training.run_dir import read_config
+from jgpt.run_dir.identity import read_config
+from jgpt.run_dir.manifest import digest, verify, whole_steps
+from jgpt.run_dir.metrics_file import read_metrics
+from jgpt.run_dir.params import read_meta
 
 MOUNTS = ("notebooks/me/my-run/outputs", "my-run/outputs", "datasets/me/my-run")
 
@@ -257,7 +258,7 @@ def test_killed_while_it_brings_a_run_back_it_begins_again(config, mount):
 
 
 def test_another_process_in_the_run_directory_is_not_disturbed(config, mount):
-    from jgpt.training.run_dir import open_run_dir
+    from jgpt.run_dir.identity import open_run_dir
 
     mount()
     with open_run_dir(config.out_dir):

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from fake_hosts import HUB_TOKEN, Server, hub, server  # noqa: F401
 
-from jgpt.config import UserError, default_config
+from jgpt.config.defaults import default_config
+from jgpt.errors import UserError
 from jgpt.kaggle import uploads as module
 from jgpt.kaggle.uploads import Uploads
 

@@ -122,7 +122,7 @@ def test_shapes_of_secrets_that_nobody_told_us():
 
 
 def test_the_log_hides_them(monkeypatch: pytest.MonkeyPatch, capsys):
-    from jgpt.training.metrics import TerminalHandler
+    from jgpt.cli.terminal import TerminalHandler
 
     monkeypatch.setenv("SOME_TOKEN", "planted-0123456789")
     TerminalHandler().emit(logging.LogRecord("jgpt", logging.INFO, "", 0, "with %s", ("planted-0123456789",), None))

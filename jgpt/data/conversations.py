@@ -1,7 +1,7 @@
 """Conversations to words: .jsonl lines of messages in, ids that know what is learned out.
 
 A line is {"messages": [{"role": "system", "user" or "assistant", "content": TEXT}, ...]}; other fields are not read.
-Before in the data path: `corpus.py`, `chat.py` and `tokenizer.py`; after: `memmap.py`, which keeps the words, and
+Before in the data path: `corpus.py`, `chat.py` and `tokenizer.py`; after: `token_files.py`, which keeps the words, and
 `packing.py`.
 
 A word is a uint32: the id in its low 30 bits, bit 31 where the token is learned (the assistant wrote it, its end of
@@ -16,10 +16,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from jgpt.config import UserError
-from jgpt.data.chat import Message, answers
+from jgpt.data.chat_template import Message, answers
 from jgpt.data.corpus import Corpus, Piece
 from jgpt.data.tokenizer import Tokenizer
+from jgpt.errors import UserError
 
 LEARNED, BEGINS = np.uint32(1 << 31), np.uint32(1 << 30)
 IDS = np.uint32(BEGINS - 1)

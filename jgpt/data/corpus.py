@@ -1,7 +1,7 @@
 """Files to documents, in bounded memory.
 
 A document travels as pieces of at most `PIECE_CHARACTERS`, so a text file of any size streams through. Text is exact:
-no newline is translated, nothing is stripped but a byte order mark. Before in the data path: `files.py`; after:
+no newline is translated, nothing is stripped but a byte order mark. Before in the data path: `find_files.py`; after:
 `tokenizer.py`.
 """
 
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from jgpt.config import UserError
-from jgpt.data.files import CORRUPT, decompress
+from jgpt.data.find_files import CORRUPT, decompress
+from jgpt.errors import UserError
 
 PIECE_CHARACTERS = 1 << 18  # small, as tokenizers need some 100 bytes a token while they work
 Read = TypeVar("Read")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jgpt.config import UserError
 from jgpt.data.conversations import BEGINS, LEARNED
+from jgpt.errors import UserError
 
 SCAN_WORDS = 1 << 22  # of a token file at a time
 log = logging.getLogger("jgpt")

@@ -2,7 +2,7 @@
 
 One class for the three kinds (char, bpe, hf) over the `tokenizers` library's own file format: the saved directory
 opens in `transformers.AutoTokenizer` and gives the same ids there. Before in the data path:
-`corpus.py`; after: `memmap.py`.
+`corpus.py`; after: `write_tokens.py`.
 """
 
 import hashlib
@@ -19,8 +19,9 @@ import tokenizers
 from ml_collections import ConfigDict
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jgpt.config import UserError
+from jgpt.atomic_write import write_file
 from jgpt.data.corpus import Corpus, without_surrogates
+from jgpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
@@ -36,7 +37,7 @@ class Tokenizer:
     def __init__(self, tokenizer_json: str, settings: dict[str, Any]):
         """Open the text of tokenizer.json; `settings` are tokenizer_config.json's: at least `eos_token`.
 
-        `chat_template` among them is what `chat.py` turns messages into text by.
+        `chat_template` among them is what `chat_template.py` turns messages into text by.
         """
         self.tokenizer_json = tokenizer_json
         self.settings = settings
@@ -227,16 +228,6 @@ def load_pretrained(name: str) -> Tokenizer:
             "or name its end-of-text token as eos_token in the directory's tokenizer_config.json."
         )
     return Tokenizer(found.backend_tokenizer.to_str(pretty=True), settings)
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all: a temporary name, flushed, renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _tokens_at(encoding: tokenizers.Encoding, places: Sequence[int]) -> list[int] | None:

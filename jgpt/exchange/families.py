@@ -11,9 +11,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jgpt.config import UserError, default_config, problems
-from jgpt.model.gpt import ModelConfig
+from jgpt.config.check import problems
+from jgpt.config.defaults import default_config
+from jgpt.errors import UserError
 from jgpt.model.rope import RopeScaling
+from jgpt.model.shapes import ModelConfig
 
 log = logging.getLogger("jgpt")
 

@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 
 log = logging.getLogger("jgpt")
 

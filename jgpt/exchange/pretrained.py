@@ -17,14 +17,14 @@ import jax
 from ml_collections import ConfigDict
 
 import jgpt
-from jgpt.config import UserError
-from jgpt.data.tokenizer import Tokenizer, load_pretrained, write_file
+from jgpt.atomic_write import write_file
+from jgpt.data.tokenizer import Tokenizer, load_pretrained
+from jgpt.errors import UserError
 from jgpt.exchange.families import ARCHITECTURES, home, read_config, write_config
 from jgpt.exchange.tensors import prefix, table
 from jgpt.exchange.weights import Stored, entry_bytes, find_tensors, main_dtype, match, save_params
-from jgpt.model.build import model_config
-from jgpt.model.gpt import ModelConfig
 from jgpt.model.precision import DTYPES
+from jgpt.model.shapes import ModelConfig, model_config
 
 SHARD_BYTES = 5_000_000_000
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

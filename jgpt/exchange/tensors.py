@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jgpt.model.gpt import ModelConfig
+from jgpt.model.shapes import ModelConfig
 
 Shape = tuple[int, ...]
 PREFIXES = {"gpt2": "transformer."}  # of every name but lm_head's; a file of the bare model leaves it out

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from jgpt.config import UserError
-from jgpt.data.tokenizer import write_file
+from jgpt.atomic_write import write_file
+from jgpt.errors import UserError
 from jgpt.exchange.tensors import BUFFERS, Entry, Shape, prefix, table
 
 if TYPE_CHECKING:

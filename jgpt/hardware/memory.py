@@ -1,6 +1,6 @@
 """Out of memory: which errors mean it, what was asked for, and what there is.
 
-Beside the data path: training and the commands tell with it what XLA and NumPy raise.
+Beside the data path: training and the commands say with it what XLA and NumPy raise.
 """
 
 import os
@@ -8,7 +8,8 @@ import re
 
 import jax
 
-GIB = 2**30
+from jgpt.wording import gib
+
 # XLA says it in many ways: its allocators (as RESOURCE_EXHAUSTED, or on a CPU of jax 0.7 as INTERNAL), its constants,
 # CUDA graphs, cuBLAS and cuDNN. A full disk and a kernel's shared memory are other matters.
 _SIGNS = r"out of memory|RESOURCE_EXHAUSTED|CUDA_ERROR_OUT_OF_MEMORY|_STATUS_ALLOC_FAILED|failed to allocate"
@@ -16,10 +17,6 @@ _OTHERS = r"no space left|shared memory"
 _AMOUNT = r"([\d.]+) ?([KMGTPE]iB|bytes)"
 _LARGEST = r"Buffer 1:\s+Size: (\S+)(?:\s+Operator: op_name=\"([^\"]+)\")?"  # of XLA's list of a program's arrays
 _UNITS = {"bytes": 1} | {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGTPE", 1)}
-
-
-class OutOfMemory(RuntimeError):
-    """There is not as much memory as was asked for; the message says what to change. The commands exit with 3."""
 
 
 def shortage(error: BaseException | None, device: jax.Device | None = None) -> str:
@@ -37,15 +34,6 @@ def shortage(error: BaseException | None, device: jax.Device | None = None) -> s
             return f"the {where.device_kind} {_asked(text)}, and has {has}"
         error = error.__cause__
     return ""
-
-
-def gib(n: float) -> str:
-    """Write bytes in GiB.
-
-    >>> gib(4770354232)
-    '4.44 GiB'
-    """
-    return f"{n / GIB:.2f} GiB"
 
 
 def _means_memory(text: str) -> bool:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jgpt.config import UserError
-from jgpt.data.chat import Message, render
+from jgpt.data.chat_template import Message, render
 from jgpt.data.tokenizer import Tokenizer
+from jgpt.errors import UserError
 from jgpt.inference.decode import compilations, generate
 from jgpt.inference.sampling import Sampling
 from jgpt.inference.text_stream import TextStream

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.inference.sampling import RULED_OUT, Sampling, sample
 from jgpt.model.gpt import GPT, unembedding
 from jgpt.model.kv_cache import KVCache, empty_cache

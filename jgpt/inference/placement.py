@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.hardware.devices import GIB, describe, free_memory
-from jgpt.model.attention import CHUNKS
-from jgpt.model.build import abstract_stored
-from jgpt.model.gpt import ModelConfig
-from jgpt.model.sharding import device_mesh, for_devices, param_shardings, place, split_bytes
+from jgpt.model.attention.chunked import CHUNKS
+from jgpt.model.columns import for_devices
+from jgpt.model.parameters import abstract_stored
+from jgpt.model.shapes import ModelConfig
+from jgpt.parallel.rules import device_mesh, param_shardings, place, split_bytes
 
 log = logging.getLogger("jgpt")
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 
 RULED_OUT = jnp.finfo(jnp.float32).min
 

@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jgpt import cli
-from jgpt.config import UserError
-from jgpt.help import columns
+from jgpt.cli.flags import did_you_mean
+from jgpt.cli.help import columns
+from jgpt.cli.run import run
+from jgpt.errors import UserError
 from jgpt.kaggle import verbs, verbs_look, verbs_run
 
 
@@ -52,15 +53,15 @@ def entry() -> None:
         verb = VERBS[name]
         del sys.argv[1]
         verb.define_flags()
-        cli.run(verb.main, f"{inspect.getdoc(verb.main)}\n\n{codes}")
+        run(verb.main, f"{inspect.getdoc(verb.main)}\n\n{codes}")
     else:
         lines = columns((name, (inspect.getdoc(verb.main) or "").split("\n")[0]) for name, verb in VERBS.items())
-        cli.run(unknown, f"{__doc__}\nVerbs, each with a --help of its own:\n{lines}\n\n{codes}")
+        run(unknown, f"{__doc__}\nVerbs, each with a --help of its own:\n{lines}\n\n{codes}")
 
 
 def unknown(name: str = "") -> None:
     """Refuse what is no verb."""
-    given = f"{name!r} is no verb.{cli.did_you_mean(name, VERBS)}" if name else "no verb was given."
+    given = f"{name!r} is no verb.{did_you_mean(name, VERBS)}" if name else "no verb was given."
     raise UserError(f"{given} Allowed: {', '.join(VERBS)}. What they do: python -m jgpt.kaggle --help")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.kaggle.kernel import Kernel
 from jgpt.kaggle.progress import Progress, is_finished, last_progress, write_next
 

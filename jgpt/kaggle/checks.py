@@ -9,11 +9,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from jgpt.hardware.checks import Check
+from jgpt.checks.verdict import Check
 from jgpt.kaggle.limits import KEPT_GB
 from jgpt.kaggle.paths import input_dir, mounts, scratch_dir, working_dir
 from jgpt.redaction import redact
-from jgpt.training.disk import bytes_below
+from jgpt.run_dir.disk import bytes_below
 
 TWO_T4S = (
     'kaggle kernels push --accelerator NvidiaTeslaT4, or "machine_shape": "NvidiaTeslaT4" in kernel-metadata.json, '

@@ -26,7 +26,7 @@ from kagglesdk.kernels.types.kernels_api_service import (
 )
 from requests.adapters import HTTPAdapter
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.kaggle.retry import TOKEN_HELP, NotFound, Patience, Unauthorized
 from jgpt.redaction import redact
 

@@ -43,12 +43,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.kaggle import checks
 from jgpt.kaggle.paths import on_kaggle, scratch_dir, working_dir
 from jgpt.kaggle.publish import publish
 from jgpt.redaction import redact
-from jgpt.training.run_dir import write_json
+from jgpt.run_dir.identity import write_json
 
 PACKAGES = (
     "jgpt", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "flax", "optax", "orbax-checkpoint", "tensorstore",

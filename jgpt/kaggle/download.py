@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.kaggle.pack import unpack
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jgpt
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.kaggle import bootstrap
 
 CODE_FILE, METADATA_FILE, KERNEL_FILE = "kernel.py", "kernel-metadata.json", "kernel.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jgpt.kaggle.paths import on_kaggle, scratch_dir, working_dir
-from jgpt.training.disk import bytes_below
+from jgpt.run_dir.disk import bytes_below
 
 SESSION_HOURS = 12.0  # then a GPU session is killed, and what it wrote may be thrown away
 DEADLINE_HOURS = 11.0  # so an hour is left for packing, the last upload and Kaggle's own copying

@@ -15,12 +15,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jgpt.config import default_config
+from jgpt.config.defaults import default_config
 from jgpt.hardware import speed
-from jgpt.hardware.devices import describe, set_up_process
-from jgpt.model.build import flops_per_token, model_config
+from jgpt.hardware.devices import describe
+from jgpt.hardware.process import set_up_process
+from jgpt.model.parameters import flops_per_token
+from jgpt.model.shapes import model_config
+from jgpt.run_dir.identity import read_config
 from jgpt.training import loop
-from jgpt.training.run_dir import read_config
 
 MIB = 2**20
 
@@ -110,11 +112,11 @@ def _small_gpt(folder: str, on_cpu: bool) -> ConfigDict:
     if on_cpu:
         config.data.text_glob, config.tokenizer.kind = config.data.text_glob.split(",")[-1], "char"
         config.model.update({"n_layers": 2, "n_heads": 2, "d_model": 64, "context_length": 64})
-        config.batch.update({"global_batch_size": 8, "micro_batch_size": 4})
+        config.batch.global_batch_size, config.execution.micro_batch_size = 8, 4
     else:
         config.precision.compute = "fp16"
         config.model.update({"n_layers": 12, "n_heads": 12, "d_model": 768, "context_length": 1024})
-        config.batch.update({"global_batch_size": 32, "micro_batch_size": 4})
+        config.batch.global_batch_size, config.execution.micro_batch_size = 32, 4
     return config
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 
 STAGING = ".staging-"  # begins the name of a folder for what is not whole yet, beside where it will be
 

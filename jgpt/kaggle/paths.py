@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from jgpt.config import UserError
-from jgpt.data.files import holds_run
+from jgpt.data.find_files import holds_run
+from jgpt.errors import UserError
 from jgpt.kaggle.bootstrap import kaggle_root, scratch_dir
 
 __all__ = ["check_inputs", "find_input", "find_runs", "input_dir", "on_kaggle", "outputs_dir", "scratch_dir"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.kaggle.kernel import Kernel, write_folder
 from jgpt.kaggle.limits import DEADLINE_HOURS
 

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jgpt.config import UserError
-from jgpt.data.files import holds_run
+from jgpt.data.find_files import holds_run
+from jgpt.errors import UserError
 from jgpt.kaggle import pack
 from jgpt.kaggle.paths import scratch_dir
 from jgpt.redaction import redact

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jgpt.config import UserError
-from jgpt.data.files import holds_run
+from jgpt.data.find_files import holds_run
+from jgpt.errors import UserError
 from jgpt.kaggle import pack
 from jgpt.kaggle.paths import find_runs, input_dir, scratch_dir
 from jgpt.kaggle.publish import fetch
-from jgpt.training.checkpoint import verify, whole_steps
-from jgpt.training.metrics import best_validation, read_metrics
-from jgpt.training.run_dir import check_same_run, open_run_dir, read_config
+from jgpt.run_dir.identity import check_same_run, open_run_dir, read_config
+from jgpt.run_dir.manifest import verify, whole_steps
+from jgpt.run_dir.metrics_file import best_validation, read_metrics
 
 FILES = ("config.json", "metrics.jsonl", "samples.txt")  # the loop cuts them off after the checkpoint's step
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import requests
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.redaction import HIDDEN, redact
 
 ATTEMPTS = 6

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from jgpt.kaggle.paths import scratch_dir
 from jgpt.kaggle.publish import check_target, copy_tree
 from jgpt.redaction import redact
-from jgpt.training.metrics import format_duration
+from jgpt.wording import format_duration
 
 MOST_SECONDS = 3600.0  # for one upload while the run trains
 LAST_SECONDS = 1200.0  # for what is left to send at the end: on Kaggle an hour is left behind the deadline

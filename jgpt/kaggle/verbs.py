@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jgpt.cli import define_config, load_config
-from jgpt.config import UserError, check
+from jgpt.cli.flags import define_config, load_config
+from jgpt.config.check import check
+from jgpt.errors import UserError
 from jgpt.exchange.hub import is_hub_name
 from jgpt.kaggle.kernel import KERNEL_FILE, METADATA_FILE, Kernel, read_folder
 from jgpt.kaggle.progress import read_arguments

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.kaggle import publish as publishing
 from jgpt.kaggle.download import check_replaceable, download_run
 from jgpt.kaggle.progress import last_progress

@@ -7,8 +7,8 @@ import json
 
 from absl import flags
 
-from jgpt.config import UserError
-from jgpt.help import columns
+from jgpt.cli.help import columns
+from jgpt.errors import UserError
 from jgpt.kaggle.chain import Chain, wait_for_end
 from jgpt.kaggle.doctor import in_short
 from jgpt.kaggle.kernel import Kernel, write_folder

@@ -7,7 +7,6 @@ Dimensions, here and everywhere:
     G = N / K query heads that share a key/value head   H head width   F MLP width   V vocabulary   L layers
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,41 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jgpt.model.attention import attend_causally, attend_newest
+from jgpt.model.attention.choose import attend_causally
+from jgpt.model.attention.plain import attend_newest
 from jgpt.model.kv_cache import KVCache, LayerCache
 from jgpt.model.layers import Embedding, Linear, Norm, dropout
 from jgpt.model.lora import LoRA
-from jgpt.model.rope import RopeScaling, rope
+from jgpt.model.rope import rope
+from jgpt.model.shapes import ModelConfig
 
 # Standard deviations of the initial normal distribution (GPT-2's; Radford et al. 2019, section 2.3).
 # The two layers that write to the residual stream are divided by sqrt(2 L): its variance must not grow with depth.
 INIT = {"embedding": 0.02, "position": 0.02, "linear": 0.02, "residual": 0.02}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shapes and choices of one GPT, all derived values filled in; see `jgpt.config` for what each key means."""
-
-    vocab_size: int
-    context_length: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_model: int
-    d_head: int
-    d_ff: int
-    mlp_groups: int = 1  # columns of gate and up lie in so many groups: one for each device that shares the model
-    dropout: float = 0.0
-    position: str = "rope"
-    norm: str = "rmsnorm"
-    mlp: str = "swiglu"
-    bias: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tie_embeddings: bool = True
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling = RopeScaling()
-    norm_eps: float = 1e-5
 
 
 class Output(NamedTuple):

@@ -47,7 +47,7 @@ class Linear(nn.Module):
 
     All leading dimensions of x are folded into one, and the features too, which keeps XLA from transposing activations
     before the weight gradient (a fifth of a training step on CPU). For the same reason the MLP's last layer is stored
-    transposed. Only the first of the features can be split over devices (`model/sharding.py`): folded, the others could
+    transposed. Only the first of the features can be split over devices (`parallel/rules.py`): folded, the others could
     not be told apart.
     """
 

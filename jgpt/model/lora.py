@@ -12,8 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from jgpt.config import LORA_TARGETS
+from jgpt.config.defaults import LORA_TARGETS
 
 
 @dataclass(frozen=True)
@@ -51,3 +52,9 @@ def merge(path: tuple[str, ...], array: np.ndarray, adapters: Any, lora: LoRA) -
     update = a @ b.reshape(lora.rank, -1) * lora.scale
     update = update.T if path[-2] == "down" else update
     return (array.astype(np.float32) + update.reshape(array.shape)).astype(array.dtype)
+
+
+def lora_config(lora: ConfigDict) -> LoRA | None:
+    """Return what `config.lora` asks for; None where its rank is 0."""
+    targets = tuple(target.strip() for target in lora.targets.split(","))
+    return LoRA(lora.rank, lora.alpha, lora.dropout, targets) if lora.rank else None

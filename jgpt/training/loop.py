@@ -13,25 +13,26 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from jgpt.config import check
-from jgpt.data.batches import Prefetcher
+from jgpt.config.check import check
 from jgpt.data.corpus import Corpus
-from jgpt.data.files import find_files
-from jgpt.data.memmap import prepare
-from jgpt.hardware.devices import keep_compiled_programs, set_up_process
-from jgpt.hardware.memory import OutOfMemory
-from jgpt.hardware.targets import this_machine
-from jgpt.model.build import model_config
-from jgpt.training.auto import as_begun, settle
-from jgpt.training.checkpoint import SAVE_BYTES_PER_SECOND
-from jgpt.training.loading import choose_device_policy
-from jgpt.training.metrics import format_duration
+from jgpt.data.find_files import find_files
+from jgpt.data.prefetch import Prefetcher
+from jgpt.data.write_tokens import prepare
+from jgpt.errors import OutOfMemory
+from jgpt.hardware.process import keep_compiled_programs, set_up_process
+from jgpt.loading.adopt import adopt_source
+from jgpt.model.shapes import model_config
+from jgpt.parallel.build import choose_device_policy, devices_of
+from jgpt.planning.auto import as_begun, settle
+from jgpt.planning.devices import this_machine
+from jgpt.planning.search import check_least
+from jgpt.run_dir.checkpoint import SAVE_BYTES_PER_SECOND
+from jgpt.run_dir.identity import look_for_run, open_run_dir, write_identity
+from jgpt.step.train_step import Numbers
 from jgpt.training.run import Run
-from jgpt.training.run_dir import look_for_run, open_run_dir, write_identity
-from jgpt.training.setup import adopt_source, check_disk, devices_of, set_up
-from jgpt.training.step import Numbers
+from jgpt.training.setup import check_disk, set_up
 from jgpt.training.stop import Stop
-from jgpt.training.tuning import check_least
+from jgpt.wording import format_duration
 
 EXIT_SECONDS = 10.0  # what leaving takes beside the save: samples, plots, the interpreter's end
 

@@ -14,30 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jgpt.config import UserError
-from jgpt.data.chat import render
-from jgpt.data.memmap import TokenData
+from jgpt.data.chat_template import render
+from jgpt.data.token_files import TokenData
+from jgpt.errors import TrainingDiverged, UserError
 from jgpt.hardware.memory import shortage
 from jgpt.inference.decode import NonFiniteLogits, generate
 from jgpt.inference.sampling import Sampling
-from jgpt.training.checkpoint import Checkpoints, state_bytes
-from jgpt.training.curves import write_curves
-from jgpt.training.evaluation import bits_per_byte, evaluate
-from jgpt.training.metrics import MetricsLog, Progress, Throughput
-from jgpt.training.out_of_memory import EVALUATING, PLACING, SAMPLING, SAVING, TRAINING, explain
-from jgpt.training.report import write_report
-from jgpt.training.run_dir import write_status
-from jgpt.training.samples import append_samples, drop_samples_after
+from jgpt.parallel.evaluation import bits_per_byte, evaluate
+from jgpt.planning.remedies import EVALUATING, PLACING, SAMPLING, SAVING, TRAINING, explain
+from jgpt.report.curves import write_curves
+from jgpt.report.page import write_report
+from jgpt.run_dir.checkpoint import Checkpoints
+from jgpt.run_dir.identity import write_status
+from jgpt.run_dir.metrics_file import MetricsLog
+from jgpt.run_dir.samples import append_samples, drop_samples_after
+from jgpt.step.state import TrainState, state_bytes
+from jgpt.step.train_step import Numbers, variables
+from jgpt.training.progress import Progress, Throughput
 from jgpt.training.setup import Training
-from jgpt.training.step import Numbers, TrainState, variables
 
 MOST_SKIPS_IN_A_ROW = 50  # of steps whose gradient is not finite: more will not mend themselves
-
 log = logging.getLogger("jgpt")
-
-
-class TrainingDiverged(RuntimeError):
-    """The gradient is no longer finite, and neither waiting nor a smaller loss scale helped."""
 
 
 class Run:

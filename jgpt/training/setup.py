@@ -12,19 +12,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jgpt.config import UserError, default_config, flatten
 from jgpt.data.batches import Batch, Batches, ChatBatches, make_batches, validation_blocks
-from jgpt.data.memmap import TokenData
+from jgpt.data.token_files import TokenData
+from jgpt.errors import UserError
 from jgpt.exchange.families import home
-from jgpt.hardware.devices import describe, training_devices
-from jgpt.model.build import count_parameters, model_config
-from jgpt.training.checkpoint import read_meta, state_bytes, whole_steps
-from jgpt.training.disk import bytes_below, room
-from jgpt.training.metrics import format_count
-from jgpt.training.parts import Parts, make_parts
-from jgpt.training.run_dir import read_config
-from jgpt.training.source import Source, is_run, load_params, local_directory, open_source
-from jgpt.training.step import TrainState
+from jgpt.hardware.devices import describe
+from jgpt.loading.source import Source, load_params
+from jgpt.model.parameters import count_parameters
+from jgpt.model.shapes import model_config
+from jgpt.parallel.build import Parts, devices_of, make_parts
+from jgpt.run_dir.disk import bytes_below, room
+from jgpt.step.state import TrainState, state_bytes
+from jgpt.wording import format_count
 
 log = logging.getLogger("jgpt")
 
@@ -60,71 +59,6 @@ class Training(Parts):
         return load_params(self.source, self.policy.compute, self.runner.place_param)
 
 
-def adopt_source(config: ConfigDict, run_dir: Path) -> tuple[ConfigDict, Source | None]:
-    """Put into a config what its `init_from` settles: the model, all but its dropout, and the tokenizer.
-
-    Also return the source where its parameters are needed: to begin from, and under LoRA always. A run that goes on has
-    all else in its directory. Raises UserError where `init_from` is no such model, no longer the one that the run in
-    `run_dir` began from, or is contradicted by another key.
-    """
-    if not config.init_from:
-        return config, None
-    config = config.copy_and_resolve_references()
-    directory = local_directory(config.init_from)
-    config.init_from = config.init_from if directory is None else str(directory)
-    begun = (run_dir / "config.json").is_file() and bool(whole_steps(run_dir / "checkpoints"))
-    settled, source = read_config(run_dir) if begun else None, None
-    if settled is None or config.lora.rank or settled.init_from != config.init_from:
-        source = open_source(config.init_from, fingerprint=_began_from(run_dir) if begun else "")
-    if settled is None:
-        assert source is not None
-        settled = source.config
-        tokenizer = source.directory / "tokenizer" if is_run(source.directory) else source.directory
-        settled.tokenizer.update({"kind": "hf", "pretrained": str(tokenizer)})
-    _check_against(config, settled)
-    config.model.update({**settled.model, "dropout": config.model.dropout})
-    config.tokenizer.update({**settled.tokenizer, "chat_template": config.tokenizer.chat_template})
-    if config.batch.sequence_length > config.model.context_length:
-        raise UserError(
-            f"batch.sequence_length={config.batch.sequence_length}, and {config.init_from} sees"
-            f" {config.model.context_length} tokens. Allowed: up to that, or 0 for all of it. Set"
-            f" --config.batch.sequence_length={config.model.context_length} or less."
-        )
-    return config.lock(), source
-
-
-def _began_from(run_dir: Path) -> str:
-    """Return the fingerprint of the model that a run began from; "" where no checkpoint says."""
-    for step in reversed(whole_steps(run_dir / "checkpoints")):
-        try:
-            return read_meta(run_dir / "checkpoints" / str(step)).get("base") or ""
-        except (OSError, ValueError):  # a damaged one, which restoring passes over as well
-            continue
-    return ""
-
-
-def _check_against(config: ConfigDict, settled: ConfigDict) -> None:
-    """Refuse what the user set of the model or the tokenizer where the model of `init_from` has it otherwise."""
-    given, theirs, defaults = flatten(config), flatten(settled), flatten(default_config())
-    free = ("model.dropout", "tokenizer.chat_template")
-    wrong = [
-        f"{key}: {value!r} was given, the model has {theirs[key]!r}"
-        for key, value in given.items()
-        if key.startswith(("model.", "tokenizer.")) and key not in free and value not in (theirs[key], defaults[key])
-    ]
-    if wrong:
-        raise UserError(
-            f"the model and the tokenizer are those of init_from={config.init_from}, and the config says otherwise:\n  "
-            + "\n  ".join(wrong)
-            + "\nLeave these keys out. The length of training sequences is batch.sequence_length."
-        )
-
-
-def devices_of(config: ConfigDict) -> list[jax.Device]:
-    """Return the devices of a run: those that share its batch, or its model."""
-    return jax.local_devices() if config.parallel == "tensor" else training_devices(config.batch.global_batch_size)
-
-
 def set_up(config: ConfigDict, data: TokenData, source: Source | None = None) -> Training:
     """Build the parts of a run on this machine, and say what was chosen. Nothing is allocated on the devices yet."""
     shapes = model_config(config.model, data.tokenizer.vocab_size)
@@ -148,7 +82,7 @@ def set_up(config: ConfigDict, data: TokenData, source: Source | None = None) ->
         size, parts.runner.shares, parts.accumulation, parts.rows, format_count(parts.tokens_per_step),
         config.optimizer.total_steps * size / batches.n_blocks, config.optimizer.total_steps,
     )  # fmt: skip
-    split = f", the model split over {len(devices)}" if config.parallel == "tensor" else ""
+    split = f", the model split over {len(devices)}" if config.execution.parallel == "tensor" else ""
     log.info(
         "device: %s%s, computing in %s%s", chip.name, split, compute, " with loss scaling" if policy.scales_loss else ""
     )

@@ -31,13 +31,13 @@ def make_by_hand(
     loss_chunk_tokens: int,
     growth_steps: int,
 ) -> Any:
-    """Make the step of jgpt/training/step.py, its gradients added up in the scan's carry; fp32, no loss scaling."""
+    """Make the step of jgpt/step/train_step.py, its gradients added up in the scan's carry; fp32, no loss scaling."""
     import jax
     import jax.numpy as jnp
     import optax
 
     from jgpt.model.loss import cross_entropy
-    from jgpt.training.step import hidden_states
+    from jgpt.step.train_step import hidden_states
 
     def mean_loss(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
         hidden, matrix = hidden_states(model, params, frozen, batch, deterministic=False, rngs={"dropout": key})
@@ -74,7 +74,8 @@ def make_by_hand(
 
 def make_contestant(name: str, shape: Shape, rows: int) -> RunSteps:
     """Build a contestant by its name, on all devices of this machine."""
-    from jgpt.hardware.devices import set_up_process, training_devices
+    from jgpt.hardware.process import set_up_process
+    from jgpt.parallel.build import training_devices
 
     set_up_process()
     from jgpt.model.precision import Policy

@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgpt.hardware.devices import describe, set_up_process
-from jgpt.model.attention import attend_causally
+from jgpt.hardware.devices import describe
+from jgpt.hardware.process import set_up_process
+from jgpt.model.attention.choose import attend_causally
 
-FORMS = ("plain", "chunked", "kept", "light", "cudnn")
+FORMS = ("plain", "chunked", "chunked_vjp", "chunked_vjp_recompute", "flash")
 BOUND = {"float16": 0.01, "bfloat16": 0.05}  # of a difference; an error in a mask or a factor is 0.1 and more
 
 
@@ -107,7 +108,9 @@ def main() -> None:
         options.json.write_text(json.dumps({"device": device, "jax": jax.__version__, "rows": rows}, indent=2) + "\n")
     wrong = [r for r in rows if "failed" in r or not max(r["differences"]) < BOUND[r["dtype"]]]
     if wrong:
-        sys.exit("these differ by more than rounding, or failed: " + ", ".join(f"{r['form']} {r['dtype']}" for r in wrong))
+        sys.exit(
+            "these differ by more than rounding, or failed: " + ", ".join(f"{r['form']} {r['dtype']}" for r in wrong)
+        )
 
 
 if __name__ == "__main__":

@@ -31,9 +31,11 @@ def measure(config_file: str, layers: int, cache: str, t4: bool) -> Callable[[An
     import jax
     import numpy as np
 
-    from jgpt.hardware.devices import compute_capability, set_up_process, training_devices
-    from jgpt.model.build import model_config
+    from jgpt.hardware.devices import compute_capability
+    from jgpt.hardware.process import set_up_process
     from jgpt.model.precision import choose_policy
+    from jgpt.model.shapes import model_config
+    from jgpt.parallel.build import training_devices
 
     set_up_process()
     jax.config.update("jax_compilation_cache_dir", cache)
@@ -46,11 +48,11 @@ def measure(config_file: str, layers: int, cache: str, t4: bool) -> Callable[[An
     platform, capability = ("gpu", (7, 5)) if t4 else (devices[0].platform, compute_capability(devices[0]))
     policy = choose_policy(config.precision.compute, config.precision.params, platform, capability)
     share = config.batch.global_batch_size // len(devices)
-    rows = max(n for n in range(1, min(config.batch.micro_batch_size, share) + 1) if share % n == 0)
+    rows = max(n for n in range(1, min(config.execution.micro_batch_size, share) + 1) if share % n == 0)
     size = (config.batch.global_batch_size, (config.batch.sequence_length or shapes.context_length) + 1)
 
     def first_step(_: Any) -> float:
-        step = jgpt_step(shapes, size[0], devices, rows, policy, config.remat, compile_only=t4)
+        step = jgpt_step(shapes, size[0], devices, rows, policy, config.execution.remat, compile_only=t4)
         began = time.perf_counter()
         step(np.zeros(size, np.int32))
         return time.perf_counter() - began

@@ -33,14 +33,14 @@ Answer = Callable[[list[int]], dict[str, Any]]  # [batch, new tokens] -> seconds
 
 def jgpt_contestant(model: str, dtype: str) -> Answer:
     """Decode with jgpt."""
-    from jgpt.hardware.devices import set_up_process
+    from jgpt.hardware.process import set_up_process
 
     set_up_process()
     import jax
 
     from jgpt.inference.decode import generate
     from jgpt.inference.sampling import Sampling
-    from jgpt.training.loading import load_model
+    from jgpt.loading.load import load_model
 
     loaded = load_model(model, compute=dtype)
     prompt = loaded.tokenizer.encode(PROMPT).tolist()

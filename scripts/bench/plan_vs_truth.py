@@ -2,7 +2,7 @@
 
     python scripts/bench/plan_vs_truth.py [--steps 5] [--json plan_vs_truth.json]
 
-Predicted: what `jgpt.plan --device this` says of the compiled step, with the rates of this card in hardware/targets.
+Predicted: what `jgpt.plan --device this` says of the compiled step, with the rates of this card in planning/devices.
 Measured: that same step on random tokens, the median of so many steps after one that warms up. The memory is XLA's
 analysis beside the most that JAX's allocator has held so far, which only grows: the configs are in that order.
 """
@@ -15,14 +15,14 @@ import time
 import jax
 import numpy as np
 
-from jgpt.config import default_config
+from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
-from jgpt.hardware.devices import GIB, set_up_process
-from jgpt.hardware.targets import Target, this_machine
-from jgpt.model.build import model_config
-from jgpt.training.estimate import estimate
-from jgpt.training.parts import Parts
-from jgpt.training.setup import devices_of
+from jgpt.hardware.devices import GIB
+from jgpt.hardware.process import set_up_process
+from jgpt.model.shapes import model_config
+from jgpt.parallel.build import Parts, devices_of
+from jgpt.planning.devices import Target, this_machine
+from jgpt.planning.estimate import estimate
 
 IDS = 50_257
 # name: layers, heads, width, context, micro-batch, remat. The one that takes most memory comes last.
@@ -44,7 +44,7 @@ def main() -> None:
     if target.rates is None:
         raise SystemExit(
             f"no prediction to compare: the rates of a {target.chip.name} are not known. Run this on a GPU that "
-            "hardware/devices.py knows."
+            "planning/devices knows."
         )
     print(f"{target.kind}: {target.constants()}\n")
     print(f"{'config':<26}{'predicted ms':>14}{'measured ms':>14}{'ratio':>8}{'plan GiB':>10}{'seen GiB':>10}")
@@ -59,8 +59,8 @@ def compare(name: str, target: Target, steps: int) -> dict[str, float | str]:
     layers, heads, width, context, micro, remat = CONFIGS[name]
     config = default_config()
     config.model.update({"n_layers": layers, "n_heads": heads, "d_model": width, "context_length": context})
-    config.batch.update({"global_batch_size": 8 * micro * len(target.devices), "micro_batch_size": micro})
-    config.remat = remat
+    config.batch.global_batch_size = 8 * micro * len(target.devices)
+    config.execution.update({"micro_batch_size": micro, "remat": remat})
     found = estimate(config, model_config(config.model, IDS), this_machine(devices_of(config)))
     assert found.seconds is not None
     measured = seconds_per_step(found.parts, steps)

@@ -33,7 +33,7 @@ def command(out_dir: Path, compute: str, steps: int, overrides: list[str]) -> li
         "model.d_model": 256,
         "model.dropout": 0.1,
         "batch.global_batch_size": 32,
-        "batch.micro_batch_size": 8,
+        "execution.micro_batch_size": 8,
         "optimizer.total_steps": steps,
         "optimizer.warmup_steps": 10,
         "checkpoint.every_steps": steps // 4,
@@ -87,12 +87,23 @@ def check(compute: str, steps: int, xla_flags: str, overrides: list[str], below:
     resumed_code = start(cut_dir).wait()
     whole_code = whole.wait()
     if finished_first and not resumed_code:
-        return {"compute": compute, "xla_flags": xla_flags, "failed": "the run ended before it was killed: more --steps"}
+        return {
+            "compute": compute,
+            "xla_flags": xla_flags,
+            "failed": "the run ended before it was killed: more --steps",
+        }
     if whole_code or resumed_code:
         tail = "\n".join((below / name).read_text()[-1500:] for name in ("whole.log", "cut.log"))
-        return {"compute": compute, "xla_flags": xla_flags, "failed": f"exit codes {whole_code}, {resumed_code}", "log": tail}
+        return {
+            "compute": compute,
+            "xla_flags": xla_flags,
+            "failed": f"exit codes {whole_code}, {resumed_code}",
+            "log": tail,
+        }
     reference, after = records(whole_dir), records(cut_dir)
-    resumed_from = max((int(p.stem) for p in (cut_dir / "checkpoints").glob("*.sha256") if int(p.stem) <= max(before)), default=0)
+    resumed_from = max(
+        (int(p.stem) for p in (cut_dir / "checkpoints").glob("*.sha256") if int(p.stem) <= max(before)), default=0
+    )
     return {
         "compute": compute,
         "xla_flags": xla_flags,

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 
 from jgpt.inference.decode import generate
 from jgpt.inference.sampling import Sampling
+from jgpt.loading.load import load_model
 from jgpt.model.gpt import unembedding
-from jgpt.training.loading import load_model
 
 PROMPTS = [
     "The capital of France is", "Once upon a time there was a fox who", "def fibonacci(n):\n    ", "Water boils at",

@@ -22,22 +22,25 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jgpt.config import default_config
+from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
-from jgpt.hardware.audit import products
-from jgpt.hardware.hlo import parse
-from jgpt.hardware.targets import compile_only
 from jgpt.inference.decode import UNLIMITED, Task, decode, prefill
 from jgpt.inference.placement import needed
 from jgpt.inference.sampling import Sampling
-from jgpt.model.build import abstract_params, count_parameters
-from jgpt.model.gpt import GPT, ModelConfig
+from jgpt.model.columns import for_devices
+from jgpt.model.gpt import GPT
 from jgpt.model.lora import LoRA
+from jgpt.model.parameters import abstract_params, count_parameters
 from jgpt.model.precision import Policy
-from jgpt.model.sharding import cache_sharding, device_mesh, for_devices, param_shardings
-from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
-from jgpt.training.step import init_state, make_train_step
-from jgpt.training.tensor_parallel import TensorParallel
+from jgpt.model.shapes import ModelConfig
+from jgpt.parallel.mesh import TensorParallel
+from jgpt.parallel.rules import cache_sharding, device_mesh, param_shardings
+from jgpt.planning.audit import products
+from jgpt.planning.devices import compile_only
+from jgpt.planning.hlo import parse
+from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
+from jgpt.step.state import init_state
+from jgpt.step.train_step import make_train_step
 
 GIB = 2**30
 USABLE = 0.92 * 14.6 * GIB  # of a T4, by XLA_CLIENT_MEM_FRACTION as jgpt sets it

@@ -5,7 +5,7 @@
 
 The first table takes GPT-2 124M (T=1024, vocabulary 50304, 8 micro-batches of 8 a step) from a GPT as one writes it in
 plain linen to jgpt's own, change by change; the second asks which size of GPT-2 fits two T4s. Peak memory is XLA's
-analysis of the compiled step; the times are those of `jgpt/hardware/roofline.py` at the rates below, none measured.
+analysis of the compiled step; the times are those of `jgpt/planning/roofline.py` at the rates below, none measured.
 """
 
 import argparse
@@ -23,18 +23,22 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jgpt.config import UserError, default_config
+from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
-from jgpt.hardware.roofline import GROUPS, Rates, predict
-from jgpt.hardware.targets import Target, compile_only
-from jgpt.model.build import count_parameters
-from jgpt.model.gpt import GPT, Block, ModelConfig, Output
+from jgpt.errors import UserError
+from jgpt.model.gpt import GPT, Block, Output
 from jgpt.model.layers import Embedding, Norm
+from jgpt.model.parameters import count_parameters
 from jgpt.model.precision import Policy
-from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
-from jgpt.training.plan_text import tried_row
-from jgpt.training.step import Pmap, init_state, make_train_step
-from jgpt.training.tuning import search
+from jgpt.model.shapes import ModelConfig
+from jgpt.parallel.replicate import Pmap
+from jgpt.planning.devices import Target, compile_only
+from jgpt.planning.page import tried_row
+from jgpt.planning.roofline import GROUPS, Rates, predict
+from jgpt.planning.search import search
+from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
+from jgpt.step.state import init_state
+from jgpt.step.train_step import make_train_step
 
 # Assumed of a T4 at its 70 W: on paper 65 and 8.1 TFLOP/s, 320 GB/s. The link goes through the host.
 T4 = Rates(fp16_flops=24e12, fp32_flops=6e12, bandwidth=256e9, link=4e9)
@@ -57,13 +61,13 @@ STEPS = {
     "linen": Variant("linen", "none", 8),
     "plain": Variant("plain", "none", 8),
     "chunked": Variant("chunked", "none", 8),
-    "light": Variant("light", "none", 8),
-    "kept": Variant("kept", "none", 8),
-    "kept-average16": Variant("kept", "none", 8, jnp.float16),
-    "kept-remat": Variant("kept", "block", 8, jnp.float16),
-    "kept-rows12": Variant("kept", "none", 12, jnp.float16),
-    "scan": Variant("kept", "none", 8, jnp.float16, scanned=True),
-    "scan-remat": Variant("kept", "block", 8, jnp.float16, scanned=True),
+    "chunked_vjp_recompute": Variant("chunked_vjp_recompute", "none", 8),
+    "chunked_vjp": Variant("chunked_vjp", "none", 8),
+    "kept-average16": Variant("chunked_vjp", "none", 8, jnp.float16),
+    "kept-remat": Variant("chunked_vjp", "block", 8, jnp.float16),
+    "kept-rows12": Variant("chunked_vjp", "none", 12, jnp.float16),
+    "scan": Variant("chunked_vjp", "none", 8, jnp.float16, scanned=True),
+    "scan-remat": Variant("chunked_vjp", "block", 8, jnp.float16, scanned=True),
 }
 
 
@@ -216,8 +220,8 @@ def row(name: str, variant: Variant, devices: Any) -> None:
 def fit(size: str, target: Target) -> None:
     """Search for the fastest step of a GPT-2 that fits, as `micro_batch_size=auto` and `remat=auto` do; print it."""
     config, shapes = default_config(), shapes_of(size)
-    config.batch.update({"global_batch_size": 2 * A * 8, "micro_batch_size": 0})
-    config.update({"remat": "auto", "precision": {"gradient_average": "fp16"}})
+    config.batch.global_batch_size, config.precision.gradient_average = 2 * A * 8, "fp16"
+    config.execution.update({"micro_batch_size": 0, "remat": "auto"})
     named = f"{size}, {count_parameters(shapes) / 1e6:.0f}M"
     try:
         found = search(config, shapes, target, lambda tried: print(f"    tried {tried_row(tried)}", flush=True))

@@ -44,13 +44,14 @@ Answer = Callable[[Any], Any]  # how many steps -> (seconds, loss) of each; "pea
 def jgpt_contestant(shape: Shape, device: str, compute: str) -> Answer:
     """Build jgpt's train step on one device."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the others need memory of the card as well
-    from jgpt.hardware.devices import describe, set_up_process
+    from jgpt.hardware.devices import describe
+    from jgpt.hardware.process import set_up_process
 
     set_up_process()
     import jax
 
     from jgpt.hardware.speed import matmul_flops
-    from jgpt.model.build import flops_per_token
+    from jgpt.model.parameters import flops_per_token
     from jgpt.model.precision import DTYPES, Policy
 
     chosen = jax.local_devices(backend=device)[:1]

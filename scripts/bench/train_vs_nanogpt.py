@@ -35,7 +35,8 @@ CONTESTANTS = ("torch-sdpa", "torch-eager", "torch-compile", "jgpt")
 
 def jgpt_contestant(shape: Shape, micro_batch: int) -> RunSteps:
     """Build jgpt's train step: on a CPU a device for each core."""
-    from jgpt.hardware.devices import set_up_process, training_devices
+    from jgpt.hardware.process import set_up_process
+    from jgpt.parallel.build import training_devices
 
     set_up_process()
     from jgpt.model.precision import Policy

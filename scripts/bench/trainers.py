@@ -34,7 +34,7 @@ class Shape:
     @property
     def model(self) -> Any:
         """Return it as jgpt's ModelConfig."""
-        from jgpt.model.gpt import ModelConfig
+        from jgpt.model.shapes import ModelConfig
 
         return ModelConfig(
             vocab_size=self.vocab_size,
@@ -55,7 +55,7 @@ class Shape:
 
 def windows(shape: Shape) -> Iterator[np.ndarray]:
     """Yield batches int32 [B, T+1] at random places of the text; the same ones to every contestant."""
-    from jgpt.config import standard_library_glob
+    from jgpt.config.defaults import standard_library_glob
 
     first = standard_library_glob().split(",")[0]
     files = sorted(Path(first).parent.glob(Path(first).name))
@@ -128,11 +128,13 @@ def jgpt_step(
     """
     import jax
 
-    from jgpt.config import default_config
+    from jgpt.config.defaults import default_config
     from jgpt.data.batches import Batch
     from jgpt.model.gpt import GPT
-    from jgpt.training.optimizer import learning_rate_schedule, make_optimizer
-    from jgpt.training.step import Pmap, init_state, make_train_step
+    from jgpt.parallel.replicate import Pmap
+    from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
+    from jgpt.step.state import init_state
+    from jgpt.step.train_step import make_train_step
 
     config = default_config()
     config.optimizer.update(learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY)
@@ -146,7 +148,7 @@ def jgpt_step(
         learning_rate_schedule(config.optimizer),
         accumulation=accumulation,
         seed=0,
-        loss_chunk_tokens=config.loss_chunk_tokens,
+        loss_chunk_tokens=config.execution.loss_chunk_tokens,
         growth_steps=config.precision.loss_scale_growth_steps,
     )
     train_step = runner.train_step(step)

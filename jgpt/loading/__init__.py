@@ -1,0 +1,1 @@
+"""A model by its name: found, checked, loaded."""

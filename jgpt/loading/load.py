@@ -1,0 +1,94 @@
+"""Models by name, onto the devices: what generate, chat, evaluate and convert load; and imports of those of others.
+
+Beside the data path: between a finished run, or a model of others, and what uses it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jgpt.data.tokenizer import Tokenizer
+from jgpt.errors import UserError
+from jgpt.exchange.pretrained import Pretrained
+from jgpt.hardware.process import keep_compiled_programs
+from jgpt.inference.placement import choose_placement
+from jgpt.loading.source import describe, is_run, load_params, open_source
+from jgpt.model.gpt import GPT
+from jgpt.model.precision import DTYPES, Policy
+from jgpt.parallel.build import choose_device_policy
+from jgpt.run_dir.identity import open_run_dir, write_identity
+from jgpt.run_dir.manifest import whole_steps
+from jgpt.run_dir.params import save_params
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to run: `params` lie where its devices want them, matrices in the compute dtype."""
+
+    config: ConfigDict  # of its run; of a model of others the defaults, with its `model`
+    model: GPT
+    policy: Policy
+    params: Any
+    tokenizer: Tokenizer
+    step: int | None
+    val_loss: float | None
+    stop_ids: tuple[int, ...]
+    sampling: dict[str, float]  # the temperature and the like that its publisher advises, where any
+
+
+def load_model(
+    name: str,
+    step: int | None = None,
+    compute: str = "auto",
+    devices: str = "auto",
+    context_length: int = 0,
+    rows: int = 1,
+    base: str = "",
+) -> LoadedModel:
+    """Load a model onto the devices: `name` is a run directory, a Hugging Face directory, or a name on its Hub.
+
+    Of a run it is the newest whole checkpoint, or that at `step`; of a LoRA run, merged into its base, which may have
+    moved to `base`. `devices`, `context_length` (0: the model's) and `rows` (sequences at a time) say what must fit:
+    see `inference/placement.py`. Raises UserError when there is no such model, or a damaged one.
+    """
+    source = open_source(name, step, base=base)
+    keep_compiled_programs()
+    # What a run computed in need not exist here: a model trained in bf16 runs in fp16 on a T4.
+    policy = choose_device_policy(compute, "fp32", jax.local_devices()[0])
+    longest = source.shapes.context_length
+    placement = choose_placement(source.shapes, policy.compute, min(context_length or longest, longest), rows, devices)
+    params = load_params(source, policy.compute, placement.place)
+    return LoadedModel(
+        config=source.config,
+        model=GPT(placement.config, policy.compute),
+        policy=policy,
+        params=params,
+        tokenizer=source.tokenizer,
+        step=source.step,
+        val_loss=source.val_loss,
+        stop_ids=source.stop_ids,
+        sampling=source.sampling,
+    )
+
+
+def import_model(pretrained: Pretrained, run_dir: Path, params: str) -> None:
+    """Write a model of others as a run directory, its matrices in `params` ("fp32", "fp16", "bf16"), vectors in fp32.
+
+    The directory is one to generate with, evaluate and begin from; it has no optimizer state. Raises UserError when it
+    holds a run already.
+    """
+    source = describe(pretrained)
+    config = source.config
+    config.update({"out_dir": str(run_dir), "precision": {"params": params}})
+    with open_run_dir(str(run_dir)) as directory:
+        if is_run(directory) and whole_steps(directory / "checkpoints"):
+            raise UserError(f"{directory} holds a run or an imported model, which would be lost. Name a new directory.")
+        source.tokenizer.save(directory / "tokenizer", source.shapes.context_length)
+        write_identity(directory, config)
+        tree = load_params(source, DTYPES[params], lambda path, array: array)
+        save_params(
+            directory / "checkpoints", 0, tree, {"step": 0, "val_loss": None, "stop_ids": list(source.stop_ids)}
+        )

@@ -1,0 +1,1 @@
+"""Attention in its forms: plain, chunked, fused."""

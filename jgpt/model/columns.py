@@ -1,0 +1,63 @@
+"""The columns of a model grouped by the devices that share it (tensor parallelism).
+
+In the data path: beside `gpt.py`; the same model, with columns in another order, so that each device's part is one
+piece. `parallel/rules.py` says which axis is then split.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jgpt.model.shapes import ModelConfig
+
+
+def for_devices(config: ModelConfig, n: int) -> ModelConfig:
+    """Return `config` as `n` devices share it: the same model, with its columns grouped by device.
+
+    Key/value heads are repeated where they do not divide, and the query heads that share one are divided among its
+    copies. Where that does not come out even, attention stays whole on every device; so does an odd MLP.
+
+    >>> config = ModelConfig(64, 8, 1, n_heads=8, n_kv_heads=1, d_model=64, d_head=8, d_ff=64)
+    >>> shared = for_devices(config, 2)
+    >>> shared.n_kv_heads, shared.mlp_groups
+    (2, 2)
+    """
+    copies = n // math.gcd(config.n_kv_heads, n)
+    group = config.n_heads // config.n_kv_heads
+    n_kv_heads = config.n_kv_heads if group % copies else config.n_kv_heads * copies
+    return replace(config, n_kv_heads=n_kv_heads, mlp_groups=n if config.d_ff % n == 0 else 1)
+
+
+def regroup(path: tuple[str, ...], array: Any, config: ModelConfig) -> Any:
+    """Rearrange one parameter of the plain model for `config`, which `for_devices` made; the others pass through.
+
+    `array` is numpy's or JAX's; `path` is its keys in the tree, as ("h_0", "attn", "qkv", "kernel").
+    """
+    layer, leaf = path[-2], path[-1]
+    if leaf == "a":  # an adapter's inputs are what they are in the plain model
+        return array
+    join = np.concatenate if isinstance(array, np.ndarray) else jnp.concatenate
+    if layer == "qkv" and array.shape[-3] != config.n_kv_heads:  # [(D,) K, G+2, H]
+        *lead, k, per_head, h = array.shape
+        copies = config.n_kv_heads // k
+        queries = array[..., :-2, :].reshape(*lead, config.n_kv_heads, (per_head - 2) // copies, h)
+        return join([queries, array[..., -2:, :].repeat(copies, axis=-3)], axis=-2)
+    if layer == "gate_up" and array.shape[-3] != config.mlp_groups:  # [(D,) 1, 2, F]
+        *lead, _, _, f = array.shape
+        grouped = array.reshape(*lead, 2, config.mlp_groups, f // config.mlp_groups)
+        return grouped.swapaxes(-3, -2)
+    return array
+
+
+def regroup_tree(params: Any, config: ModelConfig) -> Any:
+    """Rearrange all parameters of the plain model, or all adapters to it, for `config`, which `for_devices` made."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: regroup(path_names(path), leaf, config), params)
+
+
+def path_names(path: Any) -> tuple[str, ...]:
+    """Return the keys of a path that JAX gives, as ("h_0", "attn", "qkv", "kernel")."""
+    return tuple(key.key for key in path)

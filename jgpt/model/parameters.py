@@ -1,0 +1,52 @@
+"""The parameters of a model as shapes, and what they cost: counts and floating-point operations.
+
+Beside the data path: loading, planning and reports ask; nothing is allocated.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jgpt.model.gpt import GPT
+from jgpt.model.lora import LoRA, init_adapters
+from jgpt.model.shapes import ModelConfig
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    """Return the parameter tree as shapes and dtypes, without making it."""
+    model = GPT(config)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def abstract_stored(config: ModelConfig, matrices: Any) -> Any:
+    """Return the same tree as it is loaded: arrays of more than one axis in the dtype `matrices`, vectors in fp32."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, matrices if x.ndim > 1 else jnp.float32), abstract_params(config)
+    )
+
+
+def abstract_adapters(config: ModelConfig, lora: LoRA) -> Any:
+    """Return the tree of LoRA's adapters as shapes and dtypes, without making it."""
+    return jax.eval_shape(lambda: init_adapters(GPT(config, lora=lora), jax.random.key(0)))
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Count the parameters, embeddings included."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def flops_per_token(config: ModelConfig, adapters: int = 0) -> float:
+    """Return the model's floating-point operations for one token of training: forward, and backward at twice that.
+
+    6 for every parameter that takes part in a matrix product, and 12 L N H T for attention's two products over
+    all T positions (Chowdhery et al., arXiv 2204.02311, appendix B). Recomputation (remat) does not count, nor do
+    skipped halves of causal attention: the number says what the model needs, not what a program does. With so many
+    `adapters` (LoRA's parameters) the others are frozen, and have no gradient of their own: 4 for each.
+    """
+    lookups = config.context_length * config.d_model if config.position == "learned" else 0
+    if not config.tie_embeddings:
+        lookups += config.vocab_size * config.d_model
+    attention = 12 * config.n_layers * config.n_heads * config.d_head * config.context_length
+    return (4.0 if adapters else 6.0) * (count_parameters(config) - lookups) + 6.0 * adapters + attention

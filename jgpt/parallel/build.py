@@ -1,0 +1,184 @@
+"""The parts of a run that need no text: a config, shapes and devices in; the model, its state and its steps out.
+
+In the data path: what training joins to the token files. A plan asks for the same parts on devices that are not here,
+so that what it compiles is what training runs.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jgpt.data.batches import Batch
+from jgpt.errors import UserError
+from jgpt.hardware.devices import compute_capability
+from jgpt.model.attention.choose import choose_attention
+from jgpt.model.columns import for_devices
+from jgpt.model.gpt import GPT
+from jgpt.model.lora import LoRA, lora_config
+from jgpt.model.parameters import abstract_adapters, abstract_stored, flops_per_token
+from jgpt.model.precision import DTYPES, Policy, choose_policy
+from jgpt.model.shapes import ModelConfig
+from jgpt.parallel.mesh import TensorParallel
+from jgpt.parallel.replicate import Pmap
+from jgpt.step.eval_step import EvalStep, make_eval_step
+from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
+from jgpt.step.state import TrainState, init_state
+from jgpt.step.train_step import TrainStep, make_train_step
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run that need no text; nothing is allocated on the devices."""
+
+    shapes: ModelConfig
+    model: GPT
+    policy: Policy
+    runner: Pmap | TensorParallel
+    accumulation: int  # A
+    rows: int  # B: sequences on one device at a time
+    sequence_length: int  # T
+    adapters: int  # LoRA's parameters; 0 without it
+    is_chat: bool  # batches carry weights and segments
+    init: Callable[..., TrainState]  # pure: (parameters to begin from, or None) -> the first state
+    train_step: TrainStep
+    eval_step: EvalStep
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step, on all devices together."""
+        return self.runner.shares * self.accumulation * self.rows * self.sequence_length
+
+    @property
+    def flops_per_token(self) -> float:
+        """The model's floating-point operations for one token of training."""
+        return flops_per_token(replace(self.shapes, context_length=self.sequence_length), self.adapters)
+
+    def abstract_frozen(self) -> Any:
+        """Return LoRA's base parameters as shapes; {} without it."""
+        return abstract_stored(self.model.config, self.policy.compute) if self.model.lora else {}
+
+    def lower(self) -> jax.stages.Lowered:
+        """Trace the train step for the devices, from shapes alone; `compile()` of what is returned compiles it."""
+        lead = self.runner.shares, self.accumulation, self.rows
+        tokens, targets = (*lead, self.sequence_length + 1), (*lead, self.sequence_length)
+        batch = Batch(jax.ShapeDtypeStruct(tokens, jnp.int32))
+        if self.is_chat:
+            numbers = jax.ShapeDtypeStruct(targets, jnp.float32), jax.ShapeDtypeStruct(targets, jnp.int32)
+            batch = batch._replace(weights=numbers[0], segments=numbers[1])
+        given = self.runner.abstract(jax.eval_shape(self.init), self.abstract_frozen(), batch)
+        return self.train_step.lower(*given)  # type: ignore[attr-defined]
+
+
+def micro_batch_sizes(global_batch_size: int, shares: int) -> list[int]:
+    """List the micro-batches that one device's share of a batch can be cut into.
+
+    >>> micro_batch_sizes(24, 2)
+    [1, 2, 3, 4, 6, 12]
+    """
+    share = global_batch_size // shares
+    return [n for n in range(1, share + 1) if share % n == 0]
+
+
+def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device]) -> Parts:
+    """Build the parts of a run for `devices`, which may be compile-only ones. Raises UserError.
+
+    `config` has no "auto" left in its micro-batch and its remat (see `search.py`).
+    """
+    assert config.execution.micro_batch_size and config.execution.remat != "auto"
+    tensor = config.execution.parallel == "tensor"
+    shared = for_devices(shapes, len(devices)) if tensor else shapes
+    runner = TensorParallel(devices, shared) if tensor else Pmap(devices)
+    policy = choose_device_policy(config.precision.compute, config.precision.params, devices[0])
+    size = config.batch.global_batch_size
+    rows = max(n for n in micro_batch_sizes(size, runner.shares) if n <= config.execution.micro_batch_size)
+    accumulation = size // runner.shares // rows
+    lora = lora_config(config.lora)
+    device = devices[0]
+    # Where devices share the model XLA divides the form that JAX differentiates; it was not tried with the others.
+    wanted = "chunked" if tensor and config.execution.attention == "auto" else config.execution.attention
+    attention = choose_attention(wanted, policy.compute, device.platform, compute_capability(device))
+    plain, model = (GPT(c, policy.compute, config.execution.remat, lora, attention) for c in (shapes, shared))
+    optimizer = make_optimizer(config.optimizer)
+    train_step = make_train_step(
+        model,
+        policy,
+        optimizer,
+        learning_rate_schedule(config.optimizer),
+        accumulation,
+        config.seed,
+        config.execution.loss_chunk_tokens,
+        config.precision.loss_scale_growth_steps,
+        DTYPES[config.precision.gradient_average],
+    )
+
+    def init(params: Any = None) -> TrainState:
+        return init_state(plain, policy, optimizer, config.seed, config.precision.loss_scale, params)
+
+    return Parts(
+        shapes=shapes,
+        model=model,
+        policy=policy,
+        runner=runner,
+        accumulation=accumulation,
+        rows=rows,
+        sequence_length=config.batch.sequence_length or shapes.context_length,
+        adapters=_count_adapters(shapes, lora),
+        is_chat=config.data.format == "chat",
+        init=init,
+        train_step=runner.train_step(train_step),
+        eval_step=runner.eval_step(make_eval_step(model, policy, config.execution.loss_chunk_tokens)),
+    )
+
+
+def _count_adapters(shapes: ModelConfig, lora: LoRA | None) -> int:
+    """Count the parameters of the adapters; raise UserError where the model has none of the layers that they adapt."""
+    if lora is None:
+        return 0
+    there = ("qkv", "proj", "gate_up" if shapes.mlp == "swiglu" else "up", "down")
+    if not set(there) & set(lora.targets):
+        raise UserError(
+            f"lora.targets={','.join(lora.targets)!r}, and this model has none of these layers. Allowed:"
+            f" {', '.join(there)}. Set --config.lora.targets={','.join(there)}."
+        )
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_adapters(shapes, lora)))
+
+
+def choose_device_policy(compute: str, params: str, device: jax.Device) -> Policy:
+    """Resolve the precision group of a config for a device."""
+    return choose_policy(compute, params, device.platform, compute_capability(device))
+
+
+def training_devices(global_batch_size: int) -> list[jax.Device]:
+    """Choose the devices of this process that the step runs on: equal shares of the `global_batch_size` sequences.
+
+    All of them, when they are accelerators. On CPU, where a device is a share of the same cores, the largest number
+    that divides the batch.
+
+    Raises:
+        UserError: the accelerators cannot share the batch equally.
+    """
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return devices[: max(n for n in range(1, len(devices) + 1) if global_batch_size % n == 0)]
+    if global_batch_size % len(devices):
+        nearest = max(1, round(global_batch_size / len(devices))) * len(devices)
+        raise UserError(
+            f"batch.global_batch_size is {global_batch_size}, and this machine has {len(devices)} devices. Each takes "
+            f"the same number of sequences, so it must be a multiple of {len(devices)}: set "
+            f"--config.batch.global_batch_size={nearest}, or hide devices with CUDA_VISIBLE_DEVICES=0."
+        )
+    return devices
+
+
+def devices_of(config: ConfigDict) -> list[jax.Device]:
+    """Return the devices of a run: those that share its batch, or its model."""
+    return (
+        jax.local_devices()
+        if config.execution.parallel == "tensor"
+        else training_devices(config.batch.global_batch_size)
+    )

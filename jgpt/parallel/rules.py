@@ -1,0 +1,76 @@
+"""Which axis of each parameter is split over devices: a path and a shape in, a PartitionSpec out.
+
+As in Megatron-LM (Shoeybi et al., arXiv 1909.08053): attention is split by heads, the MLP by columns then rows, the
+embeddings by vocabulary; every device holds the whole residual stream, and the compiler adds up two partial sums a
+block. What does not divide stays whole on every device.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jgpt.model.columns import path_names, regroup
+from jgpt.model.shapes import ModelConfig
+
+AXIS = "model"
+
+
+def device_mesh(devices: Any) -> Mesh:
+    """Return the mesh of the devices that share one model."""
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def partition_spec(path: tuple[str, ...], shape: tuple[int, ...], config: ModelConfig, n: int) -> PartitionSpec:
+    """Say how a parameter of the tree is split over `n` devices; `path` is its keys, as ("h_0", "attn", "qkv", "bias").
+
+    `config` is what `for_devices` made. Norms and adapters are whole everywhere.
+    """
+    layer, leaf = path[-2], path[-1]
+    axis = None
+    if leaf in ("kernel", "bias"):
+        heads, columns = config.n_kv_heads % n == 0, config.d_ff % n == 0
+        if (layer == "qkv" and heads) or (layer == "gate_up" and columns):
+            axis = len(shape) - 3
+        elif layer == "proj" and leaf == "kernel" and heads:
+            axis = 0
+        elif (layer == "up" and columns) or (layer == "down" and leaf == "kernel" and columns):
+            axis = len(shape) - 1
+    elif layer in ("wte", "lm_head"):
+        axis = 0
+    if axis is None or shape[axis] % n:
+        return PartitionSpec()
+    return PartitionSpec(*(AXIS if i == axis else None for i in range(axis + 1)))
+
+
+def param_shardings(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
+    """Return the tree of shardings for a tree of parameters (arrays or their shapes)."""
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(path_names(path), leaf.shape, config, mesh.size))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def place(path: tuple[str, ...], array: Any, config: ModelConfig, mesh: Mesh) -> Array:
+    """Put one parameter of the plain model on the devices of `mesh`, which share it; each is sent its own part only."""
+    array = regroup(path, array, config)
+    return jax.device_put(array, NamedSharding(mesh, partition_spec(path, array.shape, config, mesh.size)))
+
+
+def cache_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a layer's keys or values [B, K, S, H]: by heads, where attention is."""
+    split = config.n_kv_heads % mesh.size == 0
+    return NamedSharding(mesh, PartitionSpec(None, AXIS) if split else PartitionSpec())
+
+
+def split_bytes(params: Any, shardings: Any) -> int:
+    """Return the bytes that one device holds of `params` (arrays or their shapes)."""
+
+    def one(leaf: Array, sharding: NamedSharding) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(one, params, shardings)))

@@ -1,0 +1,1 @@
+"""A run drawn and written up: loss.png and report.html."""

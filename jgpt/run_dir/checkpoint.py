@@ -1,0 +1,214 @@
+"""Checkpoints: the whole training state on disk, saved in the background, verified before it is trusted.
+
+In the data path: from the step to the run directory, and back. Orbax writes the arrays to checkpoints/STEP/; when it is
+done, a sha256 manifest STEP.sha256 is written beside it (`sha256sum -c` reads it). Orbax does not notice a flipped bit
+and lists half-written steps, so a step counts as whole only when its manifest is there and every file in it agrees.
+"""
+
+import logging
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from jgpt.atomic_write import write_file
+from jgpt.errors import UserError
+from jgpt.run_dir.disk import check_room, room
+from jgpt.run_dir.manifest import digest, verify, whole_steps
+from jgpt.run_dir.params import val_loss_of
+from jgpt.step.state import TrainState, state_bytes
+
+SAVE_BYTES_PER_SECOND = 50e6  # until a save was timed: a slow disk, which is written, and read again for the manifest
+log = logging.getLogger("jgpt")
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. `keep_last` whole ones are kept, and the best one where `keep_best`.
+
+    `disk_gb`, above 0, is what the run directory may hold in GB. `on_saved(run directory, step)` is called once a
+    checkpoint is whole, in the thread that finished it; the next save waits for it, and it must not raise.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        keep_last: int,
+        keep_best: bool,
+        disk_gb: float = 0.0,
+        on_saved: Callable[[Path, int], None] | None = None,
+    ) -> None:
+        self.directory = run_dir.absolute() / "checkpoints"
+        self.keep_last, self.keep_best, self.disk_gb = keep_last, keep_best, disk_gb
+        self.save_seconds = 0.0  # the longest so far, for the deadline
+        self._on_saved = on_saved
+        self._finishing: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._damaged: set[int] = set()  # steps that restore passed over: in the way of what is saved from now on
+        options = ocp.CheckpointManagerOptions(
+            create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=("params", "training", "meta")
+        )
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Begin to save `state` (numpy arrays that nothing else will change) with `meta` (JSON), and return.
+
+        Waits for the save before this one, and deletes old ones where this one would not fit beside them. Raises
+        UserError if the one before failed (a full disk), or this one would exceed `disk_gb`.
+        """
+        self.wait()
+        step, started = int(state.step), time.monotonic()
+        if step in self.steps() and step not in self._damaged:
+            return
+        try:
+            self._make_room(state_bytes(state))
+            self._delete(step)  # a save that was cut off before its manifest, or a damaged one
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),  # pyright: ignore[reportCallIssue]
+                    training=ocp.args.StandardSave(state._replace(params={})._asdict()),  # pyright: ignore[reportCallIssue]
+                    meta=ocp.args.JsonSave(meta),  # pyright: ignore[reportCallIssue]
+                ),
+                force=True,
+            )
+        except UserError:  # no room in the budget
+            raise
+        except Exception as error:  # a disk can be full before the background has begun
+            self._error = error
+            self.wait()
+        self._finishing = threading.Thread(target=self._finish, args=(step, started), name=f"save {step}")
+        self._finishing.start()
+
+    def _finish(self, step: int, started: float) -> None:
+        try:
+            self._manager.wait_until_finished()
+            write_file(self.manifest(step), digest(self.directory / str(step)))
+            self._prune()
+            self.save_seconds = max(self.save_seconds, time.monotonic() - started)
+        except Exception as error:  # told to whoever saves or waits next
+            self._error = error
+            return
+        if self._on_saved is not None:
+            self._on_saved(self.directory.parent, step)
+
+    def expected_seconds(self, n_bytes: int) -> float:
+        """Return the most seconds that a save of so many bytes may take: the longest so far or, before one, a guess."""
+        return self.save_seconds or n_bytes / SAVE_BYTES_PER_SECOND
+
+    def wait(self) -> None:
+        """Wait until the save under way is whole on disk; raise UserError if it failed."""
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, MemoryError):
+                raise error
+            free = shutil.disk_usage(self.directory.parent).free / 1e9
+            reason = (str(error) or type(error).__name__).splitlines()[0][:300]
+            raise UserError(
+                f"a checkpoint could not be written to {self.directory} ({free:.2f} GB free): {reason}. Earlier "
+                "checkpoints are whole. Make room (a smaller --config.checkpoint.keep_last, another "
+                "--config.out_dir), then run the same command again."
+            ) from error
+
+    def close(self) -> None:
+        """Wait for the save under way and let go of the directory."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def manifest(self, step: int) -> Path:
+        """Return where a step's manifest is."""
+        return self.directory / f"{step}.sha256"
+
+    def steps(self) -> list[int]:
+        """List the steps that have a manifest, oldest first."""
+        return whole_steps(self.directory)
+
+    def _prune(self) -> None:
+        steps = [step for step in self.steps() if step not in self._damaged]
+        keep = {*steps[-self.keep_last :], *self._best(steps)}
+        for step in self._present() - keep:  # those no longer wanted, cut off or damaged
+            self._delete(step)
+
+    def _best(self, steps: list[int]) -> list[int]:
+        """Return the one of these steps that `keep_best` keeps, where there is one."""
+        losses = {step: val_loss_of(self.directory / str(step)) for step in steps} if self.keep_best else {}
+        best = min(losses, key=lambda step: losses[step], default=None)
+        return [best] if best is not None and losses[best] < math.inf else []
+
+    def _present(self) -> set[int]:
+        """Return every step that has a directory, whole or not."""
+        return {int(path.name) for path in self.directory.iterdir() if path.name.isdigit()}
+
+    def _make_room(self, n_bytes: int) -> None:
+        """Delete, while a save of so many bytes would not fit: what is not whole, then the oldest, last the best one.
+
+        The newest whole one always stays.
+        """
+        whole = [step for step in self.steps() if step not in self._damaged]
+        spare = sorted(self._present() - set(whole)) + whole[:-1]
+        best = self._best(whole)
+        spare.sort(key=lambda step: (step in whole, step in best))
+        run_dir = self.directory.parent
+        for step in spare:
+            if room(run_dir, self.disk_gb) >= n_bytes:
+                return
+            log.info("checkpoint %d is deleted before its time: the next one needs its room", step)
+            self._delete(step)
+        check_room(run_dir, n_bytes, self.disk_gb)
+
+    def _delete(self, step: int) -> None:
+        self.manifest(step).unlink(missing_ok=True)  # first: what is half deleted is never whole
+        if (self.directory / str(step)).exists():
+            self._manager.delete(step)
+        self._damaged.discard(step)
+
+    def restore(self, abstract: TrainState, device: jax.Device) -> tuple[TrainState, dict[str, Any]] | None:
+        """Return the newest whole state, its arrays on `device`, and its meta; None when there is no checkpoint at all.
+
+        A damaged one is named and passed over. Raises UserError when there are some and none is whole.
+        """
+        steps = self.steps()[::-1]
+        for step in steps:
+            damage = verify(self.directory, step)
+            if damage:
+                log.warning("checkpoint %d is damaged and passed over: %s", step, damage)
+                self._damaged.add(step)
+                continue
+            on_device = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), abstract
+            )
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(on_device.params),  # pyright: ignore[reportCallIssue]
+                    training=ocp.args.StandardRestore(on_device._replace(params={})._asdict()),  # pyright: ignore[reportCallIssue]
+                    meta=ocp.args.JsonRestore(),
+                ),
+            )
+            state = TrainState(**restored.training)._replace(params=restored.params)
+            return state, restored.meta
+        without = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        if without and not steps:
+            log.warning("checkpoints %s have no manifest (STEP.sha256): cut off while saved; beginning anew", without)
+        if steps:
+            raise UserError(
+                f"{self.directory} holds checkpoints, and none is whole. Nothing was changed. Allowed: a run directory "
+                "with a whole checkpoint, or a new one. Copy an undamaged checkpoint there, or take another "
+                "--config.out_dir."
+            )
+        return None

@@ -1,0 +1,65 @@
+"""Parameters alone, in and out of a checkpoint, and the JSON that goes with them.
+
+Beside the data path: what `loading/` reads a run's model with, and an import writes.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jgpt.atomic_write import write_file
+from jgpt.errors import UserError
+from jgpt.run_dir.manifest import digest, verify, whole_steps
+
+
+def read_meta(step_directory: Path) -> dict[str, Any]:
+    """Read the JSON that a checkpoint carries: step, tokens, val_loss and what the run was."""
+    handler = ocp.Checkpointer(ocp.JsonCheckpointHandler())
+    return handler.restore(step_directory / "meta")
+
+
+def val_loss_of(step_directory: Path) -> float:
+    """Return a checkpoint's validation loss; infinity where it has none, or is too damaged to say."""
+    try:
+        loss = read_meta(step_directory).get("val_loss")
+    except (OSError, ValueError):
+        return math.inf
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def save_params(directory: Path, step: int, params: Any, meta: dict[str, Any]) -> None:
+    """Write a checkpoint of parameters alone (numpy arrays) and its `meta` (JSON): one to begin from, not to go on."""
+    args = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))  # pyright: ignore[reportCallIssue]
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(directory / str(step), args=args, force=True)
+    write_file(directory / f"{step}.sha256", digest(directory / str(step)))
+
+
+def restore_params(
+    directory: Path, step: int, abstract: Any, place: Callable[[tuple[str, ...], np.ndarray], Any]
+) -> Any:
+    """Restore the parameters of a step alone, verified, in the dtypes of `abstract`.
+
+    Each goes through `place(path, array)`, `path` its keys in the tree; no more than one layer waits on the host.
+    """
+    damage = verify(directory, step)
+    if damage:
+        others = [other for other in whole_steps(directory) if other != step]
+        advice = f"Take another with --step: {others}." if others else "There is no other."
+        raise UserError(f"checkpoint {step} in {directory} is damaged: {damage}. {advice}")
+    restored = {}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        for name in abstract:
+            layer = {name: abstract[name]}
+            as_numpy = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), layer)
+            args = ocp.args.PyTreeRestore(item=layer, restore_args=as_numpy, partial_restore=True)  # pyright: ignore[reportCallIssue]
+            arrays = checkpointer.restore(directory / str(step) / "params", args=args)
+            restored |= jax.tree_util.tree_map_with_path(
+                lambda path, x: place(tuple(key.key for key in path), x), arrays
+            )
+    return restored

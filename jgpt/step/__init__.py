@@ -1,0 +1,1 @@
+"""The optimizer step as pure functions: it knows no device."""

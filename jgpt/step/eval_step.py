@@ -1,0 +1,29 @@
+"""The evaluation step: parameters and a batch in, the sum of its weighted losses out. Pure; it knows no device.
+
+In the data path: beside `train_step.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax import Array
+
+from jgpt.data.batches import Batch
+from jgpt.model.gpt import GPT
+from jgpt.model.loss import cross_entropy
+from jgpt.model.precision import Policy
+from jgpt.step.train_step import hidden_states
+
+EvalStep = Callable[[Any, Any, Batch], Array]
+
+
+def make_eval_step(model: GPT, policy: Policy, loss_chunk_tokens: int) -> EvalStep:
+    """Return (params, frozen, batch [B, ...]) -> the loss of its targets, weighted and summed, fp32."""
+
+    def eval_step(params: Any, frozen: Any, batch: Batch) -> Array:
+        params, frozen = policy.cast_to_compute(params), policy.cast_to_compute(frozen)
+        hidden, matrix = hidden_states(model, params, frozen, batch)
+        assert batch.weights is not None
+        return cross_entropy(hidden, matrix, batch.tokens[:, 1:], batch.weights, loss_chunk_tokens)
+
+    return eval_step

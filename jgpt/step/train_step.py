@@ -1,0 +1,130 @@
+"""The optimizer step: a state and a batch in, the next state and its metrics out. Pure; it knows no device.
+
+In the data path: between the batches and the checkpoint. `parallel/` runs it on devices.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jgpt.data.batches import Batch
+from jgpt.model.columns import regroup_tree
+from jgpt.model.gpt import GPT, Output, unembedding
+from jgpt.model.loss import cross_entropy
+from jgpt.model.precision import Policy
+from jgpt.step.loss_scale import next_loss_scale
+from jgpt.step.state import TrainState
+
+Average = Callable[[Any], Any]  # over the devices
+Numbers = dict[str, Array]  # scalars
+Step = Callable[[TrainState, Any, Batch, Average, Any], tuple[TrainState, Numbers]]
+TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Numbers]]
+
+
+def variables(model: GPT, params: Any, frozen: Any) -> dict[str, Any]:
+    """Return what `model.apply` takes: `params` are all parameters, or with LoRA the adapters to the `frozen` ones.
+
+    Adapters are kept as the plain model has them. Where devices share the model they are rearranged here, inside the
+    step, so that copies of one key/value head stay one: their gradients are added up.
+    """
+    if model.lora is None:
+        return {"params": params}
+    return {"params": frozen, "lora": regroup_tree(params, model.config)}
+
+
+def hidden_states(model: GPT, params: Any, frozen: Any, batch: Batch, **how: Any) -> tuple[Array, Array]:
+    """Run the model on a batch's inputs; return the hidden states [B, T, D] and the output layer's matrix [V, D]."""
+    given = variables(model, params, frozen)
+    output = cast(Output, model.apply(given, batch.tokens[..., :-1], segments=batch.segments, **how))
+    return output.hidden, unembedding(given["params"])
+
+
+def make_train_step(
+    model: GPT,
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulation: int,
+    seed: int,
+    loss_chunk_tokens: int,
+    growth_steps: int,
+    average_dtype: Any = jnp.float32,
+) -> Step:
+    """Return the step as a pure function (state, frozen, batch [A, B, ...], average, device) -> (state, metrics).
+
+    `average` averages a tree over the devices that share the batch (the identity on one), `device` is this one's index.
+    A micro-batches run one after another and `optax.MultiSteps` keeps the mean of their gradients; its accumulator
+    lives inside the step only, so that a state between steps never holds a half-done accumulation and no moment is
+    touched before the last micro-batch. Then one average, one finite check whose answer is the same on every device,
+    one update. A step with a non-finite gradient changes no parameter, no moment and no schedule. Under loss scaling
+    `average_dtype` fp16 halves what the devices send each other: the gradients go with the loss scale on them, at which
+    fp16 has held those of every micro-batch.
+    """
+    narrow = policy.scales_loss and average_dtype == jnp.float16
+    # It would hand the mean out, and begin anew, one micro-batch after the last: until then its state holds the mean,
+    # and the loop over micro-batches carries no second tree of gradients.
+    accumulate = optax.MultiSteps(optax.identity(), every_k_schedule=accumulation + 1)
+
+    def scaled_loss(params: Any, frozen: Any, batch: Batch, key: Array, scale: Array) -> tuple[Array, Array]:
+        hidden, matrix = hidden_states(model, params, frozen, batch, deterministic=False, rngs={"dropout": key})
+        targets = batch.tokens[:, 1:]
+        weights = jnp.ones(targets.shape, jnp.float32) if batch.weights is None else batch.weights
+        loss = cross_entropy(hidden, matrix, targets, weights, loss_chunk_tokens) / targets.size
+        return loss * scale, loss
+
+    def train_step(
+        state: TrainState, frozen: Any, batch: Batch, average: Average, device: Any
+    ) -> tuple[TrainState, Numbers]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), device)
+        params = policy.cast_to_compute(state.params)  # once a step, not once a micro-batch
+        base = policy.cast_to_compute(frozen)
+        scale = state.loss_scale.scale
+
+        def micro_step(accumulated: optax.MultiStepsState, x: tuple[Batch, Array]) -> tuple[Any, Array]:
+            micro_batch, index = x
+            gradient, loss = jax.grad(scaled_loss, has_aux=True)(
+                params, base, micro_batch, jax.random.fold_in(key, index), scale
+            )
+            with jax.named_scope("accumulate"):
+                gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradient)
+                _, accumulated = accumulate.update(gradient, accumulated)
+            return accumulated, loss
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+        accumulated, losses = jax.lax.scan(micro_step, accumulate.init(zeros), (batch, jnp.arange(accumulation)))
+        gradient = accumulated.acc_grads
+        if narrow:
+            gradient = jax.tree.map(lambda g: (g * scale).astype(jnp.float16), gradient)
+        gradient, loss = average((gradient, jnp.mean(losses)))
+        if narrow:
+            gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradient)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            new_params = optax.apply_updates(state.params, updates)
+        loss_scale = next_loss_scale(state.loss_scale, finite, growth_steps if policy.scales_loss else 0)
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        next_state = TrainState(
+            step=state.step + 1,
+            updates=state.updates + finite,
+            params=keep(new_params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            loss_scale=loss_scale,
+        )
+        return next_state, {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(schedule(state.updates), jnp.float32),
+            "loss_scale": scale,
+            "skipped_steps": loss_scale.skipped_steps,
+            "skipped_in_a_row": loss_scale.skipped_in_a_row,
+        }
+
+    return train_step

@@ -1,0 +1,205 @@
+"""What the commands have in common: flags in; help, one clear message and an exit code out."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from jgpt.cli.flags import did_you_mean
+from jgpt.cli.help import config_keys
+from jgpt.config.defaults import default_config, flatten
+from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
+
+ROOT = Path(__file__).parents[2]
+BASE = f"--config={ROOT / 'configs' / 'base.py'}"
+WITH_CONFIG = ("train", "prepare", "plan")
+COMMANDS = (*WITH_CONFIG, "evaluate", "generate", "check_env")
+
+
+def refused(result, *parts: str) -> None:
+    """Assert that a command ended with one error message that holds `parts`, and did nothing else."""
+    assert result.code == 2, result.err
+    assert result.out == ""
+    assert result.err.startswith("error: ") and "Traceback" not in result.err
+    for part in parts:
+        assert part in result.err, result.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_a_page_that_a_newcomer_can_read(command, name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = command(name, "--help")
+    assert result.code == 0 and result.err == ""
+    assert max(map(len, result.out.splitlines())) <= 120
+    assert f"python -m jgpt.{name}" in result.out and "Flags:" in result.out
+    assert "exit code" in result.out.lower()
+    for path in sorted(Path("configs").glob("*.py")):
+        assert (str(path) in result.out) == (name in WITH_CONFIG)
+    assert ("--config.KEY=VALUE" in result.out) == (name in WITH_CONFIG)
+
+
+def test_help_works_away_from_a_checkout_and_beside_broken_configs(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "Config files:" not in command("train", "-h").out
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "broken.py").write_text("def (")
+    (tmp_path / "configs" / "plain.py").write_text("x = 1")
+    lines = command("train", "--help").out.splitlines()
+    assert "  configs/broken.py  (cannot be read)" in lines and "  configs/plain.py" in lines
+
+
+def test_every_key_is_listed_with_its_default_and_its_comment():
+    listed = config_keys()
+    for key, value in flatten(default_config()).items():
+        shown = re.search(rf"^  {re.escape(key)}=(.+?)(  |$)", listed, re.MULTILINE)
+        assert shown, key
+        if key != "data.text_glob":
+            assert eval(shown[1]) == value
+    assert re.search(r'checkpoint\.resume="auto" +"auto": go on if out_dir holds a run', listed)
+    assert re.search(r"model\.d_ff=0 +hidden width of the MLP", listed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["no --config was given", "Allowed:", "For example: --config configs/quickstart.py"]),
+        (["--config"], ["no --config was given"]),
+        (["--config", "--config.seed=1"], ["no --config was given"]),
+        (["--config=nothere.py"], ["--config=nothere.py: there is no such file", "current folder"]),
+        ([BASE, "--confg=3"], ["unknown flag --confg", "Did you mean --config?"]),
+        ([BASE, "--nothing"], ["unknown flag --nothing. All flags are in --help"]),
+        ([BASE, "word"], ["unexpected argument 'word'", "--NAME=VALUE"]),
+        ([BASE, "--config.sed=3"], ["unknown config key --config.sed. Did you mean seed?"]),
+        ([BASE, "--config.model.n_layer=3"], ["unknown config key --config.model.n_layer.", "mean model.n_layers?"]),
+        ([BASE, "--config.modle.n_layers=3"], ["unknown config key --config.modle.n_layers.", "mean model.n_layers?"]),
+        ([BASE, "--config.n_layers", "3"], ["unknown config key --config.n_layers. Did you mean model.n_layers?"]),
+        ([BASE, "--noconfig.model.bais"], ["unknown config key --noconfig.model.bais. Did you mean model.bias?"]),
+        ([BASE, "--config.zzz=3"], ["unknown config key --config.zzz. All keys are in --help"]),
+        ([BASE, "--config.seed.x=3"], ["unknown config key --config.seed.x. Did you mean seed?"]),
+        ([BASE, "--config.a=1", "--config.b.c=2"], ["--config.a.", "--config.b.c."]),
+        ([BASE, "--config.eval=3"], ["--config.eval is a group of keys", "batches, every_steps"]),
+        ([BASE, "--config.model.n_layers=x"], ["--config.model.n_layers='x': it must be a whole number, such as 6"]),
+        ([BASE, "--config.seed=1.5"], ["--config.seed='1.5': it must be a whole number"]),
+        ([BASE, "--config.model.dropout=a"], ["--config.model.dropout='a': it must be a number"]),
+        ([BASE, "--config.model.bias=maybe"], ["--config.model.bias='maybe': it must be true or false"]),
+        ([BASE, "--config.model.n_layers="], ["--config.model.n_layers='': it must be a whole number"]),
+        ([BASE, "--config.seed"], ["--config.seed was given without a value", "--config.seed=VALUE"]),
+        (["--config.seed=3", BASE], ["--config.seed"]),
+    ],
+    ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else None,
+)
+@pytest.mark.parametrize("name", WITH_CONFIG)
+def test_a_wrong_command_line_is_refused(command, name, arguments, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(command(name, *arguments), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "parts"),
+    [
+        ("evaluate", [], ["no --model was given", "For example: --model runs/quickstart"]),
+        ("generate", [], ["no --model was given", "For example: --model runs/quickstart"]),
+        ("evaluate", ["--rundir=x"], ["unknown flag --rundir", "Did you mean --run_dir?"]),
+        ("evaluate", ["--step=a"], ["--step='a': it must be a whole number"]),
+        ("evaluate", ["--step=-1"], ["--step='-1': it must be a non-negative integer"]),
+        ("generate", ["--num_samples=0"], ["--num_samples='0': it must be a positive integer"]),
+        ("generate", ["--temperature=hot"], ["--temperature='hot': it must be a number, such as 0.8"]),
+        ("generate", ["--compute=int8"], ["--compute='int8': it must be one of auto, fp32, fp16, bf16"]),
+        ("generate", ["--run_dir=x", "--top_p=90"], ["top_p=90"]),
+        ("check_env", ["--quick=perhaps"], ["--quick='perhaps': it must be true or false"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_flags_of_the_other_commands(command, name, arguments, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(command(name, *arguments), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("def get_config(:\n", ["mine.py, line 1: SyntaxError", "Mend that line"]),
+        ("x = 1\n", ["mine.py has no function get_config()", "default_config()"]),
+        ("import not_there\n", ["mine.py, line 1: ModuleNotFoundError: No module named 'not_there'"]),
+        ("def get_config():\n    pass\n", ["get_config() returned None", "default_config()"]),
+        (
+            "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'a': 1})\n",
+            ["the unknown key a, no key attention, no key batch.global_batch_size", "more"],
+        ),
+        ("{default}    config.model.n_layer = 3\n", ["line 4: unknown config key n_layer. Did you mean n_layers?"]),
+        ("{default}    config.modle.n_layers = 3\n", ["line 4: unknown config key modle. Did you mean model?"]),
+        ("{default}    config.zzz = 3\n", ["line 4: unknown config key zzz. Mend that line"]),
+        ("{default}    config.seed = 'a'\n", ["line 4: TypeError: Could not override field 'seed'"]),
+        ("{default}    config.seed = 1 // 0\n", ["line 4: ZeroDivisionError"]),
+        ("{default}    open('not_there')\n", ["line 4: FileNotFoundError", "not_there"]),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_named_with_its_line(command, source, parts, tmp_path):
+    start = "from jgpt.config import default_config\ndef get_config():\n    config = default_config()\n"
+    text = source.replace("{default}", start)
+    (tmp_path / "mine.py").write_text(text + "    return config\n" * text.startswith(start))
+    refused(command("prepare", f"--config={tmp_path / 'mine.py'}"), *parts)
+
+
+def test_suggestions_name_every_group_that_has_the_key():
+    known = flatten(default_config())
+    for group in ("eval", "sample", "checkpoint"):
+        assert f"{group}.every_steps" in did_you_mean("every_steps", known)
+
+
+def ending(error):
+    def main():
+        if isinstance(error, BaseException):
+            raise error
+        return error
+
+    return SimpleNamespace(__doc__="Do it.", __file__="it.py", define_flags=lambda: None, main=main)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "parts"),
+    [
+        (None, 0, []),
+        (7, 7, []),
+        (AssertionError("1 == 2"), 1, ["Traceback", "AssertionError: 1 == 2"]),
+        (UserError("give less"), 2, ["error: give less\n"]),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9663676416 bytes."),
+            3,
+            ["error: the cpu was asked for 9.00 GiB in one piece", "Take fewer or shorter sequences"],
+        ),
+        (MemoryError(), 3, ["error: the machine ran out of memory"]),
+        (OutOfMemory("take less\nor less"), 3, ["error: take less\nor less\n"]),
+        (RuntimeError("RESOURCE_EXHAUSTED, says who"), 1, ["Traceback"]),
+        (TrainingDiverged("too fast"), 4, ["error: too fast\n"]),
+        (KeyboardInterrupt(), 130, ["error: interrupted\n"]),
+    ],
+    ids=repr,
+)
+def test_exit_codes(command, error, code, parts):
+    result = command(ending(error))
+    assert (result.code, result.out) == (code, "")
+    assert ("Traceback" in result.err) == (code == 1)
+    assert (result.err == "") == (not parts)
+    for part in parts:
+        assert part in result.err
+
+
+def test_exit_code_of_a_process(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "jgpt.evaluate", "--run_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path} holds no model. Needed is")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    program = f"{sys.executable} -m jgpt.prepare --help | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("0", "")

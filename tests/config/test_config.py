@@ -1,0 +1,243 @@
+"""Every key, every config file, and what is refused; and the rules that hold for the whole source."""
+
+import ast
+import difflib
+import io
+import math
+import re
+import runpy
+import tokenize
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from jgpt.config.check import CHOICES, RANGES, check, problems
+from jgpt.config.defaults import default_config, flatten
+from jgpt.data.find_files import find_files
+from jgpt.errors import UserError
+from jgpt.wording import range_text
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+SOURCES = sorted((ROOT / "jgpt").rglob("*.py"))
+
+
+def changed(**changes: object) -> ConfigDict:
+    """Return the default config with changes; __ stands for the dot."""
+    config = default_config()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+# The config files
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_config_file_is_whole(path):
+    config = runpy.run_path(str(path))["get_config"]()
+    assert config.is_locked
+    assert flatten(config).keys() == flatten(default_config()).keys()
+    assert problems(config) == []
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    for part in ("Hardware:", "Time:", "Expect", "Command:"):
+        assert part in doc, f"the docstring of {path.name} has no {part}"
+    assert f"python -m jgpt.train --config configs/{path.name}" in doc
+    assert len(doc.splitlines()[0]) <= 120 and doc.splitlines()[0].endswith((".", "?"))
+    assert "default_config()" in path.read_text(), "a config file only overrides"
+
+
+def test_config_files_write_in_directories_of_their_own():
+    where = [runpy.run_path(str(path))["get_config"]().out_dir for path in CONFIGS]
+    assert len(set(where)) == len(where)
+
+
+def test_the_default_text_is_on_this_machine():
+    files = find_files(default_config().data.text_glob)
+    assert len(files) > 100 and sum(file.stat().st_size for file in files) > 2_000_000
+    assert all(file.suffix == ".py" for file in files)
+
+
+# The default, and the tables of what is allowed
+
+
+def test_the_default_is_locked_and_each_call_makes_a_new_one():
+    config = default_config()
+    with pytest.raises((AttributeError, KeyError)):
+        config.model.n_layer = 3
+    config.seed = 1
+    assert default_config().seed != 1
+    check(default_config())
+
+
+def test_every_choice_and_range_is_of_a_key_and_holds_its_default():
+    flat = flatten(default_config())
+    for key, allowed in CHOICES.items():
+        assert flat[key] in allowed
+    for key, lowest, highest in RANGES:
+        assert lowest <= flat[key] <= highest, key
+    assert len({key for key, _, _ in RANGES}) == len(RANGES)
+    numbers = {key for key, value in flat.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    # The size of a bpe vocabulary is checked with its kind.
+    assert numbers - {key for key, _, _ in RANGES} == {"tokenizer.vocab_size"}
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_a_wrong_choice_is_named_with_all_right_ones(key):
+    config = default_config()
+    config.update_from_flattened_dict({key: CHOICES[key][-1] + "x"})
+    (found,) = problems(config)
+    assert found.startswith(f"{key}='{CHOICES[key][-1]}x': it must be ")
+    assert all(repr(choice) in found for choice in CHOICES[key])
+    assert difflib.get_close_matches(CHOICES[key][-1] + "x", CHOICES[key]) == [] or "did you mean" in found
+
+
+@pytest.mark.parametrize(("key", "lowest", "highest"), RANGES)
+def test_a_number_out_of_range_is_named_with_the_range(key, lowest, highest):
+    kind = type(flatten(default_config())[key])
+    for value in (lowest - 1, 2 * highest + 1, math.nan):
+        if kind is int and not math.isfinite(value):
+            continue
+        config = default_config()
+        config.update_from_flattened_dict({key: kind(value)})
+        if math.isinf(value):
+            assert not any(f"{key}=" in problem for problem in problems(config))
+        else:
+            assert problems(config)[0] == f"{key}={kind(value)!r}: it must be {range_text(lowest, highest)}"
+
+
+# Impossible configs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__n_heads": 5}, "model.n_heads=5 does not divide model.d_model=384: .* set model.n_heads=(4|6),"),
+        ({"model__d_model": 6}, "a head is 1 wide: rope turns pairs, so it must be even; set model.d_head"),
+        ({"model__d_head": 7}, "a head is 7 wide"),
+        ({"model__n_kv_heads": 4}, "model.n_kv_heads=4 does not divide model.n_heads=6"),
+        (
+            {"execution__micro_batch_size": 5},
+            "micro_batch_size=5 does not divide .*size=32: .* execution.micro_batch_size=4",
+        ),
+        (
+            {"execution__micro_batch_size": 64},
+            "micro_batch_size=64 does not divide .* set execution.micro_batch_size=32",
+        ),
+        ({"optimizer__warmup_steps": 1000}, "warmup_steps=1000 is not below .* set optimizer.warmup_steps=100"),
+        ({"optimizer__min_learning_rate": 1.0}, "min_learning_rate=1 is above optimizer.learning_rate=0.001"),
+        ({"tokenizer__vocab_size": 256}, "tokenizer.vocab_size=256: bpe needs 256 bytes .* set 257 or more"),
+        ({"tokenizer__kind": "hf"}, "tokenizer.pretrained='': .* set tokenizer.pretrained='gpt2'"),
+        (
+            {"model__vocab_size": 4095},
+            "model.vocab_size=4095 is below tokenizer.vocab_size=4096: .* set model.vocab_size=0",
+        ),
+        ({"data__text_glob": " "}, "data.text_glob='': name the text"),
+        ({"out_dir": ""}, "out_dir='': .* set out_dir='runs/NAME'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_each_impossible_config_says_what_to_do(changes, message):
+    (found,) = problems(changed(**changes))
+    assert re.search(message, found), found
+    with pytest.raises(UserError, match="^the config has this problem:\n  - "):
+        check(changed(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__n_heads": 5, "model__d_head": 64},
+        {"model__d_model": 6, "model__position": "learned"},
+        {"model__n_kv_heads": 3},
+        {"tokenizer__kind": "char", "tokenizer__vocab_size": 0},
+        {"tokenizer__kind": "hf", "tokenizer__pretrained": "gpt2", "model__vocab_size": 5},  # known when it is loaded
+        {"model__vocab_size": 4096},
+        {"optimizer__warmup_steps": 0, "optimizer__total_steps": 1},
+        {"optimizer__clip_norm": 0.0, "execution.loss_chunk_tokens": 0, "sample__num_samples": 0},
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_looks_odd_and_is_right(changes):
+    assert problems(changed(**changes)) == []
+
+
+def test_a_context_longer_than_the_data():
+    config = changed(model__context_length=1000)
+    assert problems(config, text_bytes=1001) == [] == problems(config)
+    (found,) = problems(config, text_bytes=1000)
+    assert found.startswith("model.context_length=1000 is longer than the data: 1,000 bytes of text in all;")
+    assert problems(changed(model__context_length=1000, data__format="chat"), text_bytes=1000) == []
+
+
+def test_sequence_length_takes_the_place_of_the_context():
+    config = changed(model__context_length=1000, batch__sequence_length=100)
+    assert problems(config, text_bytes=101) == []
+    (found,) = problems(config, text_bytes=100)
+    assert found.startswith("batch.sequence_length=100 is longer than the data")
+    config.batch.sequence_length = 1001
+    (found,) = problems(config)
+    assert found.startswith("batch.sequence_length=1001 is above model.context_length=1000")
+    config.init_from = "some/model"  # whose context is not known yet
+    assert problems(config) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"lora__rank": 8}, "lora.rank=8 without init_from"),
+        ({"execution__parallel": "tensor", "init_from": "some/model"}, "parallel='tensor' without lora"),
+        ({"lora__targets": "qkv,gate_upp"}, "lora.targets: 'gate_upp' is no layer; .*did you mean 'gate_up'"),
+        ({"lora__targets": ""}, "lora.targets: '' is no layer"),
+    ],
+)
+def test_fine_tuning_that_cannot_be(changes, part):
+    (found,) = problems(changed(**changes))
+    assert re.match(part, found), found
+    assert (
+        problems(changed(execution__parallel="tensor", init_from="some/model", lora__rank=8, lora__targets="qkv, proj"))
+        == []
+    )
+
+
+def test_all_problems_are_told_at_once():
+    config = changed(model__n_heads=5, execution__micro_batch_size=5, model__context_length=100)
+    with pytest.raises(UserError, match="these 3 problems") as error:
+        check(config, text_bytes=10)
+    for part in ("n_heads=5 does not divide", "micro_batch_size=5 does not divide", "longer than the data: 10 bytes"):
+        assert part in str(error.value)
+    # A key that is wrong by itself is told once, and hides nothing of the others.
+    config.update_from_flattened_dict({"model.d_model": 0, "remat": "all", "optimizer.learning_rate": 0.0})
+    config.optimizer.warmup_steps = 5000
+    with pytest.raises(UserError, match="these 6 problems") as error:
+        check(config, text_bytes=10)
+    for part in ("model.d_model=0: it must be 1 or more", "remat='all'", "learning_rate=0.0: it must be 1e-12 to 10"):
+        assert part in str(error.value)
+    assert "does not divide model.d_model" not in str(error.value) and "warmup_steps=5000" in str(error.value)
+
+
+# Rules that hold for the whole source
+
+
+def code(path: Path) -> list[str]:
+    """Return the tokens of a source file but for its comments and strings."""
+    found = tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+    return [token.string for token in found if token.type not in (tokenize.COMMENT, tokenize.STRING)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rules_of_the_house(path):
+    words, tree = code(path), ast.parse(path.read_text(encoding="utf-8"))
+    if path != ROOT / "jgpt" / "training" / "step.py":
+        assert not [word for word in words if word == "pmap"], "only parallel/replicate.py may say pmap"
+    banned = {"torch", "tensorflow", "clu", "chex", "pickle"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert banned.isdisjoint(name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in banned
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            owner = ast.unparse(node.func.value)
+            assert "config" not in owner and owner.split(".")[0] not in ("c", "m", "o", "t", "b"), (
+                f"{owner}.get: every key is in default_config()"
+            )

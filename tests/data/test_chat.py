@@ -1,0 +1,204 @@
+"""Chat templates render as transformers renders them, and answers are told apart from prompts."""
+
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import models
+
+from jgpt.data.chat_template import answers, read_template, render
+from jgpt.errors import UserError
+
+SETTINGS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 8}
+
+# As the models have them: SmolLM2, Llama 3, Qwen2.5 (its part without tools), Mistral, Qwen3 (in short).
+TEMPLATES = {
+    "chatml": """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}""",
+    "llama3": """{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = \
+'<|start_header_id|>' + message['role'] + '<|end_header_id|>
+
+'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}\
+{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>
+
+' }}{% endif %}""",
+    "qwen2.5": """{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools' }}
+    {%- for tool in tools %}
+        {{- "\\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" \
+and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+""",
+    "mistral": """{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- set ns = namespace() %}
+{%- set ns.index = 0 %}
+{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
+        {{- raise_exception("After the optional system message, conversation roles must alternate user/assistant") }}
+    {%- endif %}
+    {%- set ns.index = ns.index + 1 %}
+{%- endfor %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.first and system_message is defined %}
+            {{- " [INST] " + system_message + "\\n\\n" + message["content"] + " [/INST]" }}
+        {%- else %}
+            {{- " [INST] " + message["content"] + " [/INST]" }}
+        {%- endif %}
+    {%- else %}
+        {{- " " + message["content"] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+""",
+    "qwen3": """{%- set ns = namespace(last=0) %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == "assistant" and loop.index0 > ns.last %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+""",
+    "everything": """{% for message in messages %}
+    {% if message.role == "system" %}{% continue %}{% endif %}
+    {% generation %}
+    {{ message | tojson }} {{ messages | tojson(indent=2) }}
+    {% endgeneration %}
+    {% if loop.last %}{% break %}{% endif %}
+{% endfor %}
+{{ strftime_now("%Y %d") }} {{ unk_token }} {{ pad_token is defined }} {{ tools is none }} {{ documents is none }}
+""",
+}
+
+
+def chat(*contents: str, system: str = "") -> list[dict[str, str]]:
+    roles = ["user", "assistant"] * len(contents)
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return [{"role": "system", "content": system}] * bool(system) + turns
+
+
+CHATS = [
+    chat("Hi"),
+    chat("What is 2+2? <b>&", "It is 4.\n"),
+    chat(" Größe 漢字 🙂 ", " ja ", "{{ messages }}", "nein", 'und "so" weiter\\n\'', system="Be 'brief' {% raw %}."),
+    chat("one", "two", "three", "four"),
+]
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_rendering_equals_transformers(family: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    words = {token: i for i, token in enumerate(("<s>", "</s>", "<unk>"))}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATES[family]
+    )
+    for messages in CHATS:
+        for prompt in (False, True):
+            expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            assert render(TEMPLATES[family], SETTINGS, messages, prompt) == expected
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "qwen2.5", "mistral"])
+def test_parts_are_the_rendered_conversation_and_every_second_is_an_answer(family: str) -> None:
+    end = {"chatml": "<|im_end|>\n", "llama3": "<|eot_id|>", "qwen2.5": "<|im_end|>\n", "mistral": "</s>"}[family]
+    for messages in CHATS[1:]:
+        whole = messages[: 1 + max(i for i, message in enumerate(messages) if message["role"] == "assistant")]
+        (parts,) = answers(TEMPLATES[family], SETTINGS, messages)
+        assert "".join(parts) == render(TEMPLATES[family], SETTINGS, whole, False)
+        contents = [message["content"] for message in messages if message["role"] == "assistant"]
+        if family == "llama3":  # it trims
+            contents = [content.strip() for content in contents]
+        assert parts[1::2] == [" " * (family == "mistral") + content + end for content in contents]
+        for i in range(0, len(parts), 2):  # each prompt is what inference would show
+            asked = [j for j, message in enumerate(messages) if message["role"] == "assistant"][i // 2]
+            assert "".join(parts[: i + 1]) == render(TEMPLATES[family], SETTINGS, messages[:asked], True)
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_each_answer_its_own_prompt() -> None:
+    messages = chat("one", "two", "three", "four")
+    texts = answers(TEMPLATES["qwen3"], SETTINGS, messages)
+    thought = "<think>\n\n</think>\n\n"
+    assert [parts[1] for parts in texts] == [thought + "two<|im_end|>\n", thought + "four<|im_end|>\n"]
+    assert [parts[0] for parts in texts] == [
+        render(TEMPLATES["qwen3"], SETTINGS, messages[:1], True),
+        render(TEMPLATES["qwen3"], SETTINGS, messages[:3], True),
+    ]
+    assert "two<|im_end|>" in texts[1][0] and "think" not in texts[1][0]
+
+
+def test_an_opening_message_of_the_assistant_is_shown_and_not_learned() -> None:
+    opening = {"role": "assistant", "content": "Welcome!"}
+    assert answers(TEMPLATES["chatml"], SETTINGS, [opening]) == []
+    (parts,) = answers(TEMPLATES["chatml"], SETTINGS, [opening, *chat("Hi", "Hello")])
+    assert "Welcome!" in parts[0] and parts[1:] == ["Hello<|im_end|>\n"]
+
+
+def test_there_is_nothing_to_learn_without_an_answer() -> None:
+    assert answers(TEMPLATES["chatml"], SETTINGS, chat("Hi")) == []
+
+
+@pytest.mark.parametrize(
+    "template, problem",
+    [
+        ("{{ raise_exception('no') }}", "TemplateError: no"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ messages[9].content }}", "UndefinedError"),
+        ("{{ 1 + 'a' }}", "TypeError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
+    ],
+)
+def test_a_template_that_fails_is_one_message(template: str, problem: str) -> None:
+    with pytest.raises(UserError, match=f"does not render these messages .{problem}.*chat_template=FILE"):
+        render(template, SETTINGS, CHATS[0], False)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[-1].content }}", "the same"])
+def test_a_template_that_does_not_append_is_refused(template: str) -> None:
+    with pytest.raises(UserError, match="puts message 2 elsewhere than behind its prompt"):
+        answers(template, SETTINGS, chat("Hi", "Hello"))
+
+
+def test_a_template_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jinja").write_text("{{ 1 }}\n", encoding="utf-8")
+    assert read_template(str(tmp_path / "a.jinja")) == "{{ 1 }}\n"
+    (tmp_path / "b.jinja").write_bytes(b"\xff")
+    for name in ("b.jinja", "missing.jinja"):
+        with pytest.raises(UserError, match=f"{name}' cannot be read"):
+            read_template(str(tmp_path / name))

@@ -1,0 +1,229 @@
+"""Conversations as words: what is learned, what is refused, and a model that sees each by itself."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from jgpt.config.defaults import default_config
+from jgpt.data import conversations
+from jgpt.data.batches import make_batches
+from jgpt.data.chat_template import render
+from jgpt.data.conversations import BEGINS, IDS, LEARNED, ChatCorpus
+from jgpt.data.token_files import TokenData, open_token_data, token_directory
+from jgpt.data.tokenizer import load_tokenizer, train_bpe
+from jgpt.data.write_tokens import prepare
+from jgpt.errors import UserError
+from jgpt.model.gpt import GPT
+from jgpt.model.shapes import ModelConfig
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
+def line(*contents: str, roles: tuple[str, ...] = ("user", "assistant") * 9) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]}
+
+
+LINES = [line(f"How much is {n} + {n}?", f"It is {2 * n}: ça va 🙂.", "Sure?", "Yes." * (n % 5 + 1)) for n in range(40)]
+
+
+def make_config(root: Path, lines: list[Any], kind: str = "bpe") -> ConfigDict:
+    """Write a .jsonl file and a template, and return a config that reads them."""
+    (root / "chat.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+    (root / "chat.jinja").write_text(TEMPLATE, encoding="utf-8")
+    config = default_config()
+    config.out_dir = str(root / "run")
+    config.data.text_glob, config.data.format = str(root / "chat.jsonl"), "chat"
+    config.tokenizer.update({"kind": kind, "vocab_size": 300, "chat_template": str(root / "chat.jinja")})
+    return config
+
+
+def split(words: np.ndarray) -> list[np.ndarray]:
+    return np.split(words, np.flatnonzero(words & BEGINS))[1:]
+
+
+def rendered(data: TokenData, record: dict[str, Any]) -> str:
+    return render(TEMPLATE, data.tokenizer.settings, record["messages"], False)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_words_spell_the_conversations_and_what_the_assistant_wrote_is_learned(tmp_path: Path, kind: str) -> None:
+    data = prepare(make_config(tmp_path, LINES, kind))
+    held_out = [i for i in range(40) if i % 10 == 1]
+    for words, indices in ((data.train, [i for i in range(40) if i not in held_out]), (data.val, held_out)):
+        assert isinstance(words, np.memmap) and words.dtype == np.uint32
+        for part, i in zip(split(words), indices, strict=True):
+            assert data.tokenizer.decode(part & IDS) == rendered(data, LINES[i])
+            runs = np.split(part, 1 + np.flatnonzero(np.diff(part & LEARNED)))
+            learned = [data.tokenizer.decode(run & IDS) for run in runs if run[0] & LEARNED]
+            messages = LINES[i]["messages"]
+            assert learned == [messages[1]["content"] + "<|endoftext|>\n", messages[3]["content"] + "<|endoftext|>\n"]
+            if kind == "bpe":  # as inference encodes the prompt
+                prompt = render(TEMPLATE, data.tokenizer.settings, messages[:1], True)
+                assert (runs[0] & IDS).tolist() == data.tokenizer.encode(prompt).tolist()
+
+
+def test_meta_counts_what_is_learned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "jgpt"):
+        data = prepare(make_config(tmp_path, [*LINES, line("nobody answers"), line("hm", roles=("system",))]))
+    meta = json.loads((token_directory(make_config(tmp_path, LINES)) / "meta.json").read_text())
+    assert meta == data.meta and data.is_chat and meta["format"] == "chat"
+    held_out = [record["messages"][i]["content"] for record in LINES[1::10] for i in (1, 3)]
+    assert meta["val_bytes"] == sum(len(text.encode()) for text in held_out)
+    assert data.val_targets == meta["val_targets"] == np.count_nonzero(data.val & LEARNED)
+    assert meta["train_targets"] == np.count_nonzero(data.train & LEARNED)
+    assert (meta["train_tokens"], meta["val_tokens"]) == (len(data.train), len(data.val))
+    assert (meta["n_documents"], meta["unanswered_conversations"], meta["split"]) == (40, 2, "conversation")
+    assert "conversations 40" in caplog.text and "2 conversations hold no answer of the assistant" in caplog.text
+
+
+def test_the_template_goes_with_the_tokenizer_and_a_new_one_makes_tokens_anew(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    config = make_config(tmp_path, LINES)
+    first = prepare(config)
+    saved = token_directory(config) / "tokenizer"
+    assert load_tokenizer(saved).settings["chat_template"] == TEMPLATE
+    auto = AutoTokenizer.from_pretrained(str(saved), local_files_only=True)
+    messages = LINES[0]["messages"]
+    assert auto.apply_chat_template(messages, tokenize=False) == rendered(first, LINES[0])
+    at = (token_directory(config) / "train.bin").stat().st_mtime_ns
+    first.tokenizer.save(tmp_path / "tokenizer", 8)
+    prepare(config)
+    prepare(config, tmp_path / "tokenizer")  # a run that goes on
+    assert (token_directory(config) / "train.bin").stat().st_mtime_ns == at
+
+    config.tokenizer.update({"kind": "hf", "pretrained": str(tmp_path / "tokenizer"), "chat_template": ""})
+    own = prepare(config)  # the tokenizer's own template
+    assert own.meta["train_sha256"] == first.meta["train_sha256"] != own.meta["fingerprint"]
+    (tmp_path / "chat.jinja").write_text(TEMPLATE.replace("<", "["), encoding="utf-8")
+    config.tokenizer.chat_template = str(tmp_path / "chat.jinja")
+    changed = prepare(config)
+    assert changed.meta["train_sha256"] != first.meta["train_sha256"]
+    assert "[assistant>" in load_tokenizer(saved).settings["chat_template"]
+    (tmp_path / "chat.jinja").write_text(TEMPLATE, encoding="utf-8")  # the same name, another text
+    assert prepare(config).meta["train_sha256"] == first.meta["train_sha256"]
+    config.data.format, config.data.text_field = "text", "id"
+    (tmp_path / "chat.jsonl").write_text('{"id": "plain text"}\n' * 50)
+    assert not prepare(config).is_chat
+
+
+def test_compressed_files_and_only_jsonl_of_a_folder(tmp_path: Path) -> None:
+    config = make_config(tmp_path, LINES)
+    expected = prepare(config).meta["train_sha256"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "README.md").write_text("no conversation")
+    (folder / "chat.jsonl.gz").write_bytes(gzip.compress((tmp_path / "chat.jsonl").read_bytes()))
+    config.data.text_glob = str(folder)
+    assert prepare(config).meta["train_sha256"] == expected
+    config.data.text_glob = str(folder / "README.md")
+    with pytest.raises(UserError, match=r"only what is no .jsonl file \(.md\).*Supported are .jsonl, also with .gz"):
+        prepare(config)
+
+
+def test_bounded_memory_gives_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, LINES)
+    expected = prepare(config).meta["train_sha256"]
+    monkeypatch.setattr(conversations, "BATCH_CHARACTERS", 100)
+    config.out_dir = str(tmp_path / "other")
+    assert prepare(config).meta["train_sha256"] == expected
+
+
+@pytest.mark.parametrize(
+    "bad, problem",
+    [
+        ("{", "is not JSON"),
+        ("[1]", r"has no list of messages: it is '\[1\]'"),
+        ('{"conversations": []}', r"has no list of messages: it has the fields \['conversations'\]"),
+        ('{"messages": "Hi"}', "has no list of messages"),
+        ('{"messages": []}', "has no list of messages: it is an empty list"),
+        ('{"messages": ["Hi"]}', "message 1 is 'Hi', which is no object"),
+        ('{"messages": [{"role": "human", "content": "Hi"}]}', "message 1 has the role 'human'. Allowed: system, user"),
+        ('{"messages": [{"content": "Hi"}]}', "message 1 has the role None"),
+        ('{"messages": [{"role": "user", "content": ["Hi"]}]}', r"message 1 has the content .* which is no text"),
+        ('{"messages": [{"role": "user"}]}', "message 1 has the content 'None'"),
+        (json.dumps(line("Hi", " \n")), "message 2 is an empty answer"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "message 1 holds half a surrogate pair"),
+        (json.dumps(line("refuse", "me")), "the chat template does not render these messages .TemplateError: no"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, bad: str, problem: str) -> None:
+    template = "{% if messages[0].content == 'refuse' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps(LINES[0]) + "\n\n" + bad + "\n", encoding="utf-8")
+    corpus = ChatCorpus([path], template=template, settings={"eos_token": "</s>"})
+    with pytest.raises(UserError, match=f"chat.jsonl, line 3.*{problem}"):
+        list(corpus.conversations())
+
+
+@pytest.mark.parametrize("lines", [[], [line("Hi")] * 5, [line("Hi", "Hello"), line("Hi")]])
+def test_too_few_conversations_are_refused(tmp_path: Path, lines: list[Any]) -> None:
+    config = make_config(tmp_path, LINES)
+    prepare(config).tokenizer.save(tmp_path / "tokenizer", 8)
+    config = make_config(tmp_path, lines)
+    with pytest.raises(UserError, match=f"hold {len(lines) == 2:d} conversations with an answer .*At least two"):
+        prepare(config, tmp_path / "tokenizer")
+    assert not list(token_directory(config).glob("*.bin*"))
+
+
+def test_two_conversations_are_one_to_learn_and_one_held_out(tmp_path: Path) -> None:
+    data = prepare(make_config(tmp_path, LINES[:2]))
+    assert len(split(data.train)) == len(split(data.val)) == 1
+
+
+def test_no_template_is_answered_before_any_work(tmp_path: Path) -> None:
+    config = make_config(tmp_path, LINES)
+    config.tokenizer.chat_template = ""
+    with pytest.raises(UserError, match="needs a chat template.*--config.tokenizer.chat_template=FILE"):
+        prepare(config)
+    train_bpe(["Hi"], 300).save(tmp_path / "bare", 8)
+    config.tokenizer.update({"kind": "hf", "pretrained": str(tmp_path / "bare")})
+    with pytest.raises(UserError, match="needs a chat template"):
+        prepare(config)
+
+
+def test_damaged_words_are_named(tmp_path: Path) -> None:
+    config = make_config(tmp_path, LINES)
+    vocabulary = prepare(config).tokenizer.vocab_size
+    path = token_directory(config) / "val.bin"
+    words = np.fromfile(path, np.uint32)
+    words[5] = LEARNED | np.uint32(vocabulary)
+    words.tofile(path)
+    with pytest.raises(UserError, match=f"holds the id {vocabulary}, and the vocabulary ends at {vocabulary - 1}"):
+        open_token_data(token_directory(config))
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_a_packed_conversation_is_to_the_model_as_if_alone(tmp_path: Path, position: str) -> None:
+    """Row by row, beside the same conversations one a row, in one call."""
+    context = 120
+    batch = make_batches(prepare(make_config(tmp_path, LINES)), 1, 4, context, 320).batch(0)
+    inputs = batch.tokens[:, :-1]
+    texts = [(row, number) for row in range(4) for number in range(batch.segments[row].max() + 1)]
+    places = [np.flatnonzero(batch.segments[row] == number) for row, number in texts]
+    alone = np.zeros((len(texts), context), np.int32)
+    for i, (row, _) in enumerate(texts):
+        alone[i, : len(places[i])] = inputs[row, places[i]]
+    model = GPT(ModelConfig(320, context, 2, 2, 1, 16, 8, 32, position=position))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.tree.map(lambda x: 5 * x, params)  # so that where a token stands matters
+
+    @jax.jit
+    def run(tokens: jax.Array, segments: jax.Array) -> Any:
+        return model.apply({"params": params}, tokens, segments=segments)
+
+    tokens, segments = np.concatenate([inputs, alone]), np.concatenate([batch.segments, np.zeros_like(alone)])
+    hidden = np.asarray(run(tokens, segments).hidden)
+    assert len(texts) > 6
+    for i, (row, _) in enumerate(texts):
+        np.testing.assert_allclose(hidden[row, places[i]], hidden[4 + i, : len(places[i])], rtol=1e-4, atol=1e-4)

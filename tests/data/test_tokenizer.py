@@ -1,0 +1,253 @@
+"""Ids and text: round trips, and the same ids in transformers.AutoTokenizer, for every kind."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from jgpt.data.corpus import Corpus
+from jgpt.data.tokenizer import Tokenizer, _spread, load_pretrained, load_tokenizer, train_bpe, train_char
+from jgpt.errors import UserError
+
+CORPUS = [
+    "def main():\n    return 'hello world'  # naïve\r\n\n",
+    "The quick brown fox, 12345 times! 漢字 🙂\t<unk>\n",
+] * 20
+
+
+def nasty(seed: int, n: int = 400) -> str:
+    rng = random.Random(seed)
+    text = "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(n))
+    parts = [
+        *text,
+        "<|endoftext|>",
+        "<unk>",
+        "<s>",
+        "\r\n",
+        "   ",
+        "\x00",
+        " hello",
+        "'s",
+        "🙂",
+        "e\u0301",
+        "\n\n",
+        "▁",
+    ]
+    return "".join(rng.choices(parts, k=n)) + "".join(rng.choices(parts[-12:], k=n))
+
+
+TEXTS = ["", " ", "\n", "hello world", " hello  world \n", "<unk>", "a<|endoftext|>b", *map(nasty, range(5))]
+
+
+def pretrained_like(directory: Path, family: str) -> Path:
+    """Save a small tokenizer set up as GPT-2's or Llama 2's is."""
+    if family == "gpt2":
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+        backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)  # type: ignore[assignment]
+        special, alphabet = ["<|endoftext|>"], pre_tokenizers.ByteLevel.alphabet()
+        settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "model_max_length": 99}
+    else:
+        backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        prepend = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        backend.normalizer = normalizers.Sequence(prepend)  # type: ignore[assignment]
+        spell = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        backend.decoder = decoders.Sequence(spell)  # type: ignore[assignment]
+        special, alphabet = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))], []
+        settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        settings["chat_template"] = "{{ messages[0]['content'] }}"
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    saved = json.loads(backend.to_str())
+    saved["added_tokens"] = [token for token in saved["added_tokens"] if not token["content"].startswith("<0x")]
+    if family == "llama":  # as a tokenizer that begins every text by itself
+        begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        specials = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+        pair = [*begin, {"Sequence": {"id": "B", "type_id": 1}}]
+        saved["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": begin,
+            "pair": pair,
+            "special_tokens": specials,
+        }
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text(json.dumps(saved))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.fixture(params=["char", "bpe", "gpt2", "llama"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
+    if request.param == "char":
+        return train_char([*CORPUS, "".join(nasty(0))])
+    if request.param == "bpe":
+        return train_bpe(CORPUS, 400)
+    return load_pretrained(str(pretrained_like(tmp_path / request.param, request.param)))
+
+
+def test_auto_tokenizer_gives_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path / "saved", context_length=77)
+    auto = AutoTokenizer.from_pretrained(str(tmp_path / "saved"), local_files_only=True)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.uint32
+        assert ids.tolist() == auto.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == auto.decode(ids.tolist())
+    assert auto.model_max_length == 77
+    assert auto.eos_token_id == tokenizer.eot_id
+    assert max(auto.get_vocab().values()) + 1 == tokenizer.vocab_size
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_parts_together_have_the_ids_of_the_text(tokenizer: Tokenizer) -> None:
+    """The borders lie where a token begins anyway; then a part's ids are the text's, as inference has them."""
+    texts = [
+        [f"<user>\n{text}\n<assistant>\n", f"hello world, 12 🙂 {text}<|endoftext|>\n", "", "<user>\n"]
+        for text in ("hello", "the quick  brown\n", "naïve 漢字 🙂")
+    ]
+    for parts, ids in zip(texts, tokenizer.encode_parts(texts), strict=True):
+        assert len(ids) == len(parts) and all(part.dtype == np.uint32 for part in ids)
+        assert tokenizer.decode(np.concatenate(ids)) == "".join(parts)
+    for parts, ids in zip(texts, tokenizer.encode_parts([parts[:2] for parts in texts]), strict=True):
+        assert np.concatenate(ids).tolist() == tokenizer.encode("".join(parts[:2])).tolist()
+        assert ids[0].tolist() == tokenizer.encode(parts[0]).tolist()
+
+
+def test_a_token_over_the_border_is_not_made() -> None:
+    bpe = train_bpe(["\n\n\n ab" * 99], 300)
+    assert len(bpe.encode("\n\n\n")) == 1
+    ((prompt, answer),) = bpe.encode_parts([["ab\n", "\n\n ab"]])
+    assert prompt.tolist() == bpe.encode("ab\n").tolist() and answer.tolist() == bpe.encode("\n\n ab").tolist()
+
+
+def test_a_part_has_no_space_of_its_own(tmp_path: Path) -> None:
+    """Llama 2's tokenizer puts one before a text, and would before every part."""
+    llama = load_pretrained(str(pretrained_like(tmp_path / "llama", "llama")))
+    ((_, answer),) = llama.encode_parts([["<user>\n", "hello"]])
+    assert llama.backend.id_to_token(int(llama.encode("hello")[0])).startswith("▁")
+    assert "".join(map(llama.backend.id_to_token, answer.tolist())) == "hello"
+
+
+def test_chat_templates_of_a_file_and_of_several_names(tmp_path: Path) -> None:
+    directory = pretrained_like(tmp_path / "llama", "llama")
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    for templates, expected in (
+        ([{"name": "default", "template": "{{ 1 }}"}, {"name": "tool_use", "template": "{{ 2 }}"}], "{{ 1 }}"),
+        ([{"name": "tool_use", "template": "{{ 2 }}"}], None),
+    ):
+        settings["chat_template"] = templates
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert load_pretrained(str(directory)).settings.get("chat_template") == expected
+    (directory / "chat_template.jinja").write_text("{{ 3 }}")
+    assert load_pretrained(str(directory)).settings["chat_template"] == "{{ 3 }}"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_pretrained_ids_are_the_originals(family: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    directory = pretrained_like(tmp_path / family, family)
+    auto = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    ours = load_pretrained(str(directory))
+    for text in TEXTS:
+        assert ours.encode(text).tolist() == auto.encode(text, add_special_tokens=False)
+    assert ours.eot_id == auto.eos_token_id
+    assert ours.settings.get("chat_template") == auto.chat_template
+
+
+def test_saving_and_loading_changes_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "a", 10)
+    again = load_tokenizer(tmp_path / "a")
+    assert (again.sha256, again.vocab_size, again.eot_id) == (tokenizer.sha256, tokenizer.vocab_size, tokenizer.eot_id)
+    for text, ids in zip(TEXTS, again.encode_batch(TEXTS), strict=True):
+        assert np.array_equal(ids, tokenizer.encode(text))
+
+
+def test_bpe_makes_the_round_trip_on_any_text() -> None:
+    bpe = train_bpe(CORPUS, 300)
+    for seed in range(50):
+        text = nasty(seed)
+        assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.decode([bpe.eot_id]) == "<|endoftext|>"
+    assert bpe.encode("<|endoftext|>").tolist() == [bpe.eot_id]
+
+
+def test_bpe_is_deterministic_and_as_large_as_asked() -> None:
+    assert train_bpe(CORPUS, 300).vocab_size == 300
+    assert train_bpe(CORPUS, 300).sha256 == train_bpe(CORPUS, 300).sha256
+    assert 257 < train_bpe(["ab ab"], 10_000).vocab_size < 300
+    with pytest.raises(UserError, match="vocab_size is 256. bpe needs at least 257"):
+        train_bpe(CORPUS, 256)
+
+
+def test_char_ids_are_sorted_characters() -> None:
+    char = train_char(["ba", "🙂\n", "\ud800"])
+    assert char.vocab_size == 6 and char.eot_id == 5
+    assert char.encode("\nab🙂").tolist() == [0, 1, 2, 3]
+    assert char.encode("é<unk>z<|endoftext|>").tolist() == [4, 4, 4, 5]
+    assert char.decode([1, 0, 2]) == "a\nb"
+    text = "".join(set(nasty(3).replace("<", ""))) * 3
+    assert (own := train_char([text])).decode(own.encode(text)) == text
+
+
+def test_half_a_surrogate_pair_crashes_nothing(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab_size > tokenizer.encode("a\ud800b").max()
+    assert tokenizer.encode("a\ud800b")[0] == tokenizer.encode("a")[0]
+
+
+def test_char_is_fast() -> None:
+    text = "To be, or not to be\n" * 100_000
+    char = train_char([text])
+    started = time.perf_counter()
+    assert len(char.encode(text)) == len(text)
+    assert len(text) / (time.perf_counter() - started) > 5e6  # characters a second; about 200e6 on an idle core
+
+
+def test_pieces_of_a_document_have_the_ids_of_the_document(tmp_path: Path) -> None:
+    bpe = train_bpe(CORPUS, 500)
+    text = "".join(random.Random(0).choices(CORPUS, k=12_000))
+    (tmp_path / "a.txt").write_text(text, newline="")
+    pieces = [piece.text for piece in Corpus([tmp_path / "a.txt"]).pieces()]
+    assert len(pieces) > 1
+    assert np.array_equal(np.concatenate(bpe.encode_batch(pieces)), bpe.encode(text))
+
+
+def test_training_text_is_spread_over_the_corpus(tmp_path: Path) -> None:
+    for i in range(100):
+        (tmp_path / f"{i:02}.txt").write_text(f"{i:02}" * 500)
+    corpus = Corpus(sorted(tmp_path.iterdir()))
+    chosen = [int(text[:2]) for text in _spread(corpus, 10_000)]
+    assert 10 <= len(chosen) <= 11 and max(np.diff(chosen)) <= 11 and chosen[-1] >= 89
+    assert len(list(_spread(corpus, 1e9))) == 100
+
+
+def test_bad_pretrained_names_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("", "./missing", str(tmp_path / "missing")):
+        with pytest.raises(UserError, match="is no directory.*tokenizer.pretrained="):
+            load_pretrained(name)
+    with pytest.raises(UserError, match="does not open in transformers"):
+        load_pretrained(str(tmp_path))
+    directory = pretrained_like(tmp_path / "gpt2", "gpt2")
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="has no eos_token"):
+        load_pretrained(str(directory))
+
+
+def test_a_saved_tokenizer_that_is_not_whole_is_answered(tmp_path: Path) -> None:
+    train_char(["a"]).save(tmp_path, 8)
+    (tmp_path / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(UserError, match="holds no whole tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="holds no whole tokenizer .FileNotFoundError"):
+        load_tokenizer(tmp_path / "missing")

@@ -1,0 +1,193 @@
+"""Attention against a plain numpy form; the causal pieces against the whole; RoPE by what it must keep."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jgpt.errors import UserError
+from jgpt.model.attention.choose import attend_causally, choose_attention
+from jgpt.model.attention.plain import attend, attend_newest
+from jgpt.model.rope import rope
+
+B, T, K, G, H = 2, 11, 2, 3, 8
+
+
+def inputs(length: int = T, dtype=jnp.float32):
+    random = np.random.default_rng(0)
+    shapes = (B, length, K, G, H), (B, length, K, H), (B, length, K, H)
+    return tuple(jnp.asarray(random.normal(size=shape), dtype) for shape in shapes)
+
+
+def causal(length: int):
+    return jnp.tril(jnp.ones((1, length, length), bool))
+
+
+def plain(q, k, v, mask) -> np.ndarray:
+    """Attention of each head by itself, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for b, h, g in np.ndindex(q.shape[0], K, G):
+        scores = q[b, :, h, g] @ k[b, :, h].T / np.sqrt(H)
+        weights = np.where(np.asarray(mask)[b % len(mask)], np.exp(scores), 0)
+        out[b, :, h, g] = weights / weights.sum(-1, keepdims=True) @ v[b, :, h]
+    return out
+
+
+def test_attend_is_softmax_attention_for_each_head():
+    q, k, v = inputs()
+    random = np.random.default_rng(1).random((B, T, T)) < 0.5
+    mask = jnp.asarray(random | np.eye(T, dtype=bool))
+    np.testing.assert_allclose(attend(q, k, v, mask), plain(q, k, v, mask), rtol=1e-4, atol=1e-5)
+
+
+def summed(form, mask, dtype=jnp.float32):
+    """Return a function of q, k, v: a weighted sum of the output, and its gradients."""
+
+    def loss(q, k, v):
+        mixed = form(q, k, v, mask)
+        weights = jnp.asarray(np.random.default_rng(2).normal(size=q.shape), jnp.float32)
+        return jnp.vdot(mixed.astype(jnp.float32), weights)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+
+
+def form_named(attention: str):
+    return lambda q, k, v, mask: attend_causally(q, k, v, mask, attention)
+
+
+@pytest.mark.parametrize("attention", ["plain", "chunked", "chunked_vjp", "chunked_vjp_recompute"])
+@pytest.mark.parametrize("length", [1, 5, 64])
+def test_every_form_equals_the_whole_with_gradients(attention, length):
+    q, k, v = inputs(length)
+    mask = causal(length)
+    expected, found = (summed(form, mask)(q, k, v) for form in (attend, form_named(attention)))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("attention", ["chunked_vjp", "chunked_vjp_recompute"])
+def test_forms_of_our_own_keep_to_the_mask_of_each_row(attention):
+    q, k, v = inputs(16)
+    segments = np.sort(np.random.default_rng(3).integers(0, 3, (B, 16)), axis=1)
+    mask = causal(16) & jnp.asarray(segments[:, None, :] == segments[:, :, None])
+    expected, found = (summed(form, mask)(q, k, v) for form in (attend, form_named(attention)))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_making_the_weights_again_changes_no_value_and_keeps_none():
+    q, k, v = inputs(64)
+    mask = causal(64)
+    kept, light = (summed(form_named(attention), mask) for attention in ("chunked_vjp", "chunked_vjp_recompute"))
+    for a, b in zip(jax.tree.leaves(kept(q, k, v)), jax.tree.leaves(light(q, k, v)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # the two compile differently
+
+    def bytes_kept(attention: str) -> int:
+        _, backward = jax.eval_shape(lambda *x: jax.vjp(lambda *y: attend_causally(*y, mask, attention), *x), q, k, v)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+    assert bytes_kept("chunked_vjp") - bytes_kept("chunked_vjp_recompute") == 4 * B * K * G * 64 * 64 * 5 // 8
+
+
+@pytest.mark.parametrize("attention", ["chunked_vjp", "chunked_vjp_recompute"])
+def test_fp16_is_as_near_to_the_truth_as_the_form_that_jax_differentiates(attention):
+    """With scores to 40 and values to 300: an unnormalized sum of them is beyond fp16."""
+    random = np.random.default_rng(4)
+    q, k, v = (jnp.asarray(x * random.choice([1, 3], x.shape), jnp.float32) for x in inputs(64))
+    v = 100 * v
+    truth = summed(attend, causal(64))(q, k, v)
+    narrow = tuple(x.astype(jnp.float16) for x in (q, k, v))
+
+    def errors(form) -> list[float]:
+        found = summed(form, causal(64))(*narrow)
+        pairs = zip(jax.tree.leaves(truth), jax.tree.leaves(found), strict=True)
+        return [float(jnp.linalg.norm(a - b.astype(jnp.float32)) / jnp.linalg.norm(a)) for a, b in pairs]
+
+    for ours, theirs in zip(errors(form_named(attention)), errors(attend), strict=True):
+        assert ours < 1.5 * theirs + 1e-3
+
+
+def test_auto_chooses_by_device_and_cudnn_needs_one_that_has_it():
+    assert choose_attention("auto", jnp.float32, "cpu", None) == "chunked"
+    assert choose_attention("auto", jnp.float16, "gpu", (7, 5)) == "chunked_vjp"
+    assert choose_attention("chunked_vjp_recompute", jnp.float32, "cpu", None) == "chunked_vjp_recompute"
+    assert choose_attention("flash", jnp.bfloat16, "gpu", (8, 0)) == "flash"
+    for compute, platform, capability in (
+        (jnp.float16, "gpu", (7, 5)),
+        (jnp.float32, "gpu", (8, 0)),
+        (jnp.float16, "cpu", None),
+    ):
+        with pytest.raises(UserError, match="attention=auto"):
+            choose_attention("flash", compute, platform, capability)
+
+
+def test_causal_pieces_compute_five_eighths_of_the_products():
+    length = 64
+    q, k, v = inputs(length)
+
+    def flops(form) -> float:
+        cost = jax.jit(form).lower(q, k, v, causal(length)).compile().cost_analysis()
+        return cost["flops"]
+
+    assert flops(attend_causally) < 0.7 * flops(attend)
+
+
+def test_the_newest_token_beside_its_cache_is_the_last_query_of_the_whole():
+    """Rows of several lengths; what the cache holds past them is garbage that nobody sees."""
+    q, k, v = inputs()
+    lengths, rows = np.array([T - 1, 4]), np.arange(B)
+    seen = jnp.asarray(np.arange(T)[None, None, :] < lengths[:, None, None])
+    newest = (x[rows, lengths][:, None] for x in (q, k, v))
+    mixed = attend_newest(*newest, k.swapaxes(1, 2), v.swapaxes(1, 2), seen)
+    expected = plain(q, k, v, causal(T))[rows, lengths]
+    np.testing.assert_allclose(mixed[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_that_may_look_nowhere_is_still_finite():
+    q, k, v = inputs()
+    assert np.isfinite(attend(q, k, v, jnp.zeros((1, T, T), bool))).all()
+
+
+def test_fp16_products_past_the_range_of_fp16_are_scaled_before():
+    _, _, v = inputs(dtype=jnp.float16)
+    q, k = jnp.full((B, T, K, G, H), 130, jnp.float16), jnp.full((B, T, K, H), 130, jnp.float16)
+    out = jax.jit(attend_causally)(q, k, v, causal(T))  # q . k is 135,200; fp16 ends at 65,504
+    assert out.dtype == jnp.float16
+    means = np.cumsum(np.asarray(v, np.float64), 1) / np.arange(1, T + 1)[:, None, None]
+    np.testing.assert_allclose(out, np.repeat(means[:, :, :, None], G, 3), rtol=0.01, atol=0.01)
+
+
+def test_drop_acts_on_the_normalised_weights():
+    q, k, v = inputs()
+    doubled = attend(q, k, v, causal(T), lambda weights: 2 * weights)
+    np.testing.assert_allclose(doubled, 2 * attend(q, k, v, causal(T)), rtol=1e-5)
+
+
+def test_rope_is_the_rotation_of_the_paper():
+    x = np.random.default_rng(3).normal(size=(B, T, K, H)).astype(np.float32)
+    positions = np.arange(T)[None]
+    pairs = x[..., : H // 2] + 1j * x[..., H // 2 :]
+    angles = positions[0][:, None] * 10_000.0 ** (-np.arange(H // 2) / (H // 2))
+    turned = pairs * np.exp(1j * angles)[None, :, None]
+    expected = np.concatenate([turned.real, turned.imag], -1)
+    np.testing.assert_allclose(rope(jnp.asarray(x), jnp.asarray(positions), 10_000.0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rope_makes_scores_depend_on_distance_alone():
+    q, k, _ = inputs()
+    here = jnp.arange(T)[None]
+
+    def scores(shift: int):
+        return jnp.einsum("BTKGH,BSKH->BKGTS", rope(q, here + shift, 10_000.0), rope(k, here + shift, 10_000.0))
+
+    np.testing.assert_allclose(scores(0), scores(1000), atol=2e-3)
+
+
+def test_rope_keeps_the_dtype_and_takes_positions_of_each_row():
+    q, _, _ = inputs(dtype=jnp.float16)
+    rows = jnp.stack([jnp.arange(T), jnp.arange(T) + 5])
+    out = rope(q, rows, 10_000.0)
+    assert out.dtype == jnp.float16
+    np.testing.assert_array_equal(out[1:], rope(q[1:], rows[1:], 10_000.0))
+    np.testing.assert_array_equal(out[:1], rope(q[:1], rows[:1], 10_000.0))

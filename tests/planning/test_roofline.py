@@ -1,0 +1,160 @@
+"""Costs of a compiled program: by hand on small HLO, and against the model's own count of FLOPs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jgpt.config.defaults import default_config
+from jgpt.data.batches import Batch
+from jgpt.errors import UserError
+from jgpt.model.gpt import GPT
+from jgpt.model.parameters import flops_per_token
+from jgpt.model.precision import Policy
+from jgpt.model.shapes import ModelConfig
+from jgpt.parallel.replicate import Pmap
+from jgpt.planning.devices import compile_only
+from jgpt.planning.roofline import GROUPS, Rates, predict
+from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
+from jgpt.step.state import init_state
+from jgpt.step.train_step import make_train_step
+
+RATES = Rates(fp16_flops=1000.0, fp32_flops=100.0, bandwidth=10.0, link=1.0)  # a slow machine, in round numbers
+TARGET = 'custom_call_target="__cublas$lt$matmul"'
+CONFIG = 'backend_config={"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}'
+
+
+def program(entry: str, computations: str = "", header: str = "") -> str:
+    return f"HloModule m{header}\n\n{computations}\n\nENTRY %main () -> f32[] {{\n{entry}\n}}\n"
+
+
+def only(text: str):
+    (op,) = predict(text, RATES).ops
+    return op
+
+
+def test_a_kernel_takes_the_longer_of_bytes_and_flops():
+    op = only(program("  %x = f32[100]{0} parameter(0)\n  ROOT %y = f32[100]{0} add(%x, %x)"))
+    assert (op.bytes, op.flops, op.unit, op.seconds) == (800, 100, "memory", 80)
+    op = only(program("  %i = s32[] parameter(0)\n  ROOT %y = f32[1000]{0} iota(), iota_dimension=0"))
+    assert (op.bytes, op.flops) == (4000, 0)
+
+
+@pytest.mark.parametrize(("dtype", "kind", "rate"), [("f16", "fp16 gemm", 1000), ("f32", "fp32 gemm", 100)])
+def test_a_gemm_runs_on_the_unit_of_its_operands(dtype, kind, rate):
+    text = program(
+        f"  %a = {dtype}[64,512]{{1,0}} parameter(0)\n  %b = {dtype}[512,64]{{1,0}} parameter(1)\n"
+        f"  ROOT %c = (f32[64,64]{{1,0}}, s8[4194304]{{0}}) custom-call(%a, %b), {TARGET}, {CONFIG}"
+    )
+    fast = Rates(1000.0, 100.0, 1e9, 1.0)
+    (op,) = predict(text, fast).ops
+    assert op.kind == kind and op.flops == 2 * 64 * 64 * 512 == predict(text, fast).gemm_flops
+    assert op.seconds == op.flops / rate
+    assert op.bytes == 2 * 64 * 512 * (2 if dtype == "f16" else 4) + 64 * 64 * 4  # the scratch space costs nothing
+
+
+def test_batched_products_count_every_product():
+    text = program(
+        "  %a = f16[3,4,8]{2,1,0} parameter(0)\n  %b = f16[3,8,5]{2,1,0} parameter(1)\n"
+        "  ROOT %c = f16[3,4,5]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}"
+    )
+    assert only(text).flops == 2 * 3 * 4 * 5 * 8
+
+
+def test_a_fusion_reads_its_slices_only_and_updates_in_place():
+    computations = """%fused (p0: f32[9,100], p1: s32[], p2: f32[7,50]) -> (f32[7,50], f32[100]) {
+  %p0 = f32[9,100]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %row = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,100}
+  %flat = f32[100]{0} bitcast(%row)
+  %e = f32[100]{0} exponential(%flat)
+  %half = f32[50]{0} slice(%e), slice={[0:50]}
+  %update = f32[1,50]{1,0} bitcast(%half)
+  %p2 = f32[7,50]{1,0} parameter(2)
+  %written = f32[7,50]{1,0} dynamic-update-slice(%p2, %update, %p1, %p1)
+  ROOT %t = (f32[7,50]{1,0}, f32[100]{0}) tuple(%written, %e)
+}"""
+    entry = """  %a = f32[9,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[7,50]{1,0} parameter(2)
+  ROOT %f = (f32[7,50]{1,0}, f32[100]{0}) fusion(%a, %i, %b), kind=kLoop, calls=%fused"""
+    op = only(program(entry, computations))
+    assert op.bytes == 400 + 4 + 200 + 400  # one row, the index, the update written, the other result
+    assert op.flops == 8 * 100  # exponentials are slow
+
+
+def test_loops_run_their_trips_and_conditionals_their_dearest_branch():
+    loops = """%body (p: f32[10]) -> f32[10] {
+  %p = f32[10]{0} parameter(0)
+  ROOT %n = f32[10]{0} negate(%p)
+}
+
+%twice (p: f32[10]) -> f32[10] {
+  %p = f32[10]{0} parameter(0)
+  %n = f32[10]{0} negate(%p)
+  ROOT %m = f32[10]{0} negate(%n)
+}
+
+%below (p: f32[10]) -> pred[] {
+  %p = s32[] parameter(0)
+  %bound = s32[] constant(7)
+  ROOT %lt = pred[] compare(%p, %bound), direction=LT
+}"""
+    known = 'backend_config={"known_trip_count":{"n":"5"}}'
+    start = "  %x = f32[10]{0} parameter(0)\n"
+    loop = "ROOT %w = f32[10]{0} while(%x), condition=%below, body=%body"
+    assert only(program(f"{start}  {loop}, {known}", loops)).seconds == 5 * 80 / 10
+    op = only(program(f"{start}  {loop}", loops))
+    assert (op.times, op.seconds) == (7, 7 * 80 / 10)
+    branches = "  ROOT %c = f32[10]{0} conditional(%x, %x), branch_computations={%body, %twice}"
+    assert len(predict(program(start + branches, loops), RATES).ops) == 2
+    call = "  ROOT %c = f32[10]{0} call(%x), to_apply=%twice"
+    assert len(predict(program(start + call, loops), RATES).ops) == 2
+
+
+@pytest.mark.parametrize(
+    "groups", ["{{0,1,2,3}}", "[1,4]<=[4]", "mesh['a'=4,'b'=2] {'a'}", "{}"], ids=("list", "iota", "mesh", "all")
+)
+def test_collectives_move_what_a_ring_moves(groups):
+    start = (
+        "  %x = f32[100]{0} parameter(0)\n"
+        f"  %s = f32[100]{{0}} all-reduce-start(%x), replica_groups={groups}, to_apply=%add\n"
+        "  ROOT %d = f32[100]{0} all-reduce-done(%s)"
+    )
+    op = only(program(start, header=", num_partitions=4"))
+    assert (op.group, op.bytes, op.seconds) == ("collective", 400 * 2 * 3 / 4, 600)
+    assert only(program(start.replace("all-reduce", "reduce-scatter"), header=", num_partitions=4")).bytes == 300
+
+
+def test_groups_come_from_the_scopes_of_the_model():
+    scopes = ("h_0/attn_norm/mul", "h_0/mlp/up", "jvp(loss)/exp", "optimizer/add", "h_0/add", "wte/take")
+    entry = "  %x = f32[5]{0} parameter(0)\n" + "\n".join(
+        f'  %y.{i} = f32[5]{{0}} negate(%x), metadata={{op_name="jit(f)/{scope}"}}' for i, scope in enumerate(scopes)
+    )
+    seconds = predict(program(entry), RATES).by_group()
+    assert set(seconds) == set(GROUPS)
+    assert seconds == {"attention": 4, "mlp": 4, "loss": 4, "optimizer": 4, "collective": 0, "other": 8}
+
+
+def test_flops_of_a_program_compiled_here():
+    compiled = jax.jit(lambda x, y: (x @ y, jnp.tanh(x))).lower(jnp.ones((32, 16)), jnp.ones((16, 64))).compile()
+    assert predict(compiled.as_text(), RATES).gemm_flops == 2 * 32 * 16 * 64
+
+
+def test_flops_of_a_compiled_t4_step_are_those_of_the_model(optimized: None):
+    """GEMMs of a step that keeps all pairs of attention and recomputes nothing: what flops_per_token counts."""
+    shapes = ModelConfig(
+        512, 128, n_layers=2, n_heads=2, n_kv_heads=2, d_model=128, d_head=64, d_ff=512, position="learned"
+    )
+    try:
+        devices = compile_only("t4x2").devices
+    except UserError as error:  # too old a JAX, or no wheels
+        pytest.skip(str(error))
+    policy, options = Policy(compute=jnp.float16), default_config().optimizer
+    optimizer, model = make_optimizer(options), GPT(shapes, policy.compute, attention="plain")
+    step = make_train_step(model, policy, optimizer, learning_rate_schedule(options), 3, 0, 0, 1000)
+    state = jax.eval_shape(lambda: init_state(model, policy, optimizer, 0, 1.0))
+    batch = Batch(jax.ShapeDtypeStruct((2, 3, 4, 129), jnp.int32))
+    found = predict(Pmap(devices).train_step(step).lower(state, {}, batch).compile().as_text(), RATES)
+    assert found.gemm_flops == pytest.approx(3 * 4 * 128 * flops_per_token(shapes), rel=0.02)
+    assert not [op for op in found.ops if op.kind == "fp32 gemm"]
+    assert len([op for op in found.ops if op.kind == "collective"]) == 1

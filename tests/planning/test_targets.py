@@ -1,0 +1,124 @@
+"""Devices to plan for: known, compiled for where the wheels are, refused with the way out where they are not."""
+
+import importlib.metadata
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jgpt.errors import UserError
+from jgpt.hardware.devices import MEMORY_SHARE, describe
+from jgpt.planning import devices as targets
+from jgpt.planning.devices import TARGETS, compile_only, sustained_rates, this_machine
+
+
+def versions(monkeypatch: pytest.MonkeyPatch, **found: str | None) -> None:
+    """Pretend that these packages are there in these versions, None for not at all."""
+    real, named = importlib.metadata.version, {name.replace("_", "-"): version for name, version in found.items()}
+
+    def version(package: str) -> str:
+        if package in named and named[package] is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return named.get(package) or real(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+@pytest.mark.parametrize("name", ["t4x3", "T4", "", "v100"])
+def test_an_unknown_device_is_answered_with_those_there_are(name):
+    with pytest.raises(UserError, match=f"--device={name} is not known.*Allowed: t4x2, t4, p100, l4, a100, h100, this"):
+        compile_only(name)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("t4x", "t4x2"), ("t5", "t4"), ("h200", "h100")])
+def test_a_near_miss_is_guessed(name, meant):
+    with pytest.raises(UserError, match=f"Did you mean {meant}"):
+        compile_only(name)
+
+
+@pytest.mark.parametrize("plugin", [None, "0.1.2"])
+def test_missing_and_wrong_wheels_give_the_pip_line_of_this_jax(monkeypatch, plugin):
+    monkeypatch.setattr(jax, "__version__", "0.11.3")
+    versions(monkeypatch, jaxlib="0.11.3", jax_cuda12_plugin=plugin, jax_cuda12_pjrt="0.11.3")
+    line = r"pip install jax-cuda12-plugin==0.11.3 jax-cuda12-pjrt==0.11.3 nvidia-cuda-nvcc-cu12"
+    with pytest.raises(UserError, match=f"jax-cuda12-plugin {plugin or 'is missing'}, jax-cuda12-pjrt 0.11.3.*{line}"):
+        compile_only("t4x2")
+
+
+def test_an_old_jax_is_told_which_one_it_takes(monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.7.2")
+    with pytest.raises(
+        UserError, match=r"jax 0.7.2 cannot.*0.10 or newer.*pip install -U jax jax-cuda12-plugin.*--device=this"
+    ):
+        compile_only("t4")
+
+
+def test_a_missing_assembler_is_named(monkeypatch):
+    def fail():
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: No PTX compilation provider is available. Details")
+
+    target = targets.Target("t4", [], describe(fake("Tesla T4", "7.5")), None, None)
+    with pytest.raises(UserError, match="no assembler.*pip install.*nvidia-cuda-nvcc-cu12"):
+        targets.compile_for(target, SimpleNamespace(compile=fail))  # type: ignore[arg-type]
+    here = targets.Target("this", [], target.chip, None, None)
+    with pytest.raises(jax.errors.JaxRuntimeError):  # on the machine itself that is no matter of wheels
+        targets.compile_for(here, SimpleNamespace(compile=fail))  # type: ignore[arg-type]
+
+
+def fake(kind: str, capability: str) -> jax.Device:
+    return SimpleNamespace(device_kind=kind, compute_capability=capability, platform="gpu")  # type: ignore[return-value]
+
+
+def test_rates_are_below_the_data_sheet():
+    for kind, capability in [("Tesla T4", "7.5"), ("Tesla P100-PCIE-16GB", "6.0"), ("NVIDIA H100 80GB HBM3", "9.0")]:
+        chip = describe(fake(kind, capability))
+        rates = sustained_rates(chip)
+        assert rates is not None
+        assert 0 < rates.fp16_flops < chip.peak_flops["fp16"] and 0 < rates.fp32_flops < chip.peak_flops["fp32"]
+        assert 0 < rates.bandwidth < chip.memory_bandwidth
+    p100 = sustained_rates(describe(fake("Tesla P100-PCIE-16GB", "6.0")))
+    assert p100 is not None and p100.fp16_flops == p100.fp32_flops  # no tensor cores
+    assert sustained_rates(describe(fake("NVIDIA L40S", "8.9"))) is None
+
+
+def test_this_machine_has_half_its_memory_for_its_devices_and_no_rates():
+    devices = jax.local_devices()
+    target = this_machine(devices)
+    alone = this_machine(devices[:1])
+    assert target.rates is None and "no speed is predicted" in target.constants()
+    assert target.memory_bytes is not None and alone.memory_bytes is not None
+    assert abs(alone.memory_bytes - len(devices) * target.memory_bytes) < 10
+    assert target.kind == f"{len(devices)} x {devices[0].device_kind}"
+
+
+def test_a_gpu_that_is_here_says_what_it_has():
+    gpu = fake("Tesla T4", "7.5")
+    gpu.memory_stats = lambda: {"bytes_limit": 123, "bytes_in_use": 1}  # type: ignore[method-assign]
+    target = this_machine([gpu])
+    assert target.memory_bytes == 123
+    assert target.rates == sustained_rates(describe(gpu))
+    gpu.memory_stats = lambda: None  # type: ignore[method-assign]
+    assert this_machine([gpu]).memory_bytes == int(MEMORY_SHARE * 14.6 * 2**30)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_device_file_compiles(name):
+    try:
+        target = compile_only(name)
+    except UserError as error:
+        pytest.skip(str(error))
+    count = TARGETS[name][1]
+    assert len(target.devices) == count and target.rates is not None and target.memory_bytes is not None
+    assert name.removesuffix("x2").upper() in target.chip.name.upper()  # `describe` knows what the file says it is
+    assert f"{target.rates.fp16_flops / 1e12:.4g} TFLOP/s" in target.constants()
+    assert ("link" in target.constants()) == (count > 1)
+    sharding = NamedSharding(jax.sharding.Mesh(np.array(target.devices), ("devices",)), PartitionSpec())
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float16, sharding=sharding)
+    try:
+        compiled = targets.compile_for(target, jax.jit(lambda a, b: jnp.tanh(a @ b)).lower(x, x))
+    except UserError as error:  # CUDA 13's ptxas knows no P100
+        pytest.skip(str(error))
+    assert "f16[256,256]" in compiled.as_text()

@@ -1,0 +1,224 @@
+"""Curves, samples and the one-page report: whatever a run directory holds, and whatever a sample says."""
+
+import html.parser
+import json
+import logging
+import math
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jgpt.report import curves
+from jgpt.report.curves import write_curves
+from jgpt.report.page import SAMPLES_SHOWN, write_report
+from jgpt.run_dir.metrics_file import MetricsLog
+from jgpt.run_dir.samples import append_samples, drop_samples_after, read_samples
+
+NASTY = "<script>alert('x')</script> & \"quotes\"</pre>\n=== step 5, sample 1 of 1 ===\n\\=== step 6\n\r\n\x85漢\n\n"
+
+
+def make_run(run_dir: Path, records: list[dict[str, Any]]) -> Path:
+    run_dir.mkdir(exist_ok=True)
+    run = MetricsLog(run_dir / "metrics.jsonl", 0)
+    for record in records:
+        run.write(record)
+    run.close()
+    return run_dir
+
+
+def trained(n_steps: int, gap: range = range(0), every_eval: int = 0) -> list[dict[str, Any]]:
+    records = []
+    for step in range(1, n_steps + 1):
+        loss = math.nan if step in gap else 2 + 8 / step
+        speed = {"tokens_per_second": 1e4, "mfu": 0.3, "tokens": step * 100, "elapsed_seconds": 2.0 * step}
+        records.append({"step": step, "loss": loss, "learning_rate": 1e-3, **speed})
+        if every_eval and step % every_eval == 0:
+            records.append({"step": step, "val_loss": 2.1 + 8 / step, "bits_per_byte": 1.0 + 1 / step})
+    return records
+
+
+RUNS = {
+    "one point": trained(1),
+    "no validation": trained(30),
+    "one evaluation": [{"step": 5, "val_loss": 2.0}],
+    "gap": trained(50, gap=range(20, 30), every_eval=10),
+    "never finite": trained(30, gap=range(31)),
+    "validation not finite": [*trained(3), {"step": 3, "val_loss": math.inf}],
+    "many": trained(300, every_eval=3),
+    "zero learning rate": [{"step": 0, "loss": 2.0, "learning_rate": 0.0}],
+}
+
+
+@pytest.fixture
+def no_warning(caplog: pytest.LogCaptureFixture) -> Any:
+    """Fail when anything was logged as a warning: the report swallows errors, its tests must not."""
+    yield
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_curves_are_drawn(tmp_path: Path, name: str, no_warning: None) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import image
+
+    write_curves(make_run(tmp_path / "a $run$_{x", RUNS[name]))
+    pixels = image.imread(tmp_path / "a $run$_{x" / "loss.png")
+    assert pixels.shape[0] > 500 and pixels.shape[1] > 800
+    blue = (pixels[..., 2] - pixels[..., 0] > 0.3).sum()
+    orange = (pixels[..., 0] - pixels[..., 2] > 0.4).sum()
+    has_loss = any(math.isfinite(record.get("loss", math.nan)) for record in RUNS[name])
+    has_val = any(math.isfinite(record.get("val_loss", math.nan)) for record in RUNS[name])
+    assert (blue > 100) == (has_loss or name == "never finite")  # which still has its learning rate
+    assert (orange > 100) == has_val
+    assert sorted(path.name for path in (tmp_path / "a $run$_{x").iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_loss_axis_leaves_out_the_first_values_and_rare_peaks() -> None:
+    low, high = curves._limits([1e6, *[50.0] * 3, *[3 + 1 / i for i in range(1, 200)], 1e9], [3.0, 2.9])
+    assert 2.8 < low < 2.9 and 3 < high < 5
+    assert curves._limits([math.nan], []) == (0, 1)
+    assert curves._limits([3.0], []) == (2.5, 3.5)
+
+
+def test_no_matplotlib_is_one_line_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    curves._has_matplotlib.cache_clear()
+    try:
+        for _ in range(3):
+            write_curves(make_run(tmp_path, RUNS["one point"]))
+    finally:
+        curves._has_matplotlib.cache_clear()
+    assert len(caplog.records) == 1 and 'pip install "jgpt[plot]"' in caplog.text
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_trouble_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_run(tmp_path, RUNS["gap"])
+    (tmp_path / "status.json").write_text("{ torn")
+    write_report(tmp_path)
+    write_curves(tmp_path)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "report.html" in caplog.text
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of it: the tags, and the text."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_report_escapes_every_value_and_loads_nothing(tmp_path: Path, no_warning: None) -> None:
+    run_dir = make_run(tmp_path / "<b>&run", RUNS["gap"])
+    append_samples(run_dir / "samples.txt", 50, 2.3, [NASTY])
+    evil = "<img src=http://x>\"'&\ud800"
+    status = {"state": f'" onload={evil}', "step": 50, "reason": evil, "resume_command": evil}
+    (run_dir / "status.json").write_text(json.dumps(status))
+    (run_dir / "config.json").write_text(json.dumps({evil: evil, "group<b>": {evil: [evil], "empty": ""}}))
+    (run_dir / "versions.json").write_text(json.dumps({"jax": evil, "python": None}))
+    write_curves(run_dir)
+    write_report(run_dir)
+    source = (run_dir / "report.html").read_text(encoding="utf-8")
+    page = Page(source)
+    assert not {"script", "link", "b>"} & {tag for tag, _ in page.tags}
+    images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert all(re.match("data:image/png;base64,[A-Za-z0-9+/=]+$", image) for image in images)
+    assert len(images) == (run_dir / "loss.png").exists()
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "<script>alert('x')</script>" in page.text and page.text.count("<img src=http://x>\"'&?") >= 7
+
+
+def test_report_has_the_numbers(tmp_path: Path, no_warning: None) -> None:
+    run_dir = make_run(tmp_path / "run", [*trained(200, every_eval=100), {"step": 201, "val_loss": 9.0}])
+    status = {"state": "stopped", "step": 201, "reason": "deadline", "resume_command": "python -m jgpt.train --again"}
+    (run_dir / "status.json").write_text(json.dumps(status))
+    write_report(run_dir)
+    text = Page((run_dir / "report.html").read_text()).text
+    for expected in (
+        "2.1400",
+        "at step 200",
+        "1.005",
+        "8.499",
+        "20.0k",
+        "6m 40s",
+        "10.0k",
+        "30%",
+        "stopped",
+        "deadline",
+    ):
+        assert expected in text
+    assert "python -m jgpt.train --again" in text
+    assert f"python -m jgpt.generate --run_dir {run_dir}" in text
+
+
+@pytest.mark.parametrize("records", [[], RUNS["one point"], RUNS["never finite"]])
+def test_report_leaves_out_what_is_missing(tmp_path: Path, records: list[dict[str, Any]], no_warning: None) -> None:
+    write_report(make_run(tmp_path, records))
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "Samples" not in text and "Config" not in text and "Resume" not in text
+
+
+def test_report_folds_old_samples_and_stops_at_very_old_ones(tmp_path: Path, no_warning: None) -> None:
+    for step in range(1, SAMPLES_SHOWN + 4):
+        append_samples(tmp_path / "samples.txt", step, None, [f"text of {step}."])
+    write_report(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    details = [attributes for tag, attributes in page.tags if tag == "details"]
+    assert len(details) == SAMPLES_SHOWN and ["open" in each for each in details].count(True) == 1
+    assert "text of 4." in page.text and "text of 3." not in page.text and "3 earlier steps" in page.text
+
+
+def nasty_text(seed: int) -> str:
+    pieces = [
+        "=== step 5, sample 1 of 2 ===",
+        "=== step 7",
+        "\\",
+        "\n",
+        "\r",
+        "\r\n",
+        "\n\n",
+        "===",
+        " ",
+        "a",
+        "\u2028",
+        "",
+    ]
+    return "".join(random.Random(seed).choices(pieces, k=25))
+
+
+def test_samples_come_back_as_they_were_and_a_resume_drops_the_later_ones(tmp_path: Path) -> None:
+    path = tmp_path / "samples.txt"
+    texts = {step: [NASTY, "", "\n", *(nasty_text(100 * step + i) for i in range(40))] for step in range(4)}
+    expected = []
+    for step in texts:
+        append_samples(path, step, 2.0 if step % 2 else None, texts[step])
+        expected.append(path.read_bytes())
+    assert [(sample.step, sample.text) for sample in read_samples(path)] == [
+        (step, text) for step in texts for text in texts[step]
+    ]
+    assert read_samples(path)[-1].header == "step 3, validation loss 2.0000, sample 43 of 43"
+    for step in (3, 2, 0):
+        drop_samples_after(path, step)
+        assert path.read_bytes() == expected[step]
+    drop_samples_after(path, -1)
+    assert path.read_bytes() == b"" and read_samples(path) == []
+
+
+def test_no_samples_is_nothing_to_drop(tmp_path: Path) -> None:
+    drop_samples_after(tmp_path / "samples.txt", 3)
+    assert read_samples(tmp_path / "samples.txt") == [] and not (tmp_path / "samples.txt").exists()
