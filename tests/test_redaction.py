@@ -87,7 +87,7 @@ def test_a_crash_with_a_traceback(start: Started, tiny: list[str], tmp_path: Pat
         "    raise RuntimeError(f'401 for https://a:{secrets[0]}@host/x with {secrets} and {files}')\n"
         "module.Run.save = save\n"
         "from jgpt import train\n"
-        "from jgpt.cli import define_config, run\n"
+        "from jgpt.cli.flags import define_config\nfrom jgpt.cli.run import run\n"
         "define_config()\n"
         "run(train.main, train.__doc__)\n"
     )

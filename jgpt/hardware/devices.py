@@ -11,6 +11,8 @@ from types import MappingProxyType
 
 import jax
 
+from jgpt.wording import GIB
+
 MEMORY_SHARE = 0.92  # of a GPU's memory that JAX takes; it needs the rest for itself and CUDA
 
 

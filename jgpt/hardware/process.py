@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 
 from jgpt.errors import UserError
-from jgpt.hardware.devices import GIB, MEMORY_SHARE
+from jgpt.hardware.devices import MEMORY_SHARE
+from jgpt.wording import GIB
 
 COMPILED_BYTES = 2 * GIB  # of compiled programs kept on disk; a large model's step takes some tens of MB
 

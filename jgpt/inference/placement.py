@@ -15,12 +15,13 @@ import numpy as np
 from jax import Array
 
 from jgpt.errors import UserError
-from jgpt.hardware.devices import GIB, describe, free_memory
+from jgpt.hardware.devices import describe, free_memory
 from jgpt.model.attention.chunked import CHUNKS
 from jgpt.model.columns import for_devices
 from jgpt.model.parameters import abstract_stored
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.rules import device_mesh, param_shardings, place, split_bytes
+from jgpt.wording import GIB
 
 log = logging.getLogger("jgpt")
 

@@ -18,14 +18,13 @@ import jgpt
 from jgpt.atomic_write import write_file
 from jgpt.config.defaults import flatten
 from jgpt.errors import UserError
-from jgpt.hardware.devices import GIB
 from jgpt.hardware.process import user_cache
 from jgpt.model.shapes import ModelConfig
 from jgpt.planning.devices import Target, this_machine
 from jgpt.planning.estimate import Choice, choice_of, with_choice
 from jgpt.planning.search import refusal, search
 from jgpt.run_dir.identity import read_config, was_last_here
-from jgpt.wording import format_duration
+from jgpt.wording import GIB, format_duration
 
 ASKED = (
     "model.",

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from jgpt.hardware.devices import GIB
 from jgpt.model.parameters import count_parameters
 from jgpt.planning.audit import all_reduces, products
 from jgpt.planning.estimate import ACTIVATIONS, Estimate
 from jgpt.planning.roofline import OpCost, Prediction
 from jgpt.planning.summary import Plan
-from jgpt.wording import format_count, format_duration
+from jgpt.wording import GIB, format_count, format_duration
 
 GRADIENT = 1 << 20  # bytes: an all-reduce of more sums gradients, of less numbers
 LABEL = 26  # columns of what a line is about

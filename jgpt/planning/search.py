@@ -13,11 +13,11 @@ from typing import Generic, Protocol, TypeVar
 from ml_collections import ConfigDict
 
 from jgpt.errors import UserError
-from jgpt.hardware.devices import GIB
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.build import micro_batch_sizes
 from jgpt.planning.devices import Target
 from jgpt.planning.estimate import Choice, Estimate, estimate, least_bytes, with_choice
+from jgpt.wording import GIB
 
 REMATS = ("none", "dots", "block")  # fewer FLOPs first, less memory last
 ATTENTIONS = ("chunked_vjp", "chunked", "chunked_vjp_recompute")  # of GPUs; the last computes its scores twice

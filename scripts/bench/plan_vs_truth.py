@@ -17,12 +17,12 @@ import numpy as np
 
 from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
-from jgpt.hardware.devices import GIB
 from jgpt.hardware.process import set_up_process
 from jgpt.model.shapes import model_config
 from jgpt.parallel.build import Parts, devices_of
 from jgpt.planning.devices import Target, this_machine
 from jgpt.planning.estimate import estimate
+from jgpt.wording import GIB
 
 IDS = 50_257
 # name: layers, heads, width, context, micro-batch, remat. The one that takes most memory comes last.

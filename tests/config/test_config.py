@@ -186,7 +186,7 @@ def test_sequence_length_takes_the_place_of_the_context():
     ("changes", "part"),
     [
         ({"lora__rank": 8}, "lora.rank=8 without init_from"),
-        ({"execution__parallel": "tensor", "init_from": "some/model"}, "parallel='tensor' without lora"),
+        ({"execution__parallel": "tensor", "init_from": "some/model"}, "execution.parallel='tensor' without lora"),
         ({"lora__targets": "qkv,gate_upp"}, "lora.targets: 'gate_upp' is no layer; .*did you mean 'gate_up'"),
         ({"lora__targets": ""}, "lora.targets: '' is no layer"),
     ],
@@ -207,11 +207,15 @@ def test_all_problems_are_told_at_once():
     for part in ("n_heads=5 does not divide", "micro_batch_size=5 does not divide", "longer than the data: 10 bytes"):
         assert part in str(error.value)
     # A key that is wrong by itself is told once, and hides nothing of the others.
-    config.update_from_flattened_dict({"model.d_model": 0, "remat": "all", "optimizer.learning_rate": 0.0})
+    config.update_from_flattened_dict({"model.d_model": 0, "execution.remat": "all", "optimizer.learning_rate": 0.0})
     config.optimizer.warmup_steps = 5000
     with pytest.raises(UserError, match="these 6 problems") as error:
         check(config, text_bytes=10)
-    for part in ("model.d_model=0: it must be 1 or more", "remat='all'", "learning_rate=0.0: it must be 1e-12 to 10"):
+    for part in (
+        "model.d_model=0: it must be 1 or more",
+        "execution.remat='all'",
+        "learning_rate=0.0: it must be 1e-12 to 10",
+    ):
         assert part in str(error.value)
     assert "does not divide model.d_model" not in str(error.value) and "warmup_steps=5000" in str(error.value)
 
@@ -228,7 +232,7 @@ def code(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_rules_of_the_house(path):
     words, tree = code(path), ast.parse(path.read_text(encoding="utf-8"))
-    if path != ROOT / "jgpt" / "training" / "step.py":
+    if path != ROOT / "jgpt" / "parallel" / "replicate.py":
         assert not [word for word in words if word == "pmap"], "only parallel/replicate.py may say pmap"
     banned = {"torch", "tensorflow", "clu", "chex", "pickle"}
     for node in ast.walk(tree):

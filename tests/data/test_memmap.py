@@ -210,7 +210,7 @@ def test_kill_at_any_moment_then_run_again(tmp_path: Path) -> None:
     expected = contents(tmp_path / "run" / "tokens") if prepare(config) else {}
     command = f"""
 from jgpt.config import default_config
-from jgpt.data.memmap import prepare
+from jgpt.data.write_tokens import prepare
 config = default_config()
 config.tokenizer.kind, config.tokenizer.vocab_size = "bpe", 300
 config.out_dir, config.data.text_glob = {config.out_dir!r}, {config.data.text_glob!r}

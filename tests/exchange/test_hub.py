@@ -24,7 +24,7 @@ FILES = {
 TOKEN = "hf_secretsecretsecret"
 LOCATE = """
 import sys
-from jgpt.config import UserError
+from jgpt.errors import UserError
 from jgpt.exchange.hub import locate
 try:
     print(locate(sys.argv[1]))

@@ -19,7 +19,7 @@ def fake_gpu(kind: str, capability: str) -> Any:
 def in_new_process(code: str, **environment: str) -> str:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_NUM", "NCCL_", "TF_CPP"))}
     inherited["JAX_PLATFORMS"] = "cpu"
-    code = "import os, jax; from jgpt.hardware.devices import set_up_process\n" + code
+    code = "import os, jax; from jgpt.hardware.process import set_up_process\n" + code
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], env=inherited | environment, capture_output=True, text=True
     )
@@ -111,7 +111,7 @@ def test_tensorflow_in_the_process_is_refused(monkeypatch):
 
 COMPILE = """
 import jax.numpy, warnings
-from jgpt.hardware.devices import keep_compiled_programs
+from jgpt.hardware.process import keep_compiled_programs
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 if {gpu}: jax.default_backend = lambda: "gpu"
 keep_compiled_programs()

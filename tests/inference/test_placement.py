@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from jgpt.errors import UserError
-from jgpt.hardware.devices import GIB
 from jgpt.inference import placement
 from jgpt.inference.placement import MARGIN, Placement, choose_placement, needed
 from jgpt.model.columns import for_devices
 from jgpt.model.gpt import GPT
 from jgpt.model.kv_cache import empty_cache
 from jgpt.model.shapes import ModelConfig
+from jgpt.wording import GIB
 
 SMALL = ModelConfig(64, 32, 2, n_heads=4, n_kv_heads=2, d_model=32, d_head=8, d_ff=64, tie_embeddings=False)
 QWEN_7B = ModelConfig(

@@ -17,7 +17,7 @@ from jgpt.run_dir.identity import check_same_run, open_run_dir, read_config, wri
 REPOSITORY = Path(__file__).parents[2]
 HOLD = """
 import sys
-from jgpt.training.run_dir import open_run_dir
+from jgpt.run_dir.identity import open_run_dir
 with open_run_dir(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
