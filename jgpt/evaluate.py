@@ -23,7 +23,7 @@ from jgpt.data.token_files import TokenData, open_token_data, token_directory
 from jgpt.errors import UserError
 from jgpt.hardware.process import set_up_process
 from jgpt.kaggle.secrets import provide_hub_token
-from jgpt.loading.evaluate import evaluate_run
+from jgpt.loading.evaluate import evaluate_loaded
 from jgpt.loading.load import LoadedModel, load_model
 from jgpt.parallel.evaluation import bits_per_byte
 
@@ -66,14 +66,14 @@ def main() -> None:
         try:
             corpus = Corpus(find_files(args.text_glob), args.text_field, args.encoding_errors)
             stream = TokenStream(corpus, loaded.tokenizer)
-            loss, n_tokens = evaluate_run(loaded, _some(blocks(stream, length)), rows, length)
+            loss, n_tokens = evaluate_loaded(loaded, _some(blocks(stream, length)), rows, length)
         except UserError as error:  # of the corpus, which knows these options by their names in a config
             raise UserError(str(error).replace("--config.data.", "--").replace("data.text_glob", "text_glob")) from None
         n_targets, n_bytes, text = n_tokens + 1, stream.n_bytes, args.text_glob
     else:
         data = _own_tokens(loaded, args.model)
         sequences = iter(validation_blocks(data, length, len(data.val))) if data.is_chat else blocks([data.val], length)
-        loss, n_tokens = evaluate_run(loaded, _some(sequences), rows, length)
+        loss, n_tokens = evaluate_loaded(loaded, _some(sequences), rows, length)
         n_targets, n_bytes, text = data.val_targets, data.meta["val_bytes"], "the run's validation split"
     print(f"text              {text}")
     print(f"tokens            {n_tokens:,} predicted, of {n_bytes:,} bytes of text")

@@ -18,7 +18,7 @@ from jgpt.kaggle.paths import check_inputs, on_kaggle
 from jgpt.kaggle.resume import bring_back, unpacked
 from jgpt.kaggle.secrets import provide_hub_token
 from jgpt.kaggle.uploads import Uploads
-from jgpt.training import loop
+from jgpt.training import start
 
 
 def train(config, command: str = "") -> None:
@@ -32,7 +32,7 @@ def train(config, command: str = "") -> None:
             config.init_from = unpacked(config.init_from)
         if on_kaggle() or config.checkpoint.upload:
             bring_back(config)
-        loop.train(fit_to_kaggle(config), command or "call train(config) again", uploads.saved)
+        start.train(fit_to_kaggle(config), command or "call train(config) again", uploads.saved)
 
 
 def main() -> None:

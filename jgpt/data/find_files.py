@@ -28,6 +28,7 @@ SUPPORTED = {
     "text": f"{', '.join(TEXT_SUFFIXES)}, each also with .gz or .zst, and .parquet",
     "chat": ".jsonl, also with .gz or .zst, as data.format is 'chat'",
 }
+PACKED_SUFFIXES = (".gz", ".zst", ".parquet")  # compressed: their size says little of the text's
 BLOCK_BYTES = 1 << 18
 RUN_FILES = ("config.json", "versions.json", "metrics.jsonl")  # what lies at the top of every run directory
 

@@ -32,15 +32,16 @@ CHUNK_BYTES = 1 << 24
 log = logging.getLogger("jgpt")
 
 
-def prepare(config: ConfigDict, tokenizer_dir: Path | None = None) -> TokenData:
+def prepare(config: ConfigDict, tokenizer_dir: Path | None = None, files: list[Path] | None = None) -> TokenData:
     """Return the tokens of a config's text: from the token directory when nothing has changed, else made anew.
 
-    `tokenizer_dir` holds the tokenizer of a run that goes on; without it the config's own is trained or loaded.
+    `tokenizer_dir` holds the tokenizer of a run that goes on; without it the config's own is trained or loaded. `files`
+    are what `find_files` found for the config, where the caller has them already.
     Raises UserError on bad text, an unwritable or full disk, and token files that are damaged.
     """
     directory = token_directory(config)
     given = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
-    corpus = _open_corpus(config, given)
+    corpus = _open_corpus(config, given, files)
     template = corpus.template if isinstance(corpus, ChatCorpus) else ""
     fingerprint = _fingerprint(config, corpus.files)
     meta = read_token_meta(directory)
@@ -73,10 +74,10 @@ def prepare(config: ConfigDict, tokenizer_dir: Path | None = None) -> TokenData:
     return open_token_data(directory)
 
 
-def _open_corpus(config: ConfigDict, given: Tokenizer | None) -> Corpus:
+def _open_corpus(config: ConfigDict, given: Tokenizer | None, files: list[Path] | None) -> Corpus:
     """Find the text of a config; of conversations with the template, where it does not come with the tokenizer."""
     data, chat = config.data, config.data.format == "chat"
-    files = find_files(data.text_glob, data.format)
+    files = files or find_files(data.text_glob, data.format)
     if not chat:
         return Corpus(files, data.text_field, data.encoding_errors)
     unknown = config.tokenizer.kind == "hf" and not given and not config.tokenizer.chat_template

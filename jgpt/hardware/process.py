@@ -40,6 +40,10 @@ def set_up_process() -> None:
     # 1, errors and warnings, is what JAX itself puts there when it is imported; XLA's warnings are for XLA's authors.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    # Bit for bit the same after a restart: without it, on a GPU, XLA times several algorithms for each product at each
+    # start and takes the fastest, and adds gradients of the embedding in any order. (Measured: docs/benchmarks.)
+    if "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     # XLA runs element-wise work on one thread for each CPU device: a device for each core is 1.5 times faster on two.
     already = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue] (JAX adds its options late)
     if already == -1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

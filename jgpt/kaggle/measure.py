@@ -22,7 +22,7 @@ from jgpt.hardware.process import set_up_process
 from jgpt.model.parameters import flops_per_token
 from jgpt.model.shapes import model_config
 from jgpt.run_dir.identity import read_config
-from jgpt.training import loop
+from jgpt.training import start
 
 MIB = 2**20
 
@@ -86,7 +86,7 @@ def training(seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = _small_gpt(folder, on_cpu)
         began = time.monotonic()
-        loop.train(config)
+        start.train(config)
         took = time.monotonic() - began
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
         rates = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]

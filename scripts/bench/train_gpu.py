@@ -4,7 +4,8 @@
     python scripts/bench/train_gpu.py --json result.json
     python scripts/bench/train_gpu.py --device cpu --shape tiny        # the whole comparison in miniature, anywhere
 
-Contestants: jgpt's own train step, without remat; and the same model in PyTorch (torch_gpt2.py: scaled_dot_product_
+Contestants: jgpt's own train step, without remat, with the attention that `auto` chooses ("jgpt": deterministic, as
+training runs; "jgpt-autotuned": without that promise, XLA free to try algorithms); and the same model in PyTorch (torch_gpt2.py: scaled_dot_product_
 attention, fused AdamW, autocast, GradScaler in fp16), eager and by torch.compile. For every dtype and micro-batch (a
 step is one micro-batch) all train on the same batches of the same text, each in a process of its own, taking turns
 round by round: compare the ratios of the fastest steps. All share the card, so a card must hold all of them: where it
@@ -33,7 +34,7 @@ SHAPES = {
     "gpt2": Shape(12, 12, 768, context_length=1024, batch=8, vocab_size=50_304, bias=True),
     "tiny": Shape(2, 2, 64, context_length=64, batch=4, vocab_size=512, bias=True),
 }
-CONTESTANTS = ("jgpt", "torch-eager", "torch-compile")
+CONTESTANTS = ("jgpt", "jgpt-autotuned", "torch-eager", "torch-compile")
 DEFAULTS = {"gpu": ("fp16,bf16", "4,8,16,32"), "cpu": ("fp32", "4")}  # dtypes, micro-batches
 PRODUCT_SIDE = {"gpu": 8192, "cpu": 512}  # of the matrices whose product is measured
 AGREE = 0.2  # nats: two random initialisations of one model differ by less
@@ -41,8 +42,10 @@ AGREE = 0.2  # nats: two random initialisations of one model differ by less
 Answer = Callable[[Any], Any]  # how many steps -> (seconds, loss) of each; "peak" -> bytes; "machine" -> a description
 
 
-def jgpt_contestant(shape: Shape, device: str, compute: str) -> Answer:
-    """Build jgpt's train step on one device."""
+def jgpt_contestant(shape: Shape, device: str, compute: str, deterministic: bool) -> Answer:
+    """Build jgpt's train step on one device; jgpt itself is deterministic."""
+    if not deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=false"
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the others need memory of the card as well
     from jgpt.hardware.devices import describe
     from jgpt.hardware.process import set_up_process
@@ -95,8 +98,8 @@ def torch_contestant(shape: Shape, device: str, compute: str, compiled: bool) ->
 
 def make_contestant(name: str, shape: Shape, device: str, compute: str) -> Answer:
     """Build a contestant by its name."""
-    if name == "jgpt":
-        return jgpt_contestant(shape, device, compute)
+    if name.startswith("jgpt"):
+        return jgpt_contestant(shape, device, compute, deterministic=name == "jgpt")
     return torch_contestant(shape, device, compute, compiled=name == "torch-compile")
 
 
@@ -131,7 +134,10 @@ def compare(shape: Shape, compute: str, names: list[str], options: argparse.Name
         )
     for trainer in trainers:
         trainer.close()
-    best = max((row["tokens_per_second"] for row in rows if row["contestant"] != "jgpt" and "min_ms" in row), default=0)
+    best = max(
+        (row["tokens_per_second"] for row in rows if not row["contestant"].startswith("jgpt") and "min_ms" in row),
+        default=0,
+    )
     for row in (row for row in rows if "min_ms" in row):
         flops = row["tokens_per_second"] * about["flops_per_token"] if about else None
         row["mfu_sheet"] = flops / about["sheet_flops"] if flops and about["sheet_flops"] else None
