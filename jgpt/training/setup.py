@@ -73,7 +73,8 @@ def set_up(config: ConfigDict, data: TokenData, devices: list[jax.Device]) -> Se
 def check_disk(run_dir: Path, size: int, checkpoint: ConfigDict) -> None:
     """Refuse, before the first step, checkpoints of `size` bytes that will not fit on the disk.
 
-    Room is needed for those kept, and one more. That is the one being written; once training is over, its room serves whoever packs a checkpoint into one file.
+    Room is needed for those kept, and one more: the one being written. Once training is over, its room serves whoever
+    packs a checkpoint into one file.
     """
     planned = checkpoint.keep_last + checkpoint.keep_best + 1
     there = bytes_below(run_dir / "checkpoints")  # they are written over

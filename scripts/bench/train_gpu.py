@@ -5,12 +5,12 @@
     python scripts/bench/train_gpu.py --device cpu --shape tiny        # the whole comparison in miniature, anywhere
 
 Contestants: jgpt's own train step, without remat, with the attention that `auto` chooses ("jgpt": deterministic, as
-training runs; "jgpt-autotuned": without that promise, XLA free to try algorithms); and the same model in PyTorch (torch_gpt2.py: scaled_dot_product_
-attention, fused AdamW, autocast, GradScaler in fp16), eager and by torch.compile. For every dtype and micro-batch (a
-step is one micro-batch) all train on the same batches of the same text, each in a process of its own, taking turns
-round by round: compare the ratios of the fastest steps. All share the card, so a card must hold all of them: where it
-does not, run some at a time (--contestants). What runs out of memory is reported as such. The data sheet's peak, and a
-product of large square matrices measured beside the steps, are what MFU refers to.
+training runs; "jgpt-autotuned": without that promise, XLA free to try algorithms); and the same model in PyTorch
+(torch_gpt2.py: scaled_dot_product_attention, fused AdamW, autocast, GradScaler in fp16), eager and by torch.compile.
+For every dtype and micro-batch (a step is one micro-batch) all train on the same batches of the same text, each in a
+process of its own, taking turns round by round: compare the ratios of the fastest steps. All share the card, so a card
+must hold all of them: where it does not, run some at a time (--contestants). What runs out of memory is reported as
+such. The data sheet's peak, and a product of large square matrices measured beside the steps, are what MFU refers to.
 
 The run fails where the first losses of jgpt and PyTorch differ by more than 0.2, or a loss does not fall. So far this
 has run on CPUs only (--device cpu), never on a GPU: its numbers for GPUs are still to be measured.
