@@ -1,0 +1,158 @@
+"""The CUDA kernels themselves, on an emulated GPU (emulate.h): values, gradients, races, reads and writes out of range.
+
+What the emulated GPU finds wrong fails any of these tests, and it draws the order of threads by a seed.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from emulated import SOURCE, Emulator, build
+from reference import Array, attention
+
+from jgpt.model.flash.shapes import SHAPES, WIDTHS
+
+if shutil.which("g++") is None:
+    pytest.skip("needs g++", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return build(tmp_path_factory.mktemp("emulated"))
+
+
+def random_inputs(shape: tuple[int, ...], seed: int = 0) -> tuple[Array, Array, Array, Array]:
+    """Return q, k, v and the output's gradient for B, T, K, G, H."""
+    batch, length, groups, members, width = shape
+    rng = np.random.default_rng([seed, *shape])
+    q, d_out = (rng.normal(size=shape).astype(np.float16) for _ in range(2))
+    k, v = (rng.normal(size=(batch, length, groups, width)).astype(np.float16) for _ in range(2))
+    return q, k, v, d_out
+
+
+def texts(batch: int, length: int, seed: int = 0) -> Array:
+    """Return segments of about 20 positions."""
+    begins = np.random.default_rng(seed).random((batch, length)) < 0.05
+    return np.cumsum(begins, axis=1, dtype=np.int32)
+
+
+def compare(gpu: Emulator, inputs: tuple[Array, ...], segments: Array | None = None, tolerance: float = 2.0) -> float:
+    """Assert that the kernels agree with fp64, to `tolerance` thousandths of the largest; return the worst, in these."""
+    q, k, v, d_out = inputs
+    out, log_sums = gpu.forward(q, k, v, segments)
+    found = (out, log_sums, *gpu.backward(q, k, v, d_out, segments))
+    worst = 0.0
+    for name, got, expected in zip(("out", "log_sums", "d_q", "d_k", "d_v"), found, attention(*inputs, segments), strict=True):
+        assert np.all(np.isfinite(got)), f"{name}: not all is written, or finite"
+        error = 1000 * np.abs(got - expected).max() / max(1.0, np.abs(expected).max())
+        assert error < tolerance, f"{name}: {error}"
+        worst = max(worst, error)
+    return worst
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("length", "groups", "members", "packed"),
+    [(1, 1, 1, False), (16, 2, 1, False), (129, 1, 1, False), (77, 2, 2, True), (200, 1, 3, False)],
+)
+def test_values_and_gradients(gpu: Emulator, width: int, length: int, groups: int, members: int, packed: bool):
+    batch = 2 if length < 100 else 1
+    inputs = random_inputs((batch, length, groups, members, width))
+    compare(gpu, inputs, texts(batch, length) if packed else None)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_one_array_of_queries_keys_and_values(gpu: Emulator, width: int):
+    q, k, v, d_out = random_inputs((2, 70, 2, 2, width))
+    qkv = np.concatenate([q, k[:, :, :, None], v[:, :, :, None]], axis=3)
+    for segments in (None, texts(2, 70)):
+        for got, expected in zip(gpu.forward_fused(qkv, segments), gpu.forward(q, k, v, segments), strict=True):
+            np.testing.assert_array_equal(got, expected)
+        d_qkv = gpu.backward_fused(qkv, d_out, segments)
+        parts = d_qkv[..., :2, :], d_qkv[..., 2, :], d_qkv[..., 3, :]
+        for got, expected in zip(parts, gpu.backward(q, k, v, d_out, segments), strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_order_of_threads_changes_no_bit(gpu: Emulator, width: int):
+    inputs = random_inputs((1, 140, 1, 2, width))
+    first = gpu.backward(*inputs, seed=1)
+    for seed in (2, 3):
+        for got, expected in zip(gpu.backward(*inputs, seed=seed), first, strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_scores_that_fp16_cannot_hold(gpu: Emulator, width: int):
+    """Up to 500,000 and down to -500,000: no NaN, no infinity, and the fp64 result, as only one key counts."""
+    q, k, v, d_out = random_inputs((1, 80, 1, 1, width))
+    q, k = (400 * np.sign(x.astype(np.float32)).astype(np.float16) for x in (q, k))
+    assert np.abs(np.einsum("BTKGH,BSKH->BTS", q.astype(float), k.astype(float))).max() * width**-0.5 > 65504
+    compare(gpu, (q, k, v, d_out))
+
+
+def test_the_largest_numbers_of_fp16(gpu: Emulator):
+    """Scores of 3e10: still no NaN, in spite of fp32's rounding."""
+    q, k, v, d_out = random_inputs((1, 40, 1, 1, 64))
+    q, k = (65504 * np.sign(x.astype(np.float32)) for x in (q, k))
+    q[0, ::3], k[0, ::2] = 0.01, 65504
+    q, k = q.astype(np.float16), k.astype(np.float16)
+    out, log_sums = gpu.forward(q, k, v)
+    expected = attention(q, k, v, d_out)
+    np.testing.assert_allclose(log_sums, expected.log_sums, rtol=1e-6)
+    np.testing.assert_allclose(out.astype(np.float64), expected.out, atol=2e-3)
+    assert not any(np.isnan(gradient).any() for gradient in gpu.backward(q, k, v, d_out))
+
+
+def test_all_scores_equal(gpu: Emulator):
+    q, k, v, d_out = random_inputs((1, 90, 1, 1, 64))
+    compare(gpu, (np.zeros_like(q), k, v, d_out))
+
+
+def test_gradients_of_large_values_are_infinite_not_wrong(gpu: Emulator):
+    """A gradient that fp16 cannot hold must be infinite or NaN, so that loss scaling sees it."""
+    q, k, v, d_out = random_inputs((1, 40, 1, 1, 32))
+    huge = (3000 * v.astype(np.float32)).astype(np.float16), (3000 * d_out.astype(np.float32)).astype(np.float16)
+    d_q = gpu.backward(q, k, *huge)[0].astype(np.float64)
+    expected = attention(q, k, *huge).d_q
+    assert not np.any(np.isfinite(d_q) & (np.abs(expected) > 1.1 * 65504))
+    assert np.any(np.abs(expected) > 65504)
+
+
+def test_what_a_query_must_not_see_changes_nothing(gpu: Emulator):
+    """Later keys, and keys of other texts, may be anything: not a bit of the output or of d_q changes."""
+    q, k, v, d_out = random_inputs((1, 100, 1, 1, 64))
+    segments = np.where(np.arange(100) < 37, 5, 2).astype(np.int32)[None]
+    other_k, other_v = k.copy(), v.copy()
+    other_k[0, 60:], other_v[0, 60:] = 7, -9
+    other_k[0, :37], other_v[0, :37] = 3, 11
+    for form in (gpu.forward, lambda q, k, v, s: (gpu.backward(q, k, v, d_out, s)[0],)):
+        for got, expected in zip(form(q, other_k, other_v, segments), form(q, k, v, segments), strict=True):
+            axis = got.ndim - 1 if got.dtype == np.float32 else 1
+            np.testing.assert_array_equal(np.take(got, range(37, 60), axis), np.take(expected, range(37, 60), axis))
+
+
+@pytest.mark.parametrize(("kernel", "file"), [(0, "forward.cu"), (1, "backward_q.cu"), (2, "backward_kv.cu")])
+def test_a_missing_barrier_is_found(tmp_path: Path, kernel: int, file: str):
+    """The emulated GPU is no proof unless it sees a race: take a barrier out of the loop."""
+    source = tmp_path / "source"
+    shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("ptx", "*.py", "__pycache__"))
+    text = (source / file).read_text()
+    assert text.count("barrier();") == 2
+    (source / file).write_text("barrier();".join(text.split("barrier();")[:2]) + "".join(text.split("barrier();")[2:]))
+    gpu = build(tmp_path, source)
+    with pytest.raises(RuntimeError, match="race"):
+        gpu.backward(*random_inputs((1, 300, 1, 1, 32)))
+
+
+def test_a_place_out_of_range_is_found(gpu: Emulator):
+    q, k, v, _ = random_inputs((1, 70, 1, 1, 32))
+    with pytest.raises(RuntimeError, match="read out of range"):
+        gpu.forward(q, k[:, :60].copy(), v)
+
+
+def test_blocks_fit_a_t4():
+    for (kernel, width), shape in SHAPES.items():
+        assert shape.shared_bytes(kernel, width) * shape.blocks <= 64 << 10, (kernel, width)
