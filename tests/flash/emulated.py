@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from jgpt.model.flash.shapes import KERNELS, SHAPES, grid, layout
+from jgpt.model.flash.shapes import KERNELS, SHAPES, WIDTHS, grid, layout
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "jgpt" / "model" / "flash"
@@ -15,9 +15,10 @@ SOURCE = HERE.parents[1] / "jgpt" / "model" / "flash"
 Array = NDArray
 
 
-def build(folder: Path, source: Path = SOURCE) -> "Emulator":
-    """Compile all kernels of `source` into `folder`."""
-    shapes = " ".join(f"SHAPE({k}, {w}, {s.row_tiles}, {s.warps}, {s.columns})" for (k, w), s in SHAPES.items())
+def build(folder: Path, source: Path = SOURCE, widths: tuple[int, ...] = WIDTHS) -> "Emulator":
+    """Compile the kernels of `source` into `folder`."""
+    chosen = {(k, w): s for (k, w), s in SHAPES.items() if w in widths}
+    shapes = " ".join(f"SHAPE({k}, {w}, {s.row_tiles}, {s.warps}, {s.columns})" for (k, w), s in chosen.items())
     library = folder / "emulated.so"
     command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-DFLASH_EMULATED"]
     command += [f"-DSHAPES={shapes}", f"-I{HERE}", f"-I{source}", str(HERE / "emulate.cpp"), "-o", str(library)]
@@ -32,7 +33,9 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         self._library.error.restype = ctypes.c_char_p
 
-    def run(self, kernel: str, arrays: list[Array], outputs: int, dims: tuple[int, ...], packed: bool, seed: int) -> None:
+    def run(
+        self, kernel: str, arrays: list[Array], outputs: int, dims: tuple[int, ...], packed: bool, seed: int
+    ) -> None:
         """Run one kernel. `arrays` are its parameters in order, the last `outputs` are what it writes.
 
         `dims` are B, T, K, G, H and whether q, k and v are one array.
@@ -53,7 +56,9 @@ class Emulator:
         if not ok:
             raise RuntimeError(f"{kernel} {width}: {self._library.error().decode()}")
 
-    def forward(self, q: Array, k: Array, v: Array, segments: Array | None = None, seed: int = 1) -> tuple[Array, Array]:
+    def forward(
+        self, q: Array, k: Array, v: Array, segments: Array | None = None, seed: int = 1
+    ) -> tuple[Array, Array]:
         """Return the output [B, T, K, G, H] and the logarithms, base 2, of the sums of exponentials [B, N, T]."""
         dims = (*q.shape, False)
         return self._forward([q, k, v], dims, segments, seed)
@@ -62,7 +67,9 @@ class Emulator:
         """Do the same for qkv [B, T, K, G + 2, H]."""
         return self._forward([qkv] * 3, (*_fused_dims(qkv), True), segments, seed)
 
-    def _forward(self, qkv: list[Array], dims: tuple[int, ...], segments: Array | None, seed: int) -> tuple[Array, Array]:
+    def _forward(
+        self, qkv: list[Array], dims: tuple[int, ...], segments: Array | None, seed: int
+    ) -> tuple[Array, Array]:
         batch, length, groups, members, width, _ = dims
         out = np.full((batch, length, groups, members, width), np.nan, np.float16)
         log_sums = np.full((batch, groups * members, length), np.nan, np.float32)

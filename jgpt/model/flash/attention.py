@@ -4,7 +4,8 @@ In the data path: a form of `attend_causally` in `model/attention.py`. No array 
 besides the output, an fp32 number for each query and head is kept for the backward pass. The gradients are the same
 bits every time.
 
-All in fp16 with fp32 sums and softmax. The scores are scaled in fp32, after the product. Dimensions as in `model/gpt.py`.
+All in fp16 with fp32 sums and softmax. The scores are scaled in fp32, after the product. The dimensions are those of
+`model/gpt.py`.
 """
 
 from functools import partial
@@ -26,12 +27,16 @@ def supports(width: int, dtype: Any) -> bool:
 def flash(q: Array, k: Array, v: Array, segments: Array | None = None, capability: int | None = None) -> Array:
     """Softmax attention of a sequence to itself, where no query looks past its own place.
 
-    `q` [B, T, K, G, H], `k` and `v` [B, T, K, H], all fp16. `segments` int32 [B, T]: a query sees only keys with its own
-    number. `capability` is that of the GPU, 75 for a T4; by default that of the first GPU here. Returns
+    `q` [B, T, K, G, H], `k` and `v` [B, T, K, H], all fp16. `segments` int32 [B, T]: a query sees only keys of its own
+    segment. `capability` is that of the GPU, 75 for a T4; by default that of the first GPU here. Returns
     [B, T, K, G, H]. Raises launch.FlashUnavailable where this jaxlib cannot launch kernels.
     """
     _check(q, segments)
-    assert k.dtype == v.dtype == q.dtype and k.shape == v.shape == (*q.shape[:3], q.shape[4]), (q.shape, k.shape, v.shape)
+    assert k.dtype == v.dtype == q.dtype and k.shape == v.shape == (*q.shape[:3], q.shape[4]), (
+        q.shape,
+        k.shape,
+        v.shape,
+    )
     return _attend((q, k, v), segments, device_capability() if capability is None else capability)
 
 

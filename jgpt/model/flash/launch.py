@@ -88,7 +88,7 @@ def launch(
     capability: int,
     aliases: dict[int, int] | None = None,
 ) -> Sequence[jax.Array]:
-    """Add a kernel's launch to the program that is traced. Its parameters: operands, results, then the layout's numbers.
+    """Add a kernel's launch to the program that is traced. Its parameters: operands, results, the layout's numbers.
 
     `dims` are B, T, K, G, H; `fused`, `packed`: see `shapes.layout`. `capability`: 75 for a T4. `aliases` name operands
     (by index) that are written in place of results. Raises FlashUnavailable.
