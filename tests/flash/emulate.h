@@ -36,10 +36,11 @@ struct Chunk {
 namespace emulated {
 
 constexpr int LANES = 32, STACK = 256 << 10;
+constexpr unsigned SHARED_BEGIN = 1024;  // the address: not 0, so that an offset is not taken for one
 
 struct Request {  // of a lane, for what its warp does together
     const char* instruction = nullptr;
-    const Half* from = nullptr;
+    unsigned from = 0;
     unsigned* r = nullptr;
     const unsigned* a = nullptr;
     unsigned b = 0;
@@ -216,18 +217,19 @@ inline bool check_global(const void* at, size_t bytes, bool write) {
     return false;
 }
 
-inline bool check_shared(const void* at, int bytes, bool write, int thread) {
+// Return where bytes of shared memory are, or nothing.
+inline Half* check_shared(unsigned offset, unsigned bytes, bool write, int thread) {
     Machine& m = machine();
-    intptr_t offset = static_cast<const char*>(at) - reinterpret_cast<const char*>(m.shared.data());
-    if (offset < 0 || offset + bytes > static_cast<intptr_t>(m.shared.size() * 2)) {
+    if (offset < SHARED_BEGIN || offset - SHARED_BEGIN + bytes > m.shared.size() * 2) {
         fail("shared memory: out of range");
-        return false;
+        return nullptr;
     }
+    offset -= SHARED_BEGIN;
     if (offset % bytes) {
         fail("shared memory: an address that is not aligned");
-        return false;
+        return nullptr;
     }
-    for (int i = 0; i < bytes / 4; i++) {
+    for (unsigned i = 0; i < bytes / 4; i++) {
         Word& word = m.words[offset / 4 + i];
         if (word.write_stretch == m.stretch && word.writer != thread)
             fail(write ? "race: two threads write one place" : "race: read while another thread writes");
@@ -240,7 +242,7 @@ inline bool check_shared(const void* at, int bytes, bool write, int thread) {
             word.read_stretch = m.stretch, word.reader = others ? -2 : thread;
         }
     }
-    return true;
+    return m.shared.data() + offset / 2;
 }
 
 inline float to_float(Half bits) {
@@ -277,8 +279,8 @@ inline void read_matrices(Request** requests, int first, bool transposed) {
     Half rows[4][8][8];
     for (int matrix = 0; matrix < 4; matrix++)
         for (int row = 0; row < 8; row++) {
-            const Half* from = requests[matrix * 8 + row]->from;
-            if (check_shared(from, 16, false, first + matrix * 8 + row)) memcpy(rows[matrix][row], from, 16);
+            const Half* from = check_shared(requests[matrix * 8 + row]->from, 16, false, first + matrix * 8 + row);
+            if (from) memcpy(rows[matrix][row], from, 16);
             else memset(rows[matrix][row], 0, 16);
         }
     for (int lane = 0; lane < LANES; lane++)
@@ -312,8 +314,6 @@ inline void multiply_matrices(Request** requests) {
 
 }  // namespace emulated
 
-#define shared_memory (emulated::machine().shared.data())
-
 DEVICE int thread_index() { return emulated::machine().current; }
 DEVICE int block_x() { return emulated::machine().block[0]; }
 DEVICE int block_y() { return emulated::machine().block[1]; }
@@ -341,32 +341,41 @@ template <class T>
 void emulated_store(T* to, T x) {
     if (emulated::check_global(to, sizeof(T), true)) *to = x;
 }
-DEVICE Chunk load_chunk(const Half* from) { return emulated_load(reinterpret_cast<const Chunk*>(from)); }
-DEVICE unsigned load_pair(const Half* from) { return emulated_load(reinterpret_cast<const unsigned*>(from)); }
-DEVICE float load_float(const float* from) { return emulated_load(from); }
-DEVICE int load_int(const int* from) { return emulated_load(from); }
+DEVICE Chunk load_chunk(const Half* from, bool there) {
+    return there ? emulated_load(reinterpret_cast<const Chunk*>(from)) : Chunk{};
+}
+DEVICE unsigned load_pair(const Half* from, bool there) {
+    return there ? emulated_load(reinterpret_cast<const unsigned*>(from)) : 0;
+}
+DEVICE float load_float(const float* from, bool there) {
+    return there ? emulated_load(from) : 0;
+}
+DEVICE int load_int(const int* from, bool there) {
+    return there ? emulated_load(from) : 0;
+}
 DEVICE void store_chunk(Half* to, Chunk chunk) {
     if (emulated::check_global(to, sizeof(Chunk), true)) memcpy(to, &chunk, sizeof(Chunk));
 }
 DEVICE void store_pair(Half* to, unsigned pair) { emulated_store(reinterpret_cast<unsigned*>(to), pair); }
 DEVICE void store_float(float* to, float x) { emulated_store(to, x); }
 
-DEVICE void put_chunk(Half* to, Chunk chunk) {
-    if (emulated::check_shared(to, 16, true, thread_index())) memcpy(to, &chunk, 16);
+DEVICE unsigned shared_begin() { return emulated::SHARED_BEGIN; }
+DEVICE void put_chunk(unsigned to, Chunk chunk) {
+    if (Half* at = emulated::check_shared(to, 16, true, thread_index())) memcpy(at, &chunk, 16);
 }
-DEVICE void put_float(float* to, float x) {
-    if (emulated::check_shared(to, 4, true, thread_index())) memcpy(to, &x, 4);
+DEVICE void put_float(unsigned to, float x) {
+    if (Half* at = emulated::check_shared(to, 4, true, thread_index())) memcpy(at, &x, 4);
 }
-DEVICE void get_floats(float (&two)[2], const float* from) {
-    if (emulated::check_shared(from, 8, false, thread_index())) memcpy(two, from, 8);
+DEVICE void get_floats(float (&two)[2], unsigned from) {
+    if (Half* at = emulated::check_shared(from, 8, false, thread_index())) memcpy(two, at, 8);
 }
 
-DEVICE void load_matrices(unsigned (&r)[4], const Half* from) {
+DEVICE void load_matrices(unsigned (&r)[4], unsigned from) {
     emulated::Request request;
     request.instruction = "ldmatrix", request.from = from, request.r = r;
     emulated::together(request, [](emulated::Request** all, int first) { emulated::read_matrices(all, first, false); });
 }
-DEVICE void load_matrices_transposed(unsigned (&r)[4], const Half* from) {
+DEVICE void load_matrices_transposed(unsigned (&r)[4], unsigned from) {
     emulated::Request request;
     request.instruction = "ldmatrix.trans", request.from = from, request.r = r;
     emulated::together(request, [](emulated::Request** all, int first) { emulated::read_matrices(all, first, true); });

@@ -10,122 +10,104 @@
 template <int H, int M, int WARPS, int N>
 DEVICE void backward_kv(const Half* q, const Half* k, const Half* v, const Half* d_out, const float* log_sums,
                         const float* dots, const int* segments, Half* d_k, Half* d_v, Layout at) {
-    constexpr int ROWS = 16 * M * WARPS, TILE = N * H, THREADS = 32 * WARPS;
+    constexpr int ROWS = 16 * M * WARPS, TILE = N * H * 2, THREADS = 32 * WARPS;
     constexpr float TO_EXPONENT = INVERSE_ROOT<H> * LOG2_E;
     static_assert(2 * N <= THREADS, "a thread carries one number of a row");
-    Half* const queries = shared_memory;               // two tiles
-    Half* const gradients = shared_memory + 2 * TILE;  // of the outputs: two tiles
-    float* const numbers = reinterpret_cast<float*>(shared_memory + 4 * TILE);  // [2][log_sum, dot][N]
-    const int lane = thread_index() % 32, warp = thread_index() / 32;
-    const int begin = block_x() * ROWS;  // the first keys are seen by most queries
-    const int group = block_y(), heads = blocks_y() * at.members, batch = block_z(), T = at.length;
-    const long long first_row = static_cast<long long>(batch) * T;
-    q += first_row * at.q_row + group * at.q_group;
-    k += first_row * at.kv_row + group * at.kv_group + at.k_offset;
-    v += first_row * at.kv_row + group * at.kv_group + at.v_offset;
-    d_k += first_row * at.kv_row + group * at.kv_group + at.k_offset;
-    d_v += first_row * at.kv_row + group * at.kv_group + at.v_offset;
-    d_out += (first_row * heads + group * at.members) * H;
-    log_sums += (static_cast<long long>(batch) * heads + group * at.members) * T;
-    dots += (static_cast<long long>(batch) * heads + group * at.members) * T;
-    segments += first_row;
+    const Place queries = shared_begin();               // two tiles
+    const Place gradients = shared_begin() + 2 * TILE;  // of the outputs: two tiles
+    const Place numbers = shared_begin() + 4 * TILE;  // [2][log_sum, dot][N]
+    const Corner<H> corner(thread_index() % 32);
+    const int T = at.length;
+    auto begin = [] { return block_x() * ROWS; };  // this block's first key; blocks of the first keys have most work
+    auto first_row = [&] { return begin() + thread_index() / 32 * 16 * M; };  // this warp's first key
 
-    const int mine = begin + warp * 16 * M;
     unsigned keys[M][H / 8][2], values[M][H / 8][2];
     float of_keys[M][H / 8][4], of_values[M][H / 8][4];
-    int own[M][2];
     UNROLL
     for (int m = 0; m < M; m++) {
-        load_rows<H>(keys[m], k, at.kv_row, mine + 16 * m, T, lane);
-        load_rows<H>(values[m], v, at.kv_row, mine + 16 * m, T, lane);
-        UNROLL
-        for (int i = 0; i < H / 8; i++) { UNROLL for (int e = 0; e < 4; e++) of_keys[m][i][e] = of_values[m][i][e] = 0.0f; }
-        UNROLL
-        for (int half = 0; half < 2; half++) {
-            int row = mine + 16 * m + 8 * half + lane / 4;
-            own[m][half] = at.packed && row < T ? load_int(segments + row) : 0;
-        }
+        load_rows<H>(keys[m], k + key_head(at, block_y()) + at.k_offset, at.kv_row, first_row() + 16 * m, T, thread_index() % 32);
+        load_rows<H>(values[m], v + key_head(at, block_y()) + at.v_offset, at.kv_row, first_row() + 16 * m, T, thread_index() % 32);
     }
 
-    Transit<H, N, THREADS> next;
-    // The first N threads carry the logarithms, the next N the dots.
-    const float* const carried = thread_index() < N ? log_sums : dots;
-    const bool carries = thread_index() < 2 * N;
-    const int carried_row = thread_index() % N;
-    const int first = begin / N, each = (T + N - 1) / N - first, tiles = each * at.members;
-    int member = 0, tile = first;
-    next.load(q, at.q_row, tile * N, T);
-    next.store(queries);
-    next.load(d_out, heads * H, tile * N, T);
-    next.store(gradients);
-    if (carries) put_float(numbers + thread_index(), tile * N + carried_row < T ? load_float(carried + tile * N + carried_row) : 0.0f);
+    set_zero(of_keys);
+    set_zero(of_values);
+
+    Transit<H, N, THREADS> next_queries, next_gradients;
+    float next_number;  // the first N threads carry a logarithm of the sums, the next N a dot, for each query
+    // Where all this comes from is worked out for each tile: that takes time, but no registers between.
+    auto load = [&](int member, int tile, int end) {
+        const int head = block_y() * at.members + member, heads = blocks_y() * at.members, thread = thread_index();
+        next_queries.load(q + query_head(at, head, H), at.q_row, tile * N, end);
+        next_gradients.load(d_out + row_of_batch(at, heads * H) + head * H, heads * H, tile * N, end);
+        const int row = tile * N + thread % N;
+        const float* from = (thread < N ? log_sums : dots) + row_of_batch(at, heads) + static_cast<long long>(head) * T;
+        next_number = load_float(from + row, thread < 2 * N && row < end);
+    };
+    auto store = [&](int slot) {
+        const int thread = thread_index();
+        next_queries.store(queries + slot * TILE);
+        next_gradients.store(gradients + slot * TILE);
+        if (thread < 2 * N) put_float(numbers + (slot * 2 * N + thread) * 4, next_number);
+    };
+
+    int member = 0, tile = begin() / N, slot = 0;
+    load(member, tile, T);
+    store(slot);
     barrier();
-    for (int i = 0; i < tiles; i++) {
-        const int now = i % 2 * TILE, other = TILE - now, column = tile * N;
-        const bool more = i + 1 < tiles, active = column + N > mine;  // else all its queries come before this warp's keys
-        const float* const log_sum = numbers + i % 2 * 2 * N;
-        float* const number = numbers + (1 - i % 2) * 2 * N;
-        if (++tile == first + each) tile = first, member++;
-        float scores[M][N / 8][4], d_weights[M][N / 8][4], waiting = 0.0f;
-        if (more) {
-            next.load(q + member * H, at.q_row, tile * N, T);
-            if (carries && tile * N + carried_row < T) waiting = load_float(carried + member * T + tile * N + carried_row);
-        }
-        if (active) multiply_by_rows<H, M, N>(scores, keys, queries + now, lane);
-        if (more) {
-            next.store(queries + other);
-            if (carries) put_float(number + thread_index(), waiting);
-            next.load(d_out + member * H, heads * H, tile * N, T);
-        }
-        if (active) {
-            multiply_by_rows<H, M, N>(d_weights, values, gradients + now, lane);
-            if (column < mine + 16 * M - 1 || at.packed) {
-                UNROLL
-                for (int n = 0; n < N / 8; n++) {
-                    UNROLL
-                    for (int e = 0; e < 2; e++) {
-                        int query = column + n * 8 + lane % 4 * 2 + e;
-                        int segment = at.packed && query < T ? load_int(segments + query) : 0;
-                        UNROLL
-                        for (int m = 0; m < M; m++) {
-                            UNROLL
-                            for (int half = 0; half < 2; half++) {
-                                int row = mine + 16 * m + 8 * half + lane / 4;
-                                if (query < row || segment != own[m][half]) scores[m][n][2 * half + e] = MASKED;
-                            }
-                        }
-                    }
-                }
+    while (member < at.members) {
+        const int column = tile * N;
+        tile++;
+        if (tile * N >= T) tile = begin() / N, member++;
+        load(member, tile, member < at.members ? T : 0);  // after the last tile, nothing is read
+        if (column + N > first_row()) {  // else all its queries come before this warp's keys
+            float scores[M][N / 8][4], d_weights[M][N / 8][4];
+            // Where the two logarithms of the lane's columns are; N numbers further on, its dots.
+            const Place log_sum = numbers + slot * 2 * N * 4 + thread_index() % 4 * 8;
+            set_zero(scores);
+            multiply_by_rows<H, M, N>(scores, keys, queries + slot * TILE, corner);
+            if (column < first_row() + 16 * M - 1 || at.packed) {
+                const int lane = thread_index() % 32;
+                mask_scores<M, N, true>(scores, first_row() + lane / 4, column + lane % 4 * 2, segments, at);
             }
+            UNROLL
+            for (int n = 0; n < N / 8; n++) {
+                float dot[2];
+                get_floats(dot, log_sum + (N + n * 8) * 4);
+                UNROLL
+                for (int m = 0; m < M; m++) { UNROLL for (int e = 0; e < 4; e++) d_weights[m][n][e] = -dot[e % 2]; }
+            }
+            multiply_by_rows<H, M, N>(d_weights, values, gradients + slot * TILE, corner);
             unsigned weights[M][N / 8][2], d_scores[M][N / 8][2];
             UNROLL
             for (int n = 0; n < N / 8; n++) {
-                float sums[2], dot[2];
-                get_floats(sums, log_sum + n * 8 + lane % 4 * 2);
-                get_floats(dot, log_sum + N + n * 8 + lane % 4 * 2);
+                float sums[2];
+                get_floats(sums, log_sum + n * 8 * 4);
                 UNROLL
                 for (int m = 0; m < M; m++) {
+                    float(&weight)[4] = scores[m][n], (&d_score)[4] = d_weights[m][n];
                     UNROLL
                     for (int e = 0; e < 4; e++) {
                         // Rounding puts huge scores above the logarithm of their sum: a weight is at most 1.
-                        float exponent = smaller(multiply_add(scores[m][n][e], TO_EXPONENT, -sums[e % 2]), 0.0f);
-                        scores[m][n][e] = power_of_two(exponent);
-                        d_weights[m][n][e] = scores[m][n][e] * (d_weights[m][n][e] - dot[e % 2]);
+                        weight[e] = power_of_two(smaller(multiply_add(weight[e], TO_EXPONENT, -sums[e % 2]), 0.0f));
+                        d_score[e] *= weight[e];
                     }
+                    round_sums(weights[m][n], weight);
+                    round_sums(d_scores[m][n], d_score);
                 }
             }
-            round_sums<M, N / 8>(weights, scores);
-            multiply_by_columns<H, M, N>(of_values, weights, gradients + now, lane);
-            round_sums<M, N / 8>(d_scores, d_weights);
-            multiply_by_columns<H, M, N>(of_keys, d_scores, queries + now, lane);
+            multiply_by_columns<H, M, N>(of_values, weights, gradients + slot * TILE, corner);
+            multiply_by_columns<H, M, N>(of_keys, d_scores, queries + slot * TILE, corner);
         }
-        if (more) next.store(gradients + other);
+        slot ^= 1;
+        store(slot);
         barrier();
     }
+    d_k += key_head(at, block_y()) + at.k_offset;
+    d_v += key_head(at, block_y()) + at.v_offset;
     UNROLL
     for (int m = 0; m < M; m++) {
-        store_rows<H>(of_keys[m], INVERSE_ROOT<H>, INVERSE_ROOT<H>, d_k, at.kv_row, mine + 16 * m, T, lane);
-        store_rows<H>(of_values[m], 1.0f, 1.0f, d_v, at.kv_row, mine + 16 * m, T, lane);
+        store_rows<H>(of_keys[m], INVERSE_ROOT<H>, INVERSE_ROOT<H>, d_k, at.kv_row, first_row() + 16 * m, T, thread_index() % 32);
+        store_rows<H>(of_values[m], 1.0f, 1.0f, d_v, at.kv_row, first_row() + 16 * m, T, thread_index() % 32);
     }
 }
 

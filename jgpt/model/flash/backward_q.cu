@@ -10,29 +10,23 @@
 template <int H, int M, int WARPS, int N>
 DEVICE void backward_q(const Half* q, const Half* k, const Half* v, const Half* out, const Half* d_out, const float* log_sums,
                        const int* segments, Half* d_q, float* dots, Layout at) {
-    constexpr int ROWS = 16 * M * WARPS, TILE = N * H;
+    constexpr int ROWS = 16 * M * WARPS, TILE = N * H * 2;
     constexpr float TO_EXPONENT = INVERSE_ROOT<H> * LOG2_E;
-    Half* const keys = shared_memory;
-    Half* const values = shared_memory + 2 * TILE;
-    const int lane = thread_index() % 32, warp = thread_index() / 32;
-    const int begin = (blocks_x() - 1 - block_x()) * ROWS;
-    const int head = block_y(), heads = blocks_y(), batch = block_z();
-    const int group = head / at.members, member = head % at.members, T = at.length;
-    const long long first_row = static_cast<long long>(batch) * T;
-    q += first_row * at.q_row + group * at.q_group + member * H;
-    d_q += first_row * at.q_row + group * at.q_group + member * H;
-    k += first_row * at.kv_row + group * at.kv_group + at.k_offset;
-    v += first_row * at.kv_row + group * at.kv_group + at.v_offset;
-    out += (first_row * heads + head) * H;
-    d_out += (first_row * heads + head) * H;
-    log_sums += (static_cast<long long>(batch) * heads + head) * T;
-    dots += (static_cast<long long>(batch) * heads + head) * T;
-    segments += first_row;
+    const Place keys = shared_begin();
+    const Place values = shared_begin() + 2 * TILE;
+    const int lane = thread_index() % 32;
+    const Corner<H> corner(lane);
+    const int begin = (blocks_x() - 1 - block_x()) * ROWS;  // the longest work first
+    const int mine = begin + thread_index() / 32 * 16 * M;  // this warp's first query
+    const int head = block_y(), heads = blocks_y(), T = at.length;
+    q += query_head(at, head, H);
+    out += row_of_batch(at, heads * H) + head * H;
+    d_out += row_of_batch(at, heads * H) + head * H;
+    log_sums += row_of_batch(at, heads) + static_cast<long long>(head) * T;
+    dots += row_of_batch(at, heads) + static_cast<long long>(head) * T;
 
-    const int mine = begin + warp * 16 * M;
     unsigned queries[M][H / 8][2], gradients[M][H / 8][2];  // of the outputs
     float sums[M][H / 8][4], log_sum[M][2], dot[M][2];
-    int own[M][2];
     UNROLL
     for (int m = 0; m < M; m++) {
         load_rows<H>(queries[m], out, heads * H, mine + 16 * m, T, lane);  // the outputs, for a moment
@@ -49,71 +43,67 @@ DEVICE void backward_q(const Half* q, const Half* k, const Half* v, const Half* 
                 sum = multiply_add(a[1], b[1], multiply_add(a[0], b[0], sum));
             }
             dot[m][half] = sum_of_row(sum);
-            log_sum[m][half] = row < T ? load_float(log_sums + row) : 0.0f;
-            own[m][half] = at.packed && row < T ? load_int(segments + row) : 0;
+            log_sum[m][half] = load_float(log_sums + row, row < T);
             if (lane % 4 == 0 && row < T) store_float(dots + row, dot[m][half]);
         }
         load_rows<H>(queries[m], q, at.q_row, mine + 16 * m, T, lane);
-        UNROLL
-        for (int i = 0; i < H / 8; i++) { UNROLL for (int e = 0; e < 4; e++) sums[m][i][e] = 0.0f; }
     }
 
-    Transit<H, N, 32 * WARPS> next;
+    set_zero(sums);
+
+    Transit<H, N, 32 * WARPS> next_keys, next_values;
+    // Where they come from is worked out for each tile: that takes time, but no registers between.
+    auto load = [&](int tile, int end) {
+        const long long place = key_head(at, block_y() / at.members);
+        next_keys.load(k + place + at.k_offset, at.kv_row, tile * N, end);
+        next_values.load(v + place + at.v_offset, at.kv_row, tile * N, end);
+    };
+    auto store = [&](int slot) {
+        next_keys.store(keys + slot * TILE);
+        next_values.store(values + slot * TILE);
+    };
+
     const int tiles = ((begin + ROWS < T ? begin + ROWS : T) + N - 1) / N;
-    next.load(k, at.kv_row, 0, T);
-    next.store(keys);
-    next.load(v, at.kv_row, 0, T);
-    next.store(values);
+    load(0, T);
+    store(0);
     barrier();
     for (int tile = 0; tile < tiles; tile++) {
-        const int now = tile % 2 * TILE, other = TILE - now, column = tile * N;
-        const bool more = tile + 1 < tiles, active = column < mine + 16 * M;
-        float scores[M][N / 8][4], d_weights[M][N / 8][4];
-        if (more) next.load(k, at.kv_row, column + N, T);
-        if (active) multiply_by_rows<H, M, N>(scores, queries, keys + now, lane);
-        if (more) {
-            next.store(keys + other);
-            next.load(v, at.kv_row, column + N, T);
-        }
-        if (active) {
-            multiply_by_rows<H, M, N>(d_weights, gradients, values + now, lane);
+        const int now = tile % 2 * TILE, column = tile * N;
+        load(tile + 1, tile + 1 < tiles ? T : 0);  // after the last tile, nothing is read
+        if (column < mine + 16 * M) {  // else this warp sees none of these keys
+            float scores[M][N / 8][4], d_weights[M][N / 8][4];
+            set_zero(scores);
+            multiply_by_rows<H, M, N>(scores, queries, keys + now, corner);
             if (column + N > mine + 1 || at.packed) {
-                UNROLL
-                for (int n = 0; n < N / 8; n++) {
-                    UNROLL
-                    for (int e = 0; e < 2; e++) {
-                        int key = column + n * 8 + lane % 4 * 2 + e;
-                        int segment = at.packed && key < T ? load_int(segments + key) : 0;
-                        UNROLL
-                        for (int m = 0; m < M; m++) {
-                            UNROLL
-                            for (int half = 0; half < 2; half++) {
-                                int row = mine + 16 * m + 8 * half + lane / 4;
-                                if (key > row || segment != own[m][half]) scores[m][n][2 * half + e] = MASKED;
-                            }
-                        }
-                    }
-                }
+                mask_scores<M, N, false>(scores, mine + lane / 4, column + lane % 4 * 2, segments, at);
             }
             UNROLL
             for (int m = 0; m < M; m++) {
                 UNROLL
-                for (int n = 0; n < N / 8; n++) {
+                for (int n = 0; n < N / 8; n++) { UNROLL for (int e = 0; e < 4; e++) d_weights[m][n][e] = -dot[m][e / 2]; }
+            }
+            multiply_by_rows<H, M, N>(d_weights, gradients, values + now, corner);
+            unsigned d_scores[M][N / 8][2];
+            UNROLL
+            for (int n = 0; n < N / 8; n++) {
+                UNROLL
+                for (int m = 0; m < M; m++) {
+                    float(&d_score)[4] = d_weights[m][n];
                     UNROLL
                     for (int e = 0; e < 4; e++) {
                         // Rounding puts huge scores above the logarithm of their sum: a weight is at most 1.
                         float exponent = smaller(multiply_add(scores[m][n][e], TO_EXPONENT, -log_sum[m][e / 2]), 0.0f);
-                        scores[m][n][e] = power_of_two(exponent) * (d_weights[m][n][e] - dot[m][e / 2]);
+                        d_score[e] *= power_of_two(exponent);
                     }
+                    round_sums(d_scores[m][n], d_score);
                 }
             }
-            unsigned d_scores[M][N / 8][2];
-            round_sums<M, N / 8>(d_scores, scores);
-            multiply_by_columns<H, M, N>(sums, d_scores, keys + now, lane);
+            multiply_by_columns<H, M, N>(sums, d_scores, keys + now, corner);
         }
-        if (more) next.store(values + other);
+        store(1 - tile % 2);
         barrier();
     }
+    d_q += query_head(at, block_y(), H);
     UNROLL
     for (int m = 0; m < M; m++)
         store_rows<H>(sums[m], INVERSE_ROOT<H>, INVERSE_ROOT<H>, d_q, at.q_row, mine + 16 * m, T, lane);

@@ -8,74 +8,54 @@
 
 template <int H, int M, int WARPS, int N>
 DEVICE void forward(const Half* q, const Half* k, const Half* v, const int* segments, Half* out, float* log_sums, Layout at) {
-    constexpr int ROWS = 16 * M * WARPS, TILE = N * H;
+    constexpr int ROWS = 16 * M * WARPS, TILE = N * H * 2;
     constexpr float TO_EXPONENT = INVERSE_ROOT<H> * LOG2_E;
-    Half* const keys = shared_memory;              // two tiles: one is read while the other is filled
-    Half* const values = shared_memory + 2 * TILE;  // two tiles
-    const int lane = thread_index() % 32, warp = thread_index() / 32;
-    const int begin = (blocks_x() - 1 - block_x()) * ROWS;  // the longest work first
-    const int head = block_y(), heads = blocks_y(), batch = block_z();
-    const int group = head / at.members, member = head % at.members, T = at.length;
-    const long long first_row = static_cast<long long>(batch) * T;
-    q += first_row * at.q_row + group * at.q_group + member * H;
-    k += first_row * at.kv_row + group * at.kv_group + at.k_offset;
-    v += first_row * at.kv_row + group * at.kv_group + at.v_offset;
-    out += (first_row * heads + head) * H;
-    log_sums += (static_cast<long long>(batch) * heads + head) * T;
-    segments += first_row;
+    const Place keys = shared_begin();              // two tiles: one is read while the other is filled
+    const Place values = shared_begin() + 2 * TILE;  // two tiles
+    const int lane = thread_index() % 32;
+    const Corner<H> corner(lane);
+    auto begin = [] { return (blocks_x() - 1 - block_x()) * ROWS; };  // this block's first query; the longest work first
+    auto first_row = [&] { return begin() + thread_index() / 32 * 16 * M; };  // this warp's first query
+    const int head = block_y(), heads = blocks_y(), T = at.length;
+    q += query_head(at, head, H);
 
-    const int mine = begin + warp * 16 * M;  // this warp's first query
     unsigned queries[M][H / 8][2];
     float sums[M][H / 8][4], largest[M][2], total[M][2];
-    int own[M][2];  // segments of the lane's rows
     UNROLL
     for (int m = 0; m < M; m++) {
-        load_rows<H>(queries[m], q, at.q_row, mine + 16 * m, T, lane);
+        load_rows<H>(queries[m], q, at.q_row, first_row() + 16 * m, T, lane);
         UNROLL
-        for (int i = 0; i < H / 8; i++) { UNROLL for (int e = 0; e < 4; e++) sums[m][i][e] = 0.0f; }
-        UNROLL
-        for (int half = 0; half < 2; half++) {
-            int row = mine + 16 * m + 8 * half + lane / 4;
-            largest[m][half] = MASKED, total[m][half] = 0.0f;
-            own[m][half] = at.packed && row < T ? load_int(segments + row) : 0;
-        }
+        for (int half = 0; half < 2; half++) largest[m][half] = MASKED, total[m][half] = 0.0f;
     }
 
-    Transit<H, N, 32 * WARPS> next;
-    const int tiles = ((begin + ROWS < T ? begin + ROWS : T) + N - 1) / N;
-    next.load(k, at.kv_row, 0, T);
-    next.store(keys);
-    next.load(v, at.kv_row, 0, T);
-    next.store(values);
+    set_zero(sums);
+
+    Transit<H, N, 32 * WARPS> next_keys, next_values;
+    // Where they come from is worked out for each tile: that takes time, but no registers between.
+    auto load = [&](int tile, int end) {
+        const long long place = key_head(at, block_y() / at.members);
+        next_keys.load(k + place + at.k_offset, at.kv_row, tile * N, end);
+        next_values.load(v + place + at.v_offset, at.kv_row, tile * N, end);
+    };
+    auto store = [&](int slot) {
+        next_keys.store(keys + slot * TILE);
+        next_values.store(values + slot * TILE);
+    };
+
+    const int tiles = ((begin() + ROWS < T ? begin() + ROWS : T) + N - 1) / N;
+    load(0, T);
+    store(0);
     barrier();
     for (int tile = 0; tile < tiles; tile++) {
-        const int now = tile % 2 * TILE, other = TILE - now, column = tile * N;
-        const bool more = tile + 1 < tiles, active = column < mine + 16 * M;  // else this warp sees none of its keys
-        float scores[M][N / 8][4];
-        if (more) next.load(k, at.kv_row, column + N, T);
-        if (active) multiply_by_rows<H, M, N>(scores, queries, keys + now, lane);
-        if (more) {
-            next.store(keys + other);
-            next.load(v, at.kv_row, column + N, T);
-        }
-        if (active) {
-            if (column + N > mine + 1 || at.packed) {
-                UNROLL
-                for (int n = 0; n < N / 8; n++) {
-                    UNROLL
-                    for (int e = 0; e < 2; e++) {
-                        int key = column + n * 8 + lane % 4 * 2 + e;
-                        int segment = at.packed && key < T ? load_int(segments + key) : 0;
-                        UNROLL
-                        for (int m = 0; m < M; m++) {
-                            UNROLL
-                            for (int half = 0; half < 2; half++) {
-                                int row = mine + 16 * m + 8 * half + lane / 4;
-                                if (key > row || segment != own[m][half]) scores[m][n][2 * half + e] = MASKED;
-                            }
-                        }
-                    }
-                }
+        const int now = tile % 2 * TILE, column = tile * N;
+        load(tile + 1, tile + 1 < tiles ? T : 0);  // after the last tile, nothing is read
+        if (column < first_row() + 16 * M) {  // else this warp sees none of these keys
+            float scores[M][N / 8][4];
+            set_zero(scores);
+            multiply_by_rows<H, M, N>(scores, queries, keys + now, corner);
+            if (column + N > first_row() + 1 || at.packed) {
+                const int lane = thread_index() % 32;
+                mask_scores<M, N, false>(scores, first_row() + lane / 4, column + lane % 4 * 2, segments, at);
             }
             UNROLL
             for (int m = 0; m < M; m++) {
@@ -103,25 +83,28 @@ DEVICE void forward(const Half* q, const Half* k, const Half* v, const int* segm
                 }
             }
             unsigned weights[M][N / 8][2];
-            round_sums<M, N / 8>(weights, scores);
-            multiply_by_columns<H, M, N>(sums, weights, values + now, lane);
+            UNROLL
+            for (int n = 0; n < N / 8; n++) { UNROLL for (int m = 0; m < M; m++) round_sums(weights[m][n], scores[m][n]); }
+            multiply_by_columns<H, M, N>(sums, weights, values + now, corner);
         }
-        if (more) next.store(values + other);
+        store(1 - tile % 2);
         barrier();
     }
 
+    out += row_of_batch(at, heads * H) + block_y() * H;
+    log_sums += row_of_batch(at, heads) + static_cast<long long>(block_y()) * T;
     UNROLL
     for (int m = 0; m < M; m++) {
         float divided[2];
         UNROLL
         for (int half = 0; half < 2; half++) {
-            int row = mine + 16 * m + 8 * half + lane / 4;
+            int row = first_row() + 16 * m + 8 * half + lane / 4;
             float sum = sum_of_row(total[m][half]);
             divided[half] = 1.0f / sum;
             if (lane % 4 == 0 && row < T)
                 store_float(log_sums + row, multiply_add(largest[m][half], TO_EXPONENT, log_of_two(sum)));
         }
-        store_rows<H>(sums[m], divided[0], divided[1], out, heads * H, mine + 16 * m, T, lane);
+        store_rows<H>(sums[m], divided[0], divided[1], out, heads * H, first_row() + 16 * m, T, lane);
     }
 }
 

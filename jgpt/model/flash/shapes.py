@@ -34,15 +34,15 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    ("forward", 32): Shape(2, 4, 64, 2),
-    ("forward", 64): Shape(2, 4, 64, 2),
-    ("forward", 96): Shape(1, 8, 64, 1),
-    ("forward", 128): Shape(1, 8, 64, 1),
+    ("forward", 32): Shape(2, 4, 32, 3),
+    ("forward", 64): Shape(2, 4, 32, 2),
+    ("forward", 96): Shape(2, 4, 32, 2),
+    ("forward", 128): Shape(1, 4, 32, 2),
     ("backward_q", 32): Shape(2, 4, 32, 2),
     ("backward_q", 64): Shape(2, 4, 32, 2),
     ("backward_q", 96): Shape(1, 4, 32, 2),
     ("backward_q", 128): Shape(1, 4, 32, 2),
-    ("backward_kv", 32): Shape(1, 4, 32, 3),
+    ("backward_kv", 32): Shape(2, 4, 32, 2),
     ("backward_kv", 64): Shape(1, 4, 32, 3),
     ("backward_kv", 96): Shape(1, 4, 32, 2),
     ("backward_kv", 128): Shape(1, 4, 16, 2),

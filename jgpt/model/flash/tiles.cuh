@@ -20,6 +20,8 @@
 #include "primitives.cuh"
 #endif
 
+typedef unsigned Place;  // in shared memory: an address in bytes
+
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float MASKED = -1e30f;  // below every product of fp16 vectors, and not infinite: a difference of two is 0
 
@@ -47,44 +49,62 @@ struct Layout {
     int length, int members, int q_row, int q_group, int kv_row, int kv_group, int k_offset, int v_offset, int packed
 #define LAYOUT_ARGUMENTS {length, members, q_row, q_group, kv_row, kv_group, k_offset, v_offset, packed}
 
-// Return the place of a chunk in a tile of H columns, in numbers from the tile's begin.
+// Return where a head's first number is, in an array whose positions are `row` apart, for this block's row of the batch.
+DEVICE long long row_of_batch(const Layout& at, int row) { return static_cast<long long>(block_z()) * at.length * row; }
+DEVICE long long query_head(const Layout& at, int head, int width) {
+    return row_of_batch(at, at.q_row) + head / at.members * at.q_group + head % at.members * width;
+}
+DEVICE long long key_head(const Layout& at, int group) { return row_of_batch(at, at.kv_row) + group * at.kv_group; }
+
+// A chunk's index in its row is xor-ed with the row's: rows of whole 128 bytes by the row's last 3 bits; else two rows
+// differ by half of that, and their bits 1 and 2 are left. Return the place of a chunk in bytes from the tile's begin.
 template <int H>
-DEVICE int place(int row, int chunk) {
-    constexpr bool wide = H % 64 == 0;  // rows of whole 128 bytes; else two rows differ by half of that
-    return row * H + ((wide ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3)) << 3);
+DEVICE int swizzled(int row, int chunk) {
+    return row * H * 2 + (H % 64 == 0 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3)) * 16;
 }
 
 // Hold a tile in registers, on its way from global to shared memory: loads take long, and other work goes on.
+// A thread carries chunks whose rows differ by multiples of 8, and whose columns differ by whole lines: their places
+// then differ by constants.
 template <int H, int ROWS, int THREADS>
 struct Transit {
-    static constexpr int CHUNKS = ROWS * H / 8, EACH = CHUNKS / THREADS;
-    static_assert(CHUNKS % THREADS == 0, "every thread carries as many chunks");
+    static constexpr int LINE = H == 128 ? 16 : H == 64 ? 8 : 4;  // threads that read side by side
+    static constexpr int STEP = THREADS / LINE, COLUMNS = H / 8 / LINE, EACH = ROWS / STEP * COLUMNS;
+    static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "every thread carries as many chunks");
     Chunk held[EACH];
 
     // Read rows first.. of `source`; rows from `end` on are zeros.
     DEVICE void load(const Half* source, int stride, int first, int end) {
+        const int row = first + thread_index() / LINE;
+        const Half* from = source + row * stride + thread_index() % LINE * 8;
         UNROLL
         for (int i = 0; i < EACH; i++) {
-            int chunk = thread_index() + i * THREADS, row = chunk / (H / 8), column = chunk % (H / 8);
-            held[i] = Chunk{0, 0, 0, 0};
-            if (first + row < end) held[i] = load_chunk(source + (first + row) * stride + column * 8);
+            int below = i / COLUMNS * STEP;
+            held[i] = load_chunk(from + below * stride + i % COLUMNS * LINE * 8, row + below < end);
         }
     }
 
-    DEVICE void store(Half* tile) const {
+    DEVICE void store(Place tile) const {
+        const Place to = tile + swizzled<H>(thread_index() / LINE, thread_index() % LINE);
         UNROLL
-        for (int i = 0; i < EACH; i++) {
-            int chunk = thread_index() + i * THREADS;
-            put_chunk(tile + place<H>(chunk / (H / 8), chunk % (H / 8)), held[i]);
-        }
+        for (int i = 0; i < EACH; i++) put_chunk(to + i / COLUMNS * STEP * H * 2 + i % COLUMNS * LINE * 16, held[i]);
     }
 };
 
+// Where a lane reads the first matrices of a tile: row lane % 8, chunk lane / 8; and, `second`, four chunks on.
+template <int H>
+struct Corner {
+    Place first, second;
+
+    DEVICE explicit Corner(int lane) : first(swizzled<H>(lane & 7, lane >> 3)), second(swizzled<H>(lane & 7, 4 + (lane >> 3))) {}
+};
+
 // Read 8 rows x 32 columns of a tile as four fragments B: of the transposed rows (products over columns), or, with
-// `across`, of the rows themselves (products over rows).
+// `across`, of the rows themselves (products over rows). Rows begin at a multiple of 8; `four` counts columns in 32.
 template <int H, bool across>
-DEVICE void load_four(unsigned (&b)[4], const Half* tile, int row, int chunk, int lane) {
-    const Half* from = tile + place<H>(row + (lane & 7), chunk + (lane >> 3));
+DEVICE void load_four(unsigned (&b)[4], Place tile, int row, int four, const Corner<H>& corner) {
+    constexpr bool wide = H % 64 == 0;
+    Place from = tile + (wide && four % 2 ? corner.second : corner.first) + row * H * 2 + (wide ? four / 2 * 128 : four * 64);
     if (across) load_matrices_transposed(b, from);
     else load_matrices(b, from);
 }
@@ -97,7 +117,7 @@ DEVICE void load_rows(unsigned (&a)[H / 8][2], const Half* source, int stride, i
         int row = first + lane / 4 + 8 * half;
         UNROLL
         for (int i = 0; i < H / 8; i++)
-            a[i][half] = row < end ? load_pair(source + row * stride + i * 8 + lane % 4 * 2) : 0;
+            a[i][half] = load_pair(source + row * stride + i * 8 + lane % 4 * 2, row < end);
     }
 }
 
@@ -116,20 +136,24 @@ DEVICE void store_rows(const float (&c)[H / 8][4], float upper, float lower, Hal
     }
 }
 
+template <int M, int N>
+DEVICE void set_zero(float (&c)[M][N][4]) {
+    UNROLL
+    for (int m = 0; m < M; m++) {
+        UNROLL
+        for (int n = 0; n < N; n++) { UNROLL for (int e = 0; e < 4; e++) c[m][n][e] = 0.0f; }
+    }
+}
+
 // Add A B to `c`, where A has 16 * M rows and H columns and B is the transposed tile of N rows.
 template <int H, int M, int N>
-DEVICE void multiply_by_rows(float (&c)[M][N / 8][4], const unsigned (&a)[M][H / 8][2], const Half* tile, int lane) {
-    UNROLL
-    for (int n = 0; n < N / 8; n++) {
-        UNROLL
-        for (int m = 0; m < M; m++) { UNROLL for (int e = 0; e < 4; e++) c[m][n][e] = 0.0f; }
-    }
+DEVICE void multiply_by_rows(float (&c)[M][N / 8][4], const unsigned (&a)[M][H / 8][2], Place tile, const Corner<H>& corner) {
     UNROLL
     for (int four = 0; four < H / 32; four++) {
         UNROLL
         for (int n = 0; n < N / 8; n++) {
             unsigned b[4];
-            load_four<H, false>(b, tile, n * 8, four * 4, lane);
+            load_four<H, false>(b, tile, n * 8, four, corner);
             UNROLL
             for (int i = 0; i < 4; i++) {
                 UNROLL
@@ -141,13 +165,13 @@ DEVICE void multiply_by_rows(float (&c)[M][N / 8][4], const unsigned (&a)[M][H /
 
 // Add A B to `c`, where A has 16 * M rows and N columns and B is the tile of N rows and H columns.
 template <int H, int M, int N>
-DEVICE void multiply_by_columns(float (&c)[M][H / 8][4], const unsigned (&a)[M][N / 8][2], const Half* tile, int lane) {
+DEVICE void multiply_by_columns(float (&c)[M][H / 8][4], const unsigned (&a)[M][N / 8][2], Place tile, const Corner<H>& corner) {
     UNROLL
     for (int n = 0; n < N / 8; n++) {
         UNROLL
         for (int four = 0; four < H / 32; four++) {
             unsigned b[4];
-            load_four<H, true>(b, tile, n * 8, four * 4, lane);
+            load_four<H, true>(b, tile, n * 8, four, corner);
             UNROLL
             for (int i = 0; i < 4; i++) {
                 UNROLL
@@ -157,15 +181,41 @@ DEVICE void multiply_by_columns(float (&c)[M][H / 8][4], const unsigned (&a)[M][
     }
 }
 
-// Round sums C to fragments A.
-template <int M, int N>
-DEVICE void round_sums(unsigned (&a)[M][N][2], const float (&c)[M][N][4]) {
+// Round sums C to a fragment A.
+DEVICE void round_sums(unsigned (&a)[2], const float (&c)[4]) {
+    a[0] = pack(c[0], c[1]);
+    a[1] = pack(c[2], c[3]);
+}
+
+// Mask the scores of pairs that must not see each other, where a lane has rows from `row` and columns from `column`.
+// `rows_are_keys`: else rows are queries. Segments are read where they are needed: registers are scarce.
+template <int M, int N, bool rows_are_keys>
+DEVICE void mask_scores(float (&scores)[M][N / 8][4], int row, int column, const int* segments, const Layout& at) {
+    int own[M][2];
+    segments += row_of_batch(at, 1);
     UNROLL
     for (int m = 0; m < M; m++) {
         UNROLL
-        for (int n = 0; n < N; n++) {
-            a[m][n][0] = pack(c[m][n][0], c[m][n][1]);
-            a[m][n][1] = pack(c[m][n][2], c[m][n][3]);
+        for (int half = 0; half < 2; half++) {
+            int place = row + 16 * m + 8 * half;
+            own[m][half] = load_int(segments + place, at.packed && place < at.length);
+        }
+    }
+    UNROLL
+    for (int n = 0; n < N / 8; n++) {
+        UNROLL
+        for (int e = 0; e < 2; e++) {
+            int place = column + n * 8 + e;
+            int segment = load_int(segments + place, at.packed && place < at.length);
+            UNROLL
+            for (int m = 0; m < M; m++) {
+                UNROLL
+                for (int half = 0; half < 2; half++) {
+                    int other = row + 16 * m + 8 * half;
+                    bool early = rows_are_keys ? place < other : place > other;  // the query is before the key
+                    if (early || segment != own[m][half]) scores[m][n][2 * half + e] = MASKED;
+                }
+            }
         }
     }
 }
