@@ -395,6 +395,18 @@ DEVICE float shuffle_xor(float x, int lanes) {
     return result;
 }
 
+DEVICE bool any_lane(bool x) {
+    float result = 0;
+    emulated::Request request;
+    request.instruction = "vote", request.x = x, request.c = &result;
+    emulated::together(request, [](emulated::Request** all, int) {
+        float any = 0;
+        for (int i = 0; i < emulated::LANES; i++) any = all[i]->x ? 1.0f : any;
+        for (int i = 0; i < emulated::LANES; i++) *all[i]->c = any;
+    });
+    return result != 0;
+}
+
 DEVICE unsigned pack(float low, float high) {
     return emulated::to_half(low) | static_cast<unsigned>(emulated::to_half(high)) << 16;
 }

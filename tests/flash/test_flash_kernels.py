@@ -116,6 +116,15 @@ def test_the_largest_numbers_of_fp16(gpu: Emulator):
     assert not any(np.isnan(gradient).any() for gradient in gpu.backward(q, k, v, d_out))
 
 
+@pytest.mark.parametrize("slope", [0.02, 0.2, 2.0, -0.2])
+def test_scores_that_grow_along_the_keys(gpu: Emulator, slope: float):
+    """Each row's reference is renewed seldom, often, always, never. (Keys of 300 make d_q coarse in fp16.)"""
+    q, k, v, d_out = random_inputs((1, 150, 1, 1, 32))
+    q[..., 0], k[..., 0] = 32**0.5, slope * np.arange(150)[None, :, None]
+    found = errors(gpu, (q, k, v, d_out))
+    assert max(found["out"], found["log_sums"], found["d_v"]) < 2.0, found
+
+
 def test_all_scores_equal(gpu: Emulator):
     q, k, v, d_out = random_inputs((1, 90, 1, 1, 64))
     compare(gpu, (np.zeros_like(q), k, v, d_out))

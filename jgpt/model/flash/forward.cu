@@ -2,7 +2,8 @@
 //
 // FlashAttention-2 (Dao, arXiv 2307.08691): a block takes 16 * M * WARPS queries of one head and goes through their keys
 // in tiles of N. A warp has 16 * M queries: their fragments, the tile's scores and the sums of values all stay in
-// registers. Each row keeps its largest score so far, and what it has summed is scaled down when a larger one comes.
+// registers. Scores are taken relative to a large score of the row. When one comes that is larger by 8 powers of two
+// (FlashAttention-4's way), it is the new one, and what the row has summed is scaled down; else weights go up to 256.
 
 #include "tiles.cuh"
 
@@ -10,6 +11,7 @@ template <int H, int M, int WARPS, int N>
 DEVICE void forward(const Half* q, const Half* k, const Half* v, const int* segments, Half* out, float* log_sums, Layout at) {
     constexpr int ROWS = 16 * M * WARPS, TILE = N * H * 2;
     constexpr float TO_EXPONENT = INVERSE_ROOT<H> * LOG2_E;
+    constexpr float SLACK = 8.0f / TO_EXPONENT;
     const Place keys = shared_begin();              // two tiles: one is read while the other is filled
     const Place values = shared_begin() + 2 * TILE;  // two tiles
     const int lane = thread_index() % 32;
@@ -57,29 +59,44 @@ DEVICE void forward(const Half* q, const Half* k, const Half* v, const int* segm
                 const int lane = thread_index() % 32;
                 mask_scores<M, N, false>(scores, first_row() + lane / 4, column + lane % 4 * 2, segments, at);
             }
+            float here[M][2];  // the largest score of each row, of those that the lane has
+            bool grown = false;
             UNROLL
             for (int m = 0; m < M; m++) {
                 UNROLL
                 for (int half = 0; half < 2; half++) {
-                    float highest = largest[m][half];
-                    UNROLL
-                    for (int n = 0; n < N / 8; n++)
-                        highest = larger(highest, larger(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
-                    highest = max_of_row(highest);
-                    // The difference first: it is exact where it counts, however large the scores are.
-                    float shrink = power_of_two((largest[m][half] - highest) * TO_EXPONENT), sum = 0.0f;
+                    here[m][half] = MASKED;
                     UNROLL
                     for (int n = 0; n < N / 8; n++) {
-                        UNROLL
-                        for (int e = 2 * half; e < 2 * half + 2; e++) {
-                            scores[m][n][e] = power_of_two((scores[m][n][e] - highest) * TO_EXPONENT);
-                            sum += scores[m][n][e];
-                        }
+                        float two = larger(scores[m][n][2 * half], scores[m][n][2 * half + 1]);
+                        here[m][half] = larger(here[m][half], two);
                     }
-                    largest[m][half] = highest;
-                    total[m][half] = total[m][half] * shrink + sum;
+                    grown |= here[m][half] - largest[m][half] > SLACK;
+                }
+            }
+            if (any_lane(grown)) {
+                UNROLL
+                for (int m = 0; m < M; m++) {
                     UNROLL
-                    for (int i = 0; i < H / 8; i++) sums[m][i][2 * half] *= shrink, sums[m][i][2 * half + 1] *= shrink;
+                    for (int half = 0; half < 2; half++) {
+                        float highest = larger(largest[m][half], max_of_row(here[m][half]));
+                        float shrink = power_of_two((largest[m][half] - highest) * TO_EXPONENT);
+                        largest[m][half] = highest, total[m][half] *= shrink;
+                        UNROLL
+                        for (int i = 0; i < H / 8; i++) sums[m][i][2 * half] *= shrink, sums[m][i][2 * half + 1] *= shrink;
+                    }
+                }
+            }
+            UNROLL
+            for (int m = 0; m < M; m++) {
+                UNROLL
+                for (int n = 0; n < N / 8; n++) {
+                    UNROLL
+                    for (int e = 0; e < 4; e++) {
+                        // The difference first: it is exact where it counts, however large the scores are.
+                        scores[m][n][e] = power_of_two((scores[m][n][e] - largest[m][e / 2]) * TO_EXPONENT);
+                        total[m][e / 2] += scores[m][n][e];
+                    }
                 }
             }
             unsigned weights[M][N / 8][2];
