@@ -43,13 +43,13 @@ DEVICE Chunk load_chunk(const Half* from, bool there) {
     asm volatile(
         "{ .reg .pred p; setp.ne.s32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
         " @p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4]; }"
-        : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from), "r"(static_cast<int>(there)));
+        : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w) : "l"(from), "r"(static_cast<int>(there)));
     return x;
 }
 DEVICE unsigned load_word(const void* from, bool there) {
     unsigned x;
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.b32 %0, [%1]; }"
-                 : "=r"(x) : "l"(from), "r"(static_cast<int>(there)));
+                 : "=&r"(x) : "l"(from), "r"(static_cast<int>(there)));
     return x;
 }
 DEVICE unsigned load_pair(const Half* from, bool there) { return load_word(from, there); }
