@@ -26,7 +26,7 @@ class FlashUnavailable(Exception):
 @cache
 def ptx(kernel: str, width: int) -> str:
     """Return the text of a kernel, as `build.sh` made it."""
-    return resources.files(__package__).joinpath("ptx", f"{entry(kernel, width)}.ptx").read_text()
+    return resources.files(__name__.rpartition(".")[0]).joinpath("ptx", f"{entry(kernel, width)}.ptx").read_text()
 
 
 @cache
