@@ -284,20 +284,21 @@ print("ran to its end")
 def check_sanitizer(tool: str, program: str, seconds: float) -> dict[str, Any]:
     """Run small cases of all kernels under one of compute-sanitizer's tools."""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})\n{SANITIZED}"
-    only_ours = "--kernel-name=kernel_substring=flash_"
-    command = [program, f"--tool={tool}", only_ours, "--error-exitcode=9", sys.executable, "-c", code]
     environment = {**os.environ, "XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
-    except subprocess.TimeoutExpired as error:
-        out = (error.stdout or b"").decode(errors="replace")
-        return {"ok": False, "error": f"not done after {seconds:g} s", "output": out[-1500:]}
-    output = done.stdout + done.stderr
-    return {
-        "ok": done.returncode == 0 and "ran to its end" in output,
-        "status": done.returncode,
-        "output": output[-1500:],
-    }
+    begin = time.perf_counter()
+    for only_ours in (["--kernel-name", "kernel_substring=flash_"], []):  # not every version knows the filter
+        left = seconds - (time.perf_counter() - begin)
+        command = [program, f"--tool={tool}", *only_ours, "--error-exitcode=9", sys.executable, "-c", code]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=left, env=environment)
+        except subprocess.TimeoutExpired as error:
+            out = (error.stdout or b"").decode(errors="replace")
+            return {"ok": False, "error": f"not done after {seconds:g} s", "output": out[-1500:]}
+        output = done.stdout + done.stderr
+        if "SUMMARY" in output:
+            break
+    ok = done.returncode == 0 and "ran to its end" in output
+    return {"ok": ok, "status": done.returncode, "filtered": bool(only_ours), "output": output[-1500:]}
 
 
 def find_sanitizer() -> str | None:

@@ -40,11 +40,13 @@ struct Run {
 };
 
 // Run a kernel; return whether all went well.
-extern "C" int emulate(const char* name, int width, void** arrays, const int* scalars, const int* grid, int shared, unsigned seed) {
+extern "C" int emulate(const char* name, int width, void** arrays, const int* scalars, const int* grid, int shared,
+                       unsigned seed) {
     Layout at;
     memcpy(&at, scalars, sizeof at);
-#define SHAPE(KERNEL, WIDTH, M, WARPS, N) \
-    if (!strcmp(name, #KERNEL) && width == WIDTH) return Run<WIDTH, M, WARPS, N>::KERNEL(arrays, at, grid, shared, seed);
+#define SHAPE(KERNEL, WIDTH, M, WARPS, N)         \
+    if (!strcmp(name, #KERNEL) && width == WIDTH) \
+        return Run<WIDTH, M, WARPS, N>::KERNEL(arrays, at, grid, shared, seed);
     SHAPES
 #undef SHAPE
     emulated::machine().error = "no such kernel";

@@ -190,7 +190,8 @@ void together(const Request& request, Work work) {
     Request* requests[LANES];
     for (int i = 0; i < LANES; i++) {
         requests[i] = &m.fibers[warp * LANES + i].request;
-        if (strcmp(requests[i]->instruction, request.instruction)) fail("lanes of a warp are at different instructions");
+        if (strcmp(requests[i]->instruction, request.instruction))
+            fail("lanes of a warp are at different instructions");
         if (warp * LANES + i != m.current) wake(warp * LANES + i);
     }
     work(requests, warp * LANES);
@@ -234,7 +235,8 @@ inline Half* check_shared(unsigned offset, unsigned bytes, bool write, int threa
         if (word.write_stretch == m.stretch && word.writer != thread)
             fail(write ? "race: two threads write one place" : "race: read while another thread writes");
         if (write) {
-            if (word.read_stretch == m.stretch && word.reader != thread) fail("race: written while another thread reads");
+            if (word.read_stretch == m.stretch && word.reader != thread)
+                fail("race: written while another thread reads");
             word.write_stretch = m.stretch, word.writer = thread;
         } else {
             if (word.write_stretch < 0) fail("shared memory: read before it was written");
@@ -300,7 +302,8 @@ inline void multiply_matrices(Request** requests) {
     for (int lane = 0; lane < LANES; lane++)
         for (int e = 0; e < 2; e++) {
             int row = lane / 4, pair = lane % 4 * 2 + e;
-            for (int half = 0; half < 2; half++) a[row + 8 * half][pair] = widened(requests[lane]->a[half] >> 16 * e & 0xffff);
+            for (int half = 0; half < 2; half++)
+                a[row + 8 * half][pair] = widened(requests[lane]->a[half] >> 16 * e & 0xffff);
             b[pair][row] = widened(requests[lane]->b >> 16 * e & 0xffff);
         }
     for (int lane = 0; lane < LANES; lane++)
@@ -347,12 +350,8 @@ DEVICE Chunk load_chunk(const Half* from, bool there) {
 DEVICE unsigned load_pair(const Half* from, bool there) {
     return there ? emulated_load(reinterpret_cast<const unsigned*>(from)) : 0;
 }
-DEVICE float load_float(const float* from, bool there) {
-    return there ? emulated_load(from) : 0;
-}
-DEVICE int load_int(const int* from, bool there) {
-    return there ? emulated_load(from) : 0;
-}
+DEVICE float load_float(const float* from, bool there) { return there ? emulated_load(from) : 0; }
+DEVICE int load_int(const int* from, bool there) { return there ? emulated_load(from) : 0; }
 DEVICE void store_chunk(Half* to, Chunk chunk) {
     if (emulated::check_global(to, sizeof(Chunk), true)) memcpy(to, &chunk, sizeof(Chunk));
 }

@@ -40,7 +40,7 @@ CALLS: list[Call] = []
 
 
 class NewKernel:
-    """TritonKernel as in jaxlib 0.10 to 0.12."""
+    """TritonKernel as in jaxlib 0.8 to 0.12."""
 
     def __init__(self, name: str, warps: int, ctas: int, shared: int, ptx: str, ttir: str, capability: int):
         if not isinstance(ptx, str) or not isinstance(shared, int):

@@ -15,7 +15,7 @@ DEVICE void backward_kv(const Half* q, const Half* k, const Half* v, const Half*
     static_assert(2 * N <= THREADS, "a thread carries one number of a row");
     const Place queries = shared_begin();               // two tiles
     const Place gradients = shared_begin() + 2 * TILE;  // of the outputs: two tiles
-    const Place numbers = shared_begin() + 4 * TILE;  // [2][log_sum, dot][N]
+    const Place numbers = shared_begin() + 4 * TILE;    // [2][log_sum, dot][N]
     const Corner<H> corner(thread_index() % 32);
     const int T = at.length;
     auto begin = [] { return block_x() * ROWS; };  // this block's first key; blocks of the first keys have most work
@@ -25,8 +25,10 @@ DEVICE void backward_kv(const Half* q, const Half* k, const Half* v, const Half*
     float of_keys[M][H / 8][4], of_values[M][H / 8][4];
     UNROLL
     for (int m = 0; m < M; m++) {
-        load_rows<H>(keys[m], k + key_head(at, block_y()) + at.k_offset, at.kv_row, first_row() + 16 * m, T, thread_index() % 32);
-        load_rows<H>(values[m], v + key_head(at, block_y()) + at.v_offset, at.kv_row, first_row() + 16 * m, T, thread_index() % 32);
+        load_rows<H>(keys[m], k + key_head(at, block_y()) + at.k_offset, at.kv_row, first_row() + 16 * m, T,
+                     thread_index() % 32);
+        load_rows<H>(values[m], v + key_head(at, block_y()) + at.v_offset, at.kv_row, first_row() + 16 * m, T,
+                     thread_index() % 32);
     }
 
     set_zero(of_keys);
@@ -59,7 +61,7 @@ DEVICE void backward_kv(const Half* q, const Half* k, const Half* v, const Half*
         tile++;
         if (tile * N >= T) tile = begin() / N, member++;
         load(member, tile, member < at.members ? T : 0);  // after the last tile, nothing is read
-        if (column + N > first_row()) {  // else all its queries come before this warp's keys
+        if (column + N > first_row()) {                   // else all its queries come before this warp's keys
             float scores[M][N / 8][4], d_weights[M][N / 8][4];
             // Where the two logarithms of the lane's columns are; N numbers further on, its dots.
             const Place log_sum = numbers + slot * 2 * N * 4 + thread_index() % 4 * 8;
@@ -74,7 +76,10 @@ DEVICE void backward_kv(const Half* q, const Half* k, const Half* v, const Half*
                 float dot[2];
                 get_floats(dot, log_sum + (N + n * 8) * 4);
                 UNROLL
-                for (int m = 0; m < M; m++) { UNROLL for (int e = 0; e < 4; e++) d_weights[m][n][e] = -dot[e % 2]; }
+                for (int m = 0; m < M; m++) {
+                    UNROLL
+                    for (int e = 0; e < 4; e++) d_weights[m][n][e] = -dot[e % 2];
+                }
             }
             multiply_by_rows<H, M, N>(d_weights, values, gradients + slot * TILE, corner);
             unsigned weights[M][N / 8][2], d_scores[M][N / 8][2];
@@ -84,7 +89,7 @@ DEVICE void backward_kv(const Half* q, const Half* k, const Half* v, const Half*
                 get_floats(sums, log_sum + n * 8 * 4);
                 UNROLL
                 for (int m = 0; m < M; m++) {
-                    float(&weight)[4] = scores[m][n], (&d_score)[4] = d_weights[m][n];
+                    float (&weight)[4] = scores[m][n], (&d_score)[4] = d_weights[m][n];
                     UNROLL
                     for (int e = 0; e < 4; e++) {
                         // Rounding puts huge scores above the logarithm of their sum: a weight is at most 1.
@@ -106,15 +111,17 @@ DEVICE void backward_kv(const Half* q, const Half* k, const Half* v, const Half*
     d_v += key_head(at, block_y()) + at.v_offset;
     UNROLL
     for (int m = 0; m < M; m++) {
-        store_rows<H>(of_keys[m], INVERSE_ROOT<H>, INVERSE_ROOT<H>, d_k, at.kv_row, first_row() + 16 * m, T, thread_index() % 32);
+        store_rows<H>(of_keys[m], INVERSE_ROOT<H>, INVERSE_ROOT<H>, d_k, at.kv_row, first_row() + 16 * m, T,
+                      thread_index() % 32);
         store_rows<H>(of_values[m], 1.0f, 1.0f, d_v, at.kv_row, first_row() + 16 * m, T, thread_index() % 32);
     }
 }
 
 #ifdef ENTRY
 extern "C" __global__ void __launch_bounds__(32 * SHAPE_WARPS, SHAPE_BLOCKS)
-ENTRY(const Half* q, const Half* k, const Half* v, const Half* d_out, const float* log_sums, const float* dots,
-      const int* segments, Half* d_k, Half* d_v, LAYOUT_PARAMETERS) {
-    backward_kv<SHAPE_WIDTH, SHAPE_M, SHAPE_WARPS, SHAPE_N>(q, k, v, d_out, log_sums, dots, segments, d_k, d_v, LAYOUT_ARGUMENTS);
+    ENTRY(const Half* q, const Half* k, const Half* v, const Half* d_out, const float* log_sums, const float* dots,
+          const int* segments, Half* d_k, Half* d_v, LAYOUT_PARAMETERS) {
+    backward_kv<SHAPE_WIDTH, SHAPE_M, SHAPE_WARPS, SHAPE_N>(q, k, v, d_out, log_sums, dots, segments, d_k, d_v,
+                                                            LAYOUT_ARGUMENTS);
 }
 #endif

@@ -8,8 +8,8 @@
 #include "tiles.cuh"
 
 template <int H, int M, int WARPS, int N>
-DEVICE void backward_q(const Half* q, const Half* k, const Half* v, const Half* out, const Half* d_out, const float* log_sums,
-                       const int* segments, Half* d_q, float* dots, Layout at) {
+DEVICE void backward_q(const Half* q, const Half* k, const Half* v, const Half* out, const Half* d_out,
+                       const float* log_sums, const int* segments, Half* d_q, float* dots, Layout at) {
     constexpr int ROWS = 16 * M * WARPS, TILE = N * H * 2;
     constexpr float TO_EXPONENT = INVERSE_ROOT<H> * LOG2_E;
     const Place keys = shared_begin();
@@ -70,7 +70,7 @@ DEVICE void backward_q(const Half* q, const Half* k, const Half* v, const Half* 
     for (int tile = 0; tile < tiles; tile++) {
         const int now = tile % 2 * TILE, column = tile * N;
         load(tile + 1, tile + 1 < tiles ? T : 0);  // after the last tile, nothing is read
-        if (column < mine + 16 * M) {  // else this warp sees none of these keys
+        if (column < mine + 16 * M) {              // else this warp sees none of these keys
             float scores[M][N / 8][4], d_weights[M][N / 8][4];
             set_zero(scores);
             multiply_by_rows<H, M, N>(scores, queries, keys + now, corner);
@@ -80,7 +80,10 @@ DEVICE void backward_q(const Half* q, const Half* k, const Half* v, const Half* 
             UNROLL
             for (int m = 0; m < M; m++) {
                 UNROLL
-                for (int n = 0; n < N / 8; n++) { UNROLL for (int e = 0; e < 4; e++) d_weights[m][n][e] = -dot[m][e / 2]; }
+                for (int n = 0; n < N / 8; n++) {
+                    UNROLL
+                    for (int e = 0; e < 4; e++) d_weights[m][n][e] = -dot[m][e / 2];
+                }
             }
             multiply_by_rows<H, M, N>(d_weights, gradients, values + now, corner);
             unsigned d_scores[M][N / 8][2];
@@ -88,7 +91,7 @@ DEVICE void backward_q(const Half* q, const Half* k, const Half* v, const Half* 
             for (int n = 0; n < N / 8; n++) {
                 UNROLL
                 for (int m = 0; m < M; m++) {
-                    float(&d_score)[4] = d_weights[m][n];
+                    float (&d_score)[4] = d_weights[m][n];
                     UNROLL
                     for (int e = 0; e < 4; e++) {
                         // Rounding puts huge scores above the logarithm of their sum: a weight is at most 1.
@@ -111,8 +114,9 @@ DEVICE void backward_q(const Half* q, const Half* k, const Half* v, const Half* 
 
 #ifdef ENTRY
 extern "C" __global__ void __launch_bounds__(32 * SHAPE_WARPS, SHAPE_BLOCKS)
-ENTRY(const Half* q, const Half* k, const Half* v, const Half* out, const Half* d_out, const float* log_sums,
-      const int* segments, Half* d_q, float* dots, LAYOUT_PARAMETERS) {
-    backward_q<SHAPE_WIDTH, SHAPE_M, SHAPE_WARPS, SHAPE_N>(q, k, v, out, d_out, log_sums, segments, d_q, dots, LAYOUT_ARGUMENTS);
+    ENTRY(const Half* q, const Half* k, const Half* v, const Half* out, const Half* d_out, const float* log_sums,
+          const int* segments, Half* d_q, float* dots, LAYOUT_PARAMETERS) {
+    backward_q<SHAPE_WIDTH, SHAPE_M, SHAPE_WARPS, SHAPE_N>(q, k, v, out, d_out, log_sums, segments, d_q, dots,
+                                                           LAYOUT_ARGUMENTS);
 }
 #endif

@@ -8,15 +8,17 @@
 #include "tiles.cuh"
 
 template <int H, int M, int WARPS, int N>
-DEVICE void forward(const Half* q, const Half* k, const Half* v, const int* segments, Half* out, float* log_sums, Layout at) {
+DEVICE void forward(const Half* q, const Half* k, const Half* v, const int* segments, Half* out, float* log_sums,
+                    Layout at) {
     constexpr int ROWS = 16 * M * WARPS, TILE = N * H * 2;
     constexpr float TO_EXPONENT = INVERSE_ROOT<H> * LOG2_E;
     constexpr float SLACK = 8.0f / TO_EXPONENT;
-    const Place keys = shared_begin();              // two tiles: one is read while the other is filled
+    const Place keys = shared_begin();               // two tiles: one is read while the other is filled
     const Place values = shared_begin() + 2 * TILE;  // two tiles
     const int lane = thread_index() % 32;
     const Corner<H> corner(lane);
-    auto begin = [] { return (blocks_x() - 1 - block_x()) * ROWS; };  // this block's first query; the longest work first
+    // This block's first query; the longest work first.
+    auto begin = [] { return (blocks_x() - 1 - block_x()) * ROWS; };
     auto first_row = [&] { return begin() + thread_index() / 32 * 16 * M; };  // this warp's first query
     const int head = block_y(), heads = blocks_y(), T = at.length;
     q += query_head(at, head, H);
@@ -51,7 +53,7 @@ DEVICE void forward(const Half* q, const Half* k, const Half* v, const int* segm
     for (int tile = 0; tile < tiles; tile++) {
         const int now = tile % 2 * TILE, column = tile * N;
         load(tile + 1, tile + 1 < tiles ? T : 0);  // after the last tile, nothing is read
-        if (column < first_row() + 16 * M) {  // else this warp sees none of these keys
+        if (column < first_row() + 16 * M) {       // else this warp sees none of these keys
             float scores[M][N / 8][4];
             set_zero(scores);
             multiply_by_rows<H, M, N>(scores, queries, keys + now, corner);
@@ -83,7 +85,8 @@ DEVICE void forward(const Half* q, const Half* k, const Half* v, const int* segm
                         float shrink = power_of_two((largest[m][half] - highest) * TO_EXPONENT);
                         largest[m][half] = highest, total[m][half] *= shrink;
                         UNROLL
-                        for (int i = 0; i < H / 8; i++) sums[m][i][2 * half] *= shrink, sums[m][i][2 * half + 1] *= shrink;
+                        for (int i = 0; i < H / 8; i++)
+                            sums[m][i][2 * half] *= shrink, sums[m][i][2 * half + 1] *= shrink;
                     }
                 }
             }
@@ -101,7 +104,10 @@ DEVICE void forward(const Half* q, const Half* k, const Half* v, const int* segm
             }
             unsigned weights[M][N / 8][2];
             UNROLL
-            for (int n = 0; n < N / 8; n++) { UNROLL for (int m = 0; m < M; m++) round_sums(weights[m][n], scores[m][n]); }
+            for (int n = 0; n < N / 8; n++) {
+                UNROLL
+                for (int m = 0; m < M; m++) round_sums(weights[m][n], scores[m][n]);
+            }
             multiply_by_columns<H, M, N>(sums, weights, values + now, corner);
         }
         store(1 - tile % 2);
@@ -127,7 +133,8 @@ DEVICE void forward(const Half* q, const Half* k, const Half* v, const int* segm
 
 #ifdef ENTRY
 extern "C" __global__ void __launch_bounds__(32 * SHAPE_WARPS, SHAPE_BLOCKS)
-ENTRY(const Half* q, const Half* k, const Half* v, const int* segments, Half* out, float* log_sums, LAYOUT_PARAMETERS) {
+    ENTRY(const Half* q, const Half* k, const Half* v, const int* segments, Half* out, float* log_sums,
+          LAYOUT_PARAMETERS) {
     forward<SHAPE_WIDTH, SHAPE_M, SHAPE_WARPS, SHAPE_N>(q, k, v, segments, out, log_sums, LAYOUT_ARGUMENTS);
 }
 #endif

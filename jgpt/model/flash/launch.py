@@ -26,7 +26,7 @@ class FlashUnavailable(Exception):
 @cache
 def ptx(kernel: str, width: int) -> str:
     """Return the text of a kernel, as `build.sh` made it."""
-    return resources.files(__package__).joinpath("ptx", f"{entry(kernel, width)}.ptx").read_text()
+    return resources.files(__name__.rpartition(".")[0]).joinpath("ptx", f"{entry(kernel, width)}.ptx").read_text()
 
 
 @cache
@@ -43,7 +43,7 @@ def _gpu_triton() -> Any:
 
 
 def _kernel(module: Any, kernel: str, width: int, capability: int) -> Any:
-    """Call TritonKernel's constructor: the forms of jaxlib 0.10 to 0.12, then that of 0.7 to 0.9."""
+    """Call TritonKernel's constructor: the form of jaxlib 0.8 to 0.12, then that of 0.7."""
     shape, name, text = SHAPES[kernel, width], entry(kernel, width), ptx(kernel, width)
     shared = shape.shared_bytes(kernel, width)
     forms: list[tuple[Any, ...]] = [

@@ -45,7 +45,7 @@ struct Layout {
     int packed;    // whether `segments` counts
 };
 
-#define LAYOUT_PARAMETERS                                                                                       \
+#define LAYOUT_PARAMETERS \
     int length, int members, int q_row, int q_group, int kv_row, int kv_group, int k_offset, int v_offset, int packed
 #define LAYOUT_ARGUMENTS {length, members, q_row, q_group, kv_row, kv_group, k_offset, v_offset, packed}
 
@@ -96,7 +96,8 @@ template <int H>
 struct Corner {
     Place first, second;
 
-    DEVICE explicit Corner(int lane) : first(swizzled<H>(lane & 7, lane >> 3)), second(swizzled<H>(lane & 7, 4 + (lane >> 3))) {}
+    DEVICE explicit Corner(int lane)
+        : first(swizzled<H>(lane & 7, lane >> 3)), second(swizzled<H>(lane & 7, 4 + (lane >> 3))) {}
 };
 
 // Read 8 rows x 32 columns of a tile as four fragments B: of the transposed rows (products over columns), or, with
@@ -104,7 +105,8 @@ struct Corner {
 template <int H, bool across>
 DEVICE void load_four(unsigned (&b)[4], Place tile, int row, int four, const Corner<H>& corner) {
     constexpr bool wide = H % 64 == 0;
-    Place from = tile + (wide && four % 2 ? corner.second : corner.first) + row * H * 2 + (wide ? four / 2 * 128 : four * 64);
+    Place from =
+        tile + (wide && four % 2 ? corner.second : corner.first) + row * H * 2 + (wide ? four / 2 * 128 : four * 64);
     if (across) load_matrices_transposed(b, from);
     else load_matrices(b, from);
 }
@@ -116,14 +118,14 @@ DEVICE void load_rows(unsigned (&a)[H / 8][2], const Half* source, int stride, i
     for (int half = 0; half < 2; half++) {
         int row = first + lane / 4 + 8 * half;
         UNROLL
-        for (int i = 0; i < H / 8; i++)
-            a[i][half] = load_pair(source + row * stride + i * 8 + lane % 4 * 2, row < end);
+        for (int i = 0; i < H / 8; i++) a[i][half] = load_pair(source + row * stride + i * 8 + lane % 4 * 2, row < end);
     }
 }
 
 // Write sums C of 16 rows, times a factor for each half, as fp16.
 template <int H>
-DEVICE void store_rows(const float (&c)[H / 8][4], float upper, float lower, Half* target, int stride, int first, int end, int lane) {
+DEVICE void store_rows(const float (&c)[H / 8][4], float upper, float lower, Half* target, int stride, int first,
+                       int end, int lane) {
     UNROLL
     for (int half = 0; half < 2; half++) {
         int row = first + lane / 4 + 8 * half;
@@ -131,7 +133,8 @@ DEVICE void store_rows(const float (&c)[H / 8][4], float upper, float lower, Hal
         if (row < end) {
             UNROLL
             for (int i = 0; i < H / 8; i++)
-                store_pair(target + row * stride + i * 8 + lane % 4 * 2, pack(c[i][2 * half] * factor, c[i][2 * half + 1] * factor));
+                store_pair(target + row * stride + i * 8 + lane % 4 * 2,
+                           pack(c[i][2 * half] * factor, c[i][2 * half + 1] * factor));
         }
     }
 }
@@ -141,13 +144,17 @@ DEVICE void set_zero(float (&c)[M][N][4]) {
     UNROLL
     for (int m = 0; m < M; m++) {
         UNROLL
-        for (int n = 0; n < N; n++) { UNROLL for (int e = 0; e < 4; e++) c[m][n][e] = 0.0f; }
+        for (int n = 0; n < N; n++) {
+            UNROLL
+            for (int e = 0; e < 4; e++) c[m][n][e] = 0.0f;
+        }
     }
 }
 
 // Add A B to `c`, where A has 16 * M rows and H columns and B is the transposed tile of N rows.
 template <int H, int M, int N>
-DEVICE void multiply_by_rows(float (&c)[M][N / 8][4], const unsigned (&a)[M][H / 8][2], Place tile, const Corner<H>& corner) {
+DEVICE void multiply_by_rows(float (&c)[M][N / 8][4], const unsigned (&a)[M][H / 8][2], Place tile,
+                             const Corner<H>& corner) {
     UNROLL
     for (int four = 0; four < H / 32; four++) {
         UNROLL
@@ -165,7 +172,8 @@ DEVICE void multiply_by_rows(float (&c)[M][N / 8][4], const unsigned (&a)[M][H /
 
 // Add A B to `c`, where A has 16 * M rows and N columns and B is the tile of N rows and H columns.
 template <int H, int M, int N>
-DEVICE void multiply_by_columns(float (&c)[M][H / 8][4], const unsigned (&a)[M][N / 8][2], Place tile, const Corner<H>& corner) {
+DEVICE void multiply_by_columns(float (&c)[M][H / 8][4], const unsigned (&a)[M][N / 8][2], Place tile,
+                                const Corner<H>& corner) {
     UNROLL
     for (int n = 0; n < N / 8; n++) {
         UNROLL
