@@ -219,7 +219,7 @@ def _advance(
     hidden, cache = cast(tuple[Array, KVCache], model.apply(variables, fed, positions, rows.cache))
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     matrix = unembedding(variables["params"])
-    logits = product(hidden.astype(matrix.dtype), matrix, True, jnp.float32)
+    logits = product(hidden.astype(matrix.dtype), matrix, transposed=True, output_dtype=jnp.float32)
     going = ~rows.done & (rows.length < rows.tokens.shape[1])
     real = (jnp.arange(logits.shape[1]) < task.n_ids)[None, :]
     finite = rows.finite & (~going | jnp.all(jnp.isfinite(logits) | ~real, axis=1))

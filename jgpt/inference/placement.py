@@ -16,7 +16,7 @@ from jax import Array
 
 from jgpt.errors import UserError
 from jgpt.hardware.devices import describe, free_memory
-from jgpt.model.attention.chunked import CHUNKS
+from jgpt.model.attention.chunked import chunk_size
 from jgpt.model.columns import for_devices
 from jgpt.model.parameters import abstract_stored
 from jgpt.model.shapes import ModelConfig
@@ -103,7 +103,7 @@ def needed(shapes: ModelConfig, matrices: Any, context_length: int, rows: int, d
     kept = 2 * shared.n_layers * tokens * shared.n_kv_heads // parts * shared.d_head * itemsize
     # The prefill of a whole context: two or three residual streams, and the larger of the last piece's scores, in fp32
     # and as weights, and the MLP's three arrays.
-    scores = shared.n_heads // parts * -(-context_length // CHUNKS) * (4 + itemsize)
+    scores = shared.n_heads // parts * chunk_size(context_length) * (4 + itemsize)
     work = tokens * (3 * 4 * shared.d_model + max(scores, 3 * itemsize * shared.d_ff // n)) + MARGIN
     return Need(_weights(shared, jnp.dtype(matrices), tuple(devices)), kept, work)
 
