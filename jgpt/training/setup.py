@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from jgpt.data.batches import Batch, Batches, ChatBatches, make_batches, validation_blocks
 from jgpt.data.token_files import TokenData
 from jgpt.errors import UserError
-from jgpt.exchange.families import home
+from jgpt.exchange.families import export_family
 from jgpt.hardware.devices import describe
 from jgpt.loading.source import Source, load_params
 from jgpt.model.parameters import count_parameters
@@ -63,14 +63,15 @@ def set_up(config: ConfigDict, data: TokenData, source: Source | None = None) ->
     """Build the parts of a run on this machine, and say what was chosen. Nothing is allocated on the devices yet."""
     shapes = model_config(config.model, data.tokenizer.vocab_size)
     if config.export.require:
-        home(shapes)
+        export_family(shapes)
     devices = devices_of(config)
     parts = make_parts(config, shapes, devices)
     size, length, policy = config.batch.global_batch_size, parts.sequence_length, parts.policy
     chip = describe(devices[0])
     compute = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[np.dtype(policy.compute).name]
     peak = chip.peak_flops[compute]
-    batches = make_batches(data, config.seed, size, length, shapes.vocab_size)
+    length_key = "batch.sequence_length" if config.batch.sequence_length else "model.context_length"
+    batches = make_batches(data, config.seed, size, length, shapes.vocab_size, length_key=length_key)
     trained = f", {format_count(parts.adapters)} trained (LoRA rank {config.lora.rank})" if parts.adapters else ""
     log.info(
         "model: %s parameters%s, layers %d, width %d, context %d, vocabulary %d",
@@ -94,7 +95,7 @@ def set_up(config: ConfigDict, data: TokenData, source: Source | None = None) ->
     return Training(
         **vars(parts),
         batches=batches,
-        val_blocks=validation_blocks(data, length, config.eval.batches * size),
+        val_blocks=validation_blocks(data, length, config.eval.batches * size, length_key=length_key),
         source=source,
         peak_flops=peak * len(devices) if peak else None,
     )
