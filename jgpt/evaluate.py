@@ -63,16 +63,15 @@ def main() -> None:
         )
     rows = max(1, min(8, 8192 // length))
     if args.text_glob:
-        try:
-            corpus = Corpus(find_files(args.text_glob), args.text_field, args.encoding_errors)
-            stream = TokenStream(corpus, loaded.tokenizer)
-            loss, n_tokens = evaluate_loaded(loaded, _some(blocks(stream, length)), rows, length)
-        except UserError as error:  # of the corpus, which knows these options by their names in a config
-            raise UserError(str(error).replace("--config.data.", "--").replace("data.text_glob", "text_glob")) from None
+        corpus = Corpus(find_files(args.text_glob), args.text_field, args.encoding_errors)
+        stream = TokenStream(corpus, loaded.tokenizer)
+        loss, n_tokens = evaluate_loaded(loaded, _some(blocks(stream, length)), rows, length)
         n_targets, n_bytes, text = n_tokens + 1, stream.n_bytes, args.text_glob
     else:
         data = _own_tokens(loaded, args.model)
-        sequences = iter(validation_blocks(data, length, len(data.val))) if data.is_chat else blocks([data.val], length)
+        sequences = blocks([data.val], length)
+        if data.is_chat:
+            sequences = iter(validation_blocks(data, length, len(data.val), length_key="sequence_length"))
         loss, n_tokens = evaluate_loaded(loaded, _some(sequences), rows, length)
         n_targets, n_bytes, text = data.val_targets, data.meta["val_bytes"], "the run's validation split"
     print(f"text              {text}")

@@ -3,7 +3,6 @@
 In the data path: after the step, beside the checkpoint, made anew at every evaluation.
 """
 
-import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jgpt.atomic_write import atomic_file
 from jgpt.run_dir.metrics_file import best_validation, loss_text, read_metrics
 from jgpt.wording import format_count
 
@@ -37,11 +37,8 @@ def write_curves(run_dir: Path) -> None:
         records = read_metrics(run_dir / "metrics.jsonl")
         if not records or not _has_matplotlib():
             return
-        picture = io.BytesIO()
-        _draw(records, run_dir.resolve().name).savefig(picture, format="png", dpi=120)
-        temporary = run_dir / "loss.png.tmp"
-        temporary.write_bytes(picture.getvalue())
-        temporary.replace(run_dir / "loss.png")
+        with atomic_file(run_dir / "loss.png") as file:
+            _draw(records, run_dir.resolve().name).savefig(file, format="png", dpi=120)
 
 
 @cache  # said once, not at every evaluation

@@ -15,17 +15,16 @@ from jgpt.data.batches import Batch, Batches, ChatBatches, make_batches, validat
 from jgpt.data.find_files import PACKED_SUFFIXES
 from jgpt.data.token_files import TokenData
 from jgpt.errors import UserError
-from jgpt.exchange.families import home
+from jgpt.exchange.families import export_family
 from jgpt.hardware.devices import describe
 from jgpt.model.parameters import count_parameters
+from jgpt.model.precision import dtype_name
 from jgpt.model.shapes import model_config
 from jgpt.parallel.build import Parts, choose_device_policy, make_parts
 from jgpt.planning.devices import this_machine
 from jgpt.planning.search import check_least
 from jgpt.run_dir.disk import bytes_below, room
 from jgpt.wording import format_count
-
-COMPUTE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 log = logging.getLogger("jgpt")
 
@@ -62,12 +61,14 @@ def set_up(config: ConfigDict, data: TokenData, devices: list[jax.Device]) -> Se
     """
     shapes = model_config(config.model, data.tokenizer.vocab_size)
     if config.export.require:
-        home(shapes)
+        export_family(shapes)
     parts = make_parts(config, shapes, devices)
     size, length = config.batch.global_batch_size, parts.sequence_length
-    batches = make_batches(data, config.seed, size, length, shapes.vocab_size)
+    length_key = "batch.sequence_length" if config.batch.sequence_length else "model.context_length"
+    batches = make_batches(data, config.seed, size, length, shapes.vocab_size, length_key=length_key)
     log_choices(config, parts, batches)
-    return Setup(parts, data, batches, validation_blocks(data, length, config.eval.batches * size))
+    val_blocks = validation_blocks(data, length, config.eval.batches * size, length_key=length_key)
+    return Setup(parts, data, batches, val_blocks)
 
 
 def check_disk(run_dir: Path, size: int, checkpoint: ConfigDict) -> None:
@@ -95,7 +96,7 @@ def check_disk(run_dir: Path, size: int, checkpoint: ConfigDict) -> None:
 
 def peak_flops(parts: Parts) -> float | None:
     """Return the most FLOP/s that all devices together can do in the compute dtype; None where it is not known."""
-    peak = describe(parts.strategy.devices[0]).peak_flops[_compute(parts)]
+    peak = describe(parts.strategy.devices[0]).peak_flops[dtype_name(parts.policy.compute)]
     return peak * len(parts.strategy.devices) if peak else None
 
 
@@ -116,13 +117,9 @@ def log_choices(config: ConfigDict, parts: Parts, batches: Batches | ChatBatches
     )  # fmt: skip
     split = f", the model split over {len(devices)}" if parts.strategy.shares < len(devices) else ""
     scaling = " with loss scaling" if policy.scales_loss else ""
-    log.info("device: %s%s, computing in %s%s", describe(devices[0]).name, split, _compute(parts), scaling)
+    log.info("device: %s%s, computing in %s%s", describe(devices[0]).name, split, dtype_name(policy.compute), scaling)
     if policy.param != np.float32 and not parts.adapters:
         log.warning(
             "precision.params=%s: updates smaller than a parameter's last bit are lost, and late in training most are. "
             "fp32 is right for training.", config.precision.params,
         )  # fmt: skip
-
-
-def _compute(parts: Parts) -> str:
-    return COMPUTE_NAMES[np.dtype(parts.policy.compute).name]

@@ -26,7 +26,7 @@ from jax import Array
 from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
 from jgpt.errors import UserError
-from jgpt.model.gpt import GPT, Block, Output
+from jgpt.model.gpt import GPT, Block, Context, Mode, Output
 from jgpt.model.layers import Embedding, Norm
 from jgpt.model.parameters import count_parameters
 from jgpt.model.precision import Policy
@@ -121,8 +121,9 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, positions: Array, mask: Array) -> tuple[Array, None]:
-        block = nn.remat(Block, static_argnums=(4, 6)) if self.remat else Block
-        return block(self.shapes, jnp.float16, None, self.attention)(x, positions, mask, True, None, False)[0], None
+        block = nn.remat(Block, static_argnums=4) if self.remat else Block
+        context, mode = Context(positions, mask), Mode(prefill=True, deterministic=False)
+        return block(self.shapes, jnp.float16, attention=self.attention)(x, context, None, mode)[0], None
 
 
 class ScannedGPT(nn.Module):

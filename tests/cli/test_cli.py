@@ -196,7 +196,7 @@ def test_exit_code_of_a_process(tmp_path):
         [sys.executable, "-m", "jgpt.evaluate", "--run_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: {tmp_path} holds no model. Needed is")
+    assert done.stderr.startswith(f"error: {tmp_path} holds no model. It must hold")
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -61,10 +61,10 @@ def test_an_older_checkpoint_and_a_run_that_was_moved(command, trained, tmp_path
     [
         (["--run_dir={tmp}/nothing"], ["there is no directory", "/nothing"]),
         (["--run_dir={run}", "--step=3"], ["step 3 is not among the checkpoints", "Allowed: 2, 4"]),
-        (["--run_dir={run}", "--text_glob={tmp}/*.md"], ["text_glob: ", "matches no file", "Pass --text_glob=GLOB"]),
+        (["--run_dir={run}", "--text_glob={tmp}/*.md"], ["text_glob: ", "matches no file", "Set data.text_glob to"]),
         (["--run_dir={run}", "--text_glob={tmp}/empty.txt"], ["the text has no two tokens"]),
-        (["--run_dir={run}", "--text_glob={tmp}/bad.txt"], ["byte offset 3", "pass --encoding_errors=replace"]),
-        (["--run_dir={run}", "--text_glob={tmp}/a.jsonl"], ["line 1", "--text_field=NAME"]),
+        (["--run_dir={run}", "--text_glob={tmp}/bad.txt"], ["byte offset 3", "set data.encoding_errors='replace'"]),
+        (["--run_dir={run}", "--text_glob={tmp}/a.jsonl"], ["line 1", "Set data.text_field to"]),
     ],
 )
 def test_bad_input(command, trained, tmp_path, arguments, parts):
