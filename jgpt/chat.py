@@ -23,7 +23,7 @@ from jgpt.data.chat import read_template
 from jgpt.hardware.devices import describe, set_up_process
 from jgpt.inference.chat import HELP, Chat, talk
 from jgpt.inference.sampling import Sampling
-from jgpt.kaggle.secrets import provide_hub_token
+from jgpt.kaggle.session.secrets import provide_hub_token
 from jgpt.training.loading import load_model
 
 PROMPT = "> "

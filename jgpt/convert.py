@@ -23,7 +23,7 @@ from jgpt.cli import run
 from jgpt.config import UserError
 from jgpt.exchange.hub import locate
 from jgpt.exchange.pretrained import check_export, export_model, open_pretrained
-from jgpt.kaggle.secrets import provide_hub_token
+from jgpt.kaggle.session.secrets import provide_hub_token
 from jgpt.model.build import count_parameters
 from jgpt.model.precision import DTYPES
 from jgpt.training.loading import import_model

@@ -21,7 +21,7 @@ from jgpt.data.corpus import Corpus
 from jgpt.data.files import find_files
 from jgpt.data.memmap import TokenData, open_token_data, token_directory
 from jgpt.hardware.devices import set_up_process
-from jgpt.kaggle.secrets import provide_hub_token
+from jgpt.kaggle.session.secrets import provide_hub_token
 from jgpt.training.evaluation import TokenStream, bits_per_byte, blocks, evaluate_run
 from jgpt.training.loading import LoadedModel, load_model
 

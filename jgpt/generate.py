@@ -24,7 +24,7 @@ from jgpt.hardware.devices import describe, set_up_process
 from jgpt.inference.decode import generate
 from jgpt.inference.sampling import Sampling
 from jgpt.inference.text_stream import TextStream
-from jgpt.kaggle.secrets import provide_hub_token
+from jgpt.kaggle.session.secrets import provide_hub_token
 from jgpt.training.loading import load_model
 
 SEPARATOR = "-" * 80

@@ -1,0 +1,143 @@
+"""Uploads during a run: they arrive, they never stop or fail it, and a new machine goes on from what arrived."""
+# ruff: noqa: F811 (tests name the fixtures that they import)
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from fake_hosts import HUB_TOKEN, Server, hub, server  # noqa: F401
+
+from jgpt.config import UserError, default_config
+from jgpt.kaggle.session import uploads as module
+from jgpt.kaggle.session.uploads import Uploads
+
+UPLOAD = "--config.checkpoint.upload=hub:owner/name"
+
+
+def train(arguments: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "jgpt.train", *arguments, *more]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_run_sends_its_last_checkpoint_and_goes_on_from_it_elsewhere(hub, server: Server, tiny, tmp_path: Path):
+    first = train(tiny, UPLOAD)
+    assert first.returncode == 0, first.stderr
+    assert "checkpoint 4 was uploaded to https://huggingface.co/owner/name" in first.stdout
+    assert {"config.json", "metrics.jsonl", "status.json", "checkpoint-4.tar", "tokenizer.tar"} <= set(server.hub)
+    assert "checkpoint-2.tar" not in server.hub and "tokens.tar" not in server.hub
+    assert json.loads(server.hub["status.json"])["state"] == "finished"
+    with tarfile.open(fileobj=io.BytesIO(server.hub["checkpoint-4.tar"])) as tar:
+        assert {"4.sha256", "4/params"} <= set(tar.getnames())
+    shutil.move(tmp_path / "run", tmp_path / "before")
+    again = train(tiny, UPLOAD, "--config.optimizer.total_steps=6")
+    assert again.returncode == 0 and "resuming from step 4 of 6" in again.stdout, again.stdout + again.stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1:]]
+    before = [json.loads(line)["loss"] for line in (tmp_path / "before" / "metrics.jsonl").read_text().splitlines()[1:]]
+    assert len(losses) == 6 and losses[:4] == before
+    assert "checkpoint-6.tar" in server.hub
+    assert HUB_TOKEN not in first.stdout + first.stderr + again.stdout + again.stderr
+    assert not list((tmp_path / "kaggle").rglob("upload-*"))
+
+
+@pytest.mark.slow
+def test_a_host_that_refuses_costs_a_warning_and_not_the_run(hub, server: Server, tiny, tmp_path: Path):
+    server.status = 500
+    done = train(tiny, UPLOAD, "--config.checkpoint.upload_every_minutes=0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the next save tries again") == 1, done.stdout
+    assert "checkpoint 4, the last one, is not at hub:owner/name: " in done.stdout and "it answered 500" in done.stdout
+    assert HUB_TOKEN not in done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.fixture
+def checkpoint(hub):
+    config = default_config().checkpoint
+    config.upload, config.upload_every_minutes = "hub:owner/name", 60.0
+    return config
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_failed_one_is_tried_again_at_the_next_save_and_a_sent_one_waits(
+    checkpoint, server: Server, own_run: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", "jgpt")
+    with Uploads(checkpoint) as uploads:
+        server.status = 500
+        uploads.saved(own_run, 2)
+        wait_for(lambda: "checkpoint 2 was not uploaded to hub:owner/name" in caplog.text)
+        wait_for(lambda: not uploads._sender.is_alive())
+        server.status = 200
+        uploads.saved(own_run, 4)
+        shutil.rmtree(own_run / "checkpoints" / "4")  # it was taken aside before `saved` came back
+        wait_for(lambda: "checkpoint 4 was uploaded to" in caplog.text)
+        sent = len(server.calls)
+        uploads.saved(own_run, 4)  # an hour has not passed
+    assert "checkpoint-4.tar" in server.hub and len(server.calls) == sent
+    assert "the last one" not in caplog.text
+
+
+def test_an_upload_that_hangs_is_ended(
+    checkpoint, server: Server, own_run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    server.sleeps = 30
+    monkeypatch.setattr(module, "LAST_SECONDS", 3.0)
+    began = time.monotonic()
+    with Uploads(checkpoint) as uploads:
+        uploads.saved(own_run, 4)
+        assert time.monotonic() - began < 2  # training goes on at once
+    assert time.monotonic() - began < 15
+    assert "checkpoint 4, the last one, is not at hub:owner/name: it took too long" in caplog.text
+
+
+def test_what_is_left_is_sent_when_the_run_fails_but_not_when_the_user_leaves_at_once(
+    checkpoint, server: Server, own_run: Path
+):
+    checkpoint.upload_every_minutes = 1e9
+    with pytest.raises(KeyboardInterrupt), Uploads(checkpoint) as uploads:
+        uploads._newest = own_run, 4
+        raise KeyboardInterrupt
+    assert server.hub == {}
+    with pytest.raises(RuntimeError), Uploads(checkpoint) as uploads:
+        uploads._newest = own_run, 4
+        raise RuntimeError("a bug")
+    assert "checkpoint-4.tar" in server.hub
+
+
+def test_a_disk_that_is_full_is_told(checkpoint, own_run: Path, caplog, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "copy_tree", full)
+    with Uploads(checkpoint) as uploads:
+        uploads.saved(own_run, 4)
+    assert "checkpoint 4 was not uploaded to hub:owner/name, the next save tries again: [Errno 28] No space" in caplog.text
+
+
+def test_where_nothing_can_be_sent_the_run_does_not_begin(hub, tiny, tmp_path: Path, command):
+    result = command("train", *tiny, "--config.checkpoint.upload=somewhere")
+    assert result.code == 2 and "'somewhere' is not a place to publish to" in result.err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="is not a place"):
+        config = default_config().checkpoint
+        config.upload = "hub:x"
+        Uploads(config)
+
+
+def test_without_an_address_nothing_happens(own_run: Path):
+    with Uploads(default_config().checkpoint) as uploads:
+        uploads.saved(own_run, 4)
+    assert uploads._newest is None
