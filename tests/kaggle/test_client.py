@@ -207,7 +207,7 @@ def test_an_expired_address_is_no_file(server, client, tmp_path):
     ran(server, files={"status.json": b"{}"})
     url = client.output_files(SLUG)["status.json"]
     server.faults = [Fault("status.json", 403, {"message": f"expired: https://x/y?X-Signature={SIGNATURE}"})]
-    with pytest.raises(UserError, match="its address is no longer valid") as error:
+    with pytest.raises(UserError, match="its address has expired") as error:
         client.download(url, tmp_path / "status.json")
     assert SIGNATURE not in str(error.value) and not (tmp_path / "status.json").exists()
 

@@ -65,14 +65,14 @@ def test_the_disk_is_what_is_kept_less_what_else_lies_there(kaggle: Path):
 
 
 def test_the_session_is_as_old_as_its_oldest_process():
-    """A parent that Kaggle started a second before its child, below one that Kaggle did not start."""
+    """A parent that Kaggle started a tenth of a second before its child, below one that Kaggle did not start."""
     child = "from jgpt.kaggle.session.limits import _start_times; found = list(_start_times()); print(found[0] - min(found))"
-    parent = f"import subprocess, sys, time; time.sleep(1.5); subprocess.run([sys.executable, '-c', {child!r}])"
+    parent = f"import subprocess, sys, time; time.sleep(0.1); subprocess.run([sys.executable, '-c', {child!r}])"
     environment = {k: v for k, v in os.environ.items() if k != "KAGGLE_KERNEL_RUN_TYPE"}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     older = []  # seconds that the oldest process of the session is older than the child
     for more in ({"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, {}):
         done = subprocess.run([sys.executable, "-c", parent], env=environment | more, capture_output=True, text=True)
         older.append(float(done.stdout))
-    assert older[0] >= 1.5 and older[1] == 0
+    assert older[0] >= 0.05 and older[1] == 0
     assert session_hours() * 3600 > 0

@@ -15,7 +15,6 @@ from jgpt.kaggle.session import pack as packing
 from jgpt.kaggle.session.pack import pack
 from jgpt.kaggle.session.resume import restore_earlier_run, unpack_model
 from jgpt.training.checkpoint import digest, read_meta, verify, whole_steps
-from jgpt.training.metrics import read_metrics
 from jgpt.training.run_dir import read_config
 
 MOUNTS = ("notebooks/me/my-run/outputs", "my-run/outputs", "datasets/me/my-run")
@@ -85,15 +84,6 @@ def test_a_run_is_brought_back_from_every_layout(config, mount, caplog, place, p
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     assert {path.name for path in (out / "tokenizer").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
     assert not list(out.glob(".staging*")) and not list(out.glob("checkpoints/.staging*"))
-
-
-def test_the_command_goes_on_there(command, trained, tiny, mount, root):
-    mount(packed=True)
-    out = root / "working" / "outputs"
-    result = command("train", *tiny, f"--config.out_dir={out}", "--config.optimizer.total_steps=6")
-    assert result.code == 0 and "resuming from step 4 of 6" in result.out, result.err
-    assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == list(range(7))
-    assert read_metrics(out / "metrics.jsonl")[:5] == read_metrics(trained / "metrics.jsonl")
 
 
 def test_nothing_is_brought_where_nothing_is_mounted_or_a_new_run_is_asked_for(config, mount):
