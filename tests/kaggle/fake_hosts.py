@@ -1,6 +1,7 @@
 """A small server that speaks the endpoints of Kaggle and the Hub that publishing needs, and keeps what it is sent."""
 
 import base64
+import importlib
 import io
 import json
 import os
@@ -174,4 +175,8 @@ def hub(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict
     variables |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    constants = importlib.import_module("huggingface_hub.constants")  # it reads the environment when it is imported
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     return variables

@@ -9,8 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 from fake_hosts import KAGGLE_TOKEN, Server, server  # noqa: F401
+from ml_collections import ConfigDict
 
 from jgpt.kaggle.session import doctor, measure
+
+small_gpt = measure._small_gpt
 
 # ruff: noqa: F811 (tests name the fixtures that they import)
 
@@ -24,10 +27,19 @@ def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def smaller(folder: str, on_cpu: bool) -> ConfigDict:
+    """Return the doctor's small GPT, smaller still."""
+    config = small_gpt(folder, on_cpu)
+    config.model.update({"n_layers": 1, "d_model": 16, "context_length": 16})
+    config.batch.update({"global_batch_size": 4, "micro_batch_size": 2})
+    return config
+
+
 def test_the_whole_report(kaggle: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """Each part for real, in this process; that each has a process of its own is tested below."""
     monkeypatch.setattr(doctor, "measure", lambda part, seconds, variables=None: measure.PARTS[part](seconds))
     monkeypatch.setattr(doctor, "DISK_TEST_MIB", 1)
+    monkeypatch.setattr(measure, "_small_gpt", smaller)
     for name, value in {"KAGGLE_KEY": "planted-0123456789", "KAGGLE_USERNAME": "planted-user", "HOME": kaggle}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(doctor.checks, "whoami", lambda: doctor.checks.Check("Kaggle account", "warn", "unknown"))
@@ -66,8 +78,12 @@ def test_a_part_that_fails_leaves_a_hole(kaggle: Path, monkeypatch: pytest.Monke
     )
 
 
-def test_each_part_has_a_process_of_its_own_and_says_why_it_dies():
+def test_each_part_has_a_process_of_its_own_and_says_why_it_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert doctor.measure("devices", 0, {"JAX_NUM_CPU_DEVICES": "3"})[2]["kind"] == "cpu"
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho Traceback >&2\necho \"KeyError: '$3'\" >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(RuntimeError, match="KeyError: 'no_such_part'"):
         doctor.measure("no_such_part", 1)
 

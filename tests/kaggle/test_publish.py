@@ -81,19 +81,10 @@ def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "jgpt.kaggle.session.publish", *arguments], capture_output=True, text=True)
 
 
-FETCH = """
-import sys
-from pathlib import Path
-from jgpt.kaggle.session.publish import fetch
-print(fetch(sys.argv[1], Path(sys.argv[2])))
-"""
-
-
 def test_the_hub_keeps_the_newest_checkpoint_alone_and_gives_it_back(
     server: Server, hub, run_dir: Path, tmp_path: Path
 ):
-    back = [sys.executable, "-c", FETCH, "hub:owner/name", str(tmp_path / "back")]
-    assert subprocess.run(back, capture_output=True, text=True).stdout == "None\n"
+    assert fetch("hub:owner/name", tmp_path / "back") is None
     done = ask(str(run_dir), "hub:owner/name")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "https://huggingface.co/owner/name"
@@ -102,10 +93,9 @@ def test_the_hub_keeps_the_newest_checkpoint_alone_and_gives_it_back(
     assert set(server.hub) == PACKED
     (run_dir / "checkpoints" / "4").rename(run_dir / "checkpoints" / "8")
     (run_dir / "checkpoints" / "4.sha256").rename(run_dir / "checkpoints" / "8.sha256")
-    assert ask(str(run_dir), "hub:owner/name").returncode == 0
+    assert publish(run_dir, "hub:owner/name") == "https://huggingface.co/owner/name"
     assert set(server.hub) == PACKED - {"checkpoint-4.tar"} | {"checkpoint-8.tar"}
-    found = subprocess.run(back, capture_output=True, text=True)
-    assert found.stdout == f"{tmp_path / 'back'}\n", found.stderr
+    assert fetch("hub:owner/name", tmp_path / "back") == tmp_path / "back"
     assert names_in_tar((tmp_path / "back" / "checkpoint-8.tar").read_bytes()) == {"8/params/data", "8.sha256"}
     assert server.authorization == {f"Bearer {HUB_TOKEN}"} and HUB_TOKEN not in done.stdout + done.stderr
 
@@ -124,11 +114,12 @@ def test_what_kaggle_refuses_is_told_without_the_token(
     assert KAGGLE_TOKEN not in str(error.value)
 
 
-def test_what_the_hub_refuses_is_told_without_the_token(server: Server, hub, run_dir: Path):
+def test_what_the_hub_refuses_is_told_without_the_token(server: Server, hub, run_dir: Path, capfd):
     server.status = 403
-    done = ask(str(run_dir), "hub:owner/name")
-    assert done.returncode == 2 and "these credentials are not enough" in done.stderr.splitlines()[-1], done.stderr
-    assert HUB_TOKEN not in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert module.main([str(run_dir), "hub:owner/name"]) == 2
+    shown = capfd.readouterr()
+    assert "these credentials are not enough" in shown.err.splitlines()[-1], shown.err
+    assert HUB_TOKEN not in shown.out + shown.err and "Traceback" not in shown.err
 
 
 def test_no_network(server: Server, hub, run_dir: Path, monkeypatch: pytest.MonkeyPatch):
@@ -138,8 +129,9 @@ def test_no_network(server: Server, hub, run_dir: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match="there is no connection. Turn the internet on"):
         publish(run_dir, "dataset:owner/slug")
     assert fetch("dataset:owner/slug", run_dir / "none") is None
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert "there is no connection" in ask(str(run_dir), "hub:owner/name").stderr
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="there is no connection. Turn the internet on"):
+        publish(run_dir, "hub:owner/name")
 
 
 def test_no_credentials_and_no_package(server: Server, run_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -175,5 +167,5 @@ def test_bad_places_and_empty_directories(tmp_path: Path):
             parse_target(where)
     with pytest.raises(UserError, match="is not a directory with files to publish"):
         publish(tmp_path / "nothing", "hub:owner/name")
-    assert ask(str(tmp_path / "nothing"), "hub:owner/name").returncode == 2
+    assert module.main([str(tmp_path / "nothing"), "hub:owner/name"]) == 2
     assert ".lock" in LEFT_OUT
