@@ -1,18 +1,26 @@
-"""A Kaggle on this machine: the endpoints that the real `kaggle` package calls, with kernels, versions and their files.
+"""A Kaggle and a Hugging Face Hub on this machine, which the real packages talk to: kernels, versions and their files.
 
-`FakeKaggle` listens on a port of its own; point the package at it with `reach`. What a test wants to go wrong, it puts
-into `faults`; what a pushed version does, it says in `on_save`.
+Datasets, models and the Hub are in fake_storage.py. `FakeKaggle` listens on a port of its own; point the package at it
+with `reach`. What a test wants to go wrong, it puts into `faults`; what a pushed version does, it says in `on_save`.
 """
 
+import importlib
 import json
+import os
 import re
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import pytest
+from fake_storage import Storage, StorageHandler
+
+KAGGLE_TOKEN, HUB_TOKEN = "KGAT_planted_0123456789abcdef", "hf_planted0123456789abcdef"
 
 ENDED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
 SIGNATURE = "signature-of-a-url"  # what makes a signed URL a secret
@@ -45,14 +53,16 @@ class Fault:
     hang_seconds: float = 0.0  # before anything else
 
 
-class FakeKaggle(ThreadingHTTPServer):
+class FakeKaggle(Storage, ThreadingHTTPServer):
     """The server: `with FakeKaggle() as kaggle:` runs it in a thread."""
 
     daemon_threads = True
+    request_queue_size = 64  # uploads come eight at a time
     page_size = 3  # at most: the real one takes up to 200, and pages are what is tested
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        Storage.__init__(self)
+        ThreadingHTTPServer.__init__(self, ("127.0.0.1", 0), Handler)
         self.user, self.token = "owner", "token-of-the-owner"
         self.kernels: dict[str, list[Version]] = {}
         self.sources: set[str] = set()  # the datasets and models that there are
@@ -132,22 +142,20 @@ class FakeKaggle(ThreadingHTTPServer):
         return versions[number - 1] if 0 < number <= len(versions) else None
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(StorageHandler, BaseHTTPRequestHandler):
     """HTTP around FakeKaggle: who asks, what is to go wrong, JSON and ranges."""
 
     server: FakeKaggle
+    drop_after: int | None = None  # see Fault
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
 
     def do_POST(self) -> None:
-        """Answer a call of the API: /v1/SERVICE/METHOD."""
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        """Answer a call of the API: /v1/SERVICE/METHOD; what concerns no kernel is answered by fake_storage.py."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         service, method = self.path.split("/")[-2:]
         if self._goes_wrong(f"{service}/{method}"):
-            return
-        if method != "IntrospectToken" and not self._is_known():
-            self._json(401, {"code": 401, "message": "Unauthenticated"})
             return
         answers = {
             "IntrospectToken": self.server.introspect_token,
@@ -157,6 +165,13 @@ class Handler(BaseHTTPRequestHandler):
             "ListKernelSessionOutput": self.server.list_kernel_session_output,
             "GetAcceleratorQuotaStatistics": self.server.get_accelerator_quota_statistics,
         }
+        if method not in answers:
+            self.store(body)
+            return
+        request = json.loads(body)
+        if method != "IntrospectToken" and not self._is_known():
+            self._json(401, {"code": 401, "message": "Unauthenticated"})
+            return
         answer = answers[method](request)
         if answer is None:  # as Kaggle does for a kernel that is not there, too
             self._json(403, {"code": 403, "message": "Permission 'kernels.get' was denied"})
@@ -164,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
             self._json(200, answer)
 
     def do_GET(self) -> None:
-        """Answer with an output file, or with the log of a session as it runs."""
+        """Answer with an output file, with the log of a session as it runs, or with what the Hub has."""
         address = urlsplit(self.path)
         if self._goes_wrong(address.path):
             return
@@ -172,10 +187,21 @@ class Handler(BaseHTTPRequestHandler):
         if parts[0] == "files":
             owner, slug, number, name = parts[1:]
             self._file(self.server.kernels[f"{owner}/{slug}"][int(number)].files[name])
+        elif "logs" not in parts:
+            self.from_hub()
         else:
             label = parse_qs(address.query).get("versionLabel")
             request = {"userName": parts[-2], "kernelSlug": parts[-1], **({"versionLabel": label[0]} if label else {})}
             self._log(self.server._version(request))
+
+    def do_HEAD(self) -> None:
+        """Answer as a GET does, without the content."""
+        self.do_GET()
+
+    def reply(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        """Answer with JSON or bytes, for fake_storage.py."""
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self._send(status, body, {"Content-Type": "application/json"} | (headers or {}))
 
     def _log(self, version: Version | None) -> None:
         if version is None:
@@ -223,6 +249,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if self.command == "HEAD":
+            return
         self.wfile.write(body if self.drop_after is None else body[: self.drop_after])
         if self.drop_after is not None:
             self.close_connection = True  # before all that Content-Length promised
@@ -243,3 +271,32 @@ def reach(server: FakeKaggle, monkeypatch: Any, home: Path) -> None:
 def events(lines: list[str]) -> list[dict[str, Any]]:
     """Return a log as Kaggle keeps it."""
     return [{"stream_name": "stdout", "time": float(i), "data": line} for i, line in enumerate(lines)]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeKaggle]:
+    """Return the server, for what publishes to Kaggle's datasets and models from here."""
+    (tmp_path / "kaggle").mkdir()
+    with FakeKaggle() as kaggle:
+        kaggle.token = KAGGLE_TOKEN
+        reach(kaggle, monkeypatch, tmp_path / "home")
+        monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("JGPT_KAGGLE_ROOT", str(tmp_path / "kaggle"))
+        monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+        yield kaggle
+
+
+@pytest.fixture
+def hub(server: FakeKaggle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """Return the environment of a process that talks to the server as if it were the Hub."""
+    variables = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": HUB_TOKEN, "NO_PROXY": "*"}
+    variables |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    constants = importlib.import_module("huggingface_hub.constants")  # it reads the environment when it is imported
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    return variables

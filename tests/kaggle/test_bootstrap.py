@@ -63,7 +63,9 @@ def test_it_needs_the_standard_library_alone():
 
 def test_both_streams_arrive_line_by_line_and_no_amount_of_them_blocks(outputs, capfd):
     # Ten times what a pipe holds, in each stream: a child whose output nobody reads would wait for ever.
-    start("import sys\nfor i in range(700):\n  print('out', i, 'x' * 990)\n  print('err', i, 'x' * 990, file=sys.stderr)")
+    start(
+        "import sys\nfor i in range(700):\n  print('out', i, 'x' * 990)\n  print('err', i, 'x' * 990, file=sys.stderr)"
+    )
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == "+ python -m tiny"
     for stream in ("out", "err"):

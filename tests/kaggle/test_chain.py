@@ -38,7 +38,9 @@ def server(kaggle: FakeKaggle, tmp_path, monkeypatch) -> FakeKaggle:
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "base.py").write_text("from jgpt.config import default_config as get_config\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jgpt.kaggle.laptop.kernel.PROJECT", tmp_path)  # nothing runs: half a second less for each version
+    monkeypatch.setattr(
+        "jgpt.kaggle.laptop.kernel.PROJECT", tmp_path
+    )  # nothing runs: half a second less for each version
     kaggle.on_save = trains
     return kaggle
 

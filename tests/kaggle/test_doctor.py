@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
-from fake_hosts import KAGGLE_TOKEN, Server, server  # noqa: F401
+from fake_kaggle import KAGGLE_TOKEN, FakeKaggle, server  # noqa: F401
 from ml_collections import ConfigDict
 
 from jgpt.kaggle.session import doctor, measure
@@ -91,7 +90,7 @@ def test_each_part_has_a_process_of_its_own_and_says_why_it_dies(tmp_path: Path,
 def test_nvidia_smi_is_asked_for_gpus_and_watched(kaggle: Path, monkeypatch: pytest.MonkeyPatch):
     tool = kaggle / "nvidia-smi"
     os.mkfifo(kaggle / "written")
-    watching = f"case \"$*\" in *-l*) echo now >{kaggle}/written; exec sleep 60;; esac"
+    watching = f'case "$*" in *-l*) echo now >{kaggle}/written; exec sleep 60;; esac'
     tool.write_text(f"#!/bin/sh\necho '0, 1590, 69.5, 70'\necho '1, 585, [N/A], 40'\n{watching}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{kaggle}:{os.environ['PATH']}")
@@ -118,7 +117,7 @@ def test_transport_is_read_from_nccls_log(monkeypatch: pytest.MonkeyPatch):
     assert doctor.all_reduce(1, "0") == {"correct": True, "transport": "SHM/direct/direct"}
 
 
-def test_uploading_is_tried_when_asked_for(server: Server, monkeypatch: pytest.MonkeyPatch):
+def test_uploading_is_tried_when_asked_for(server: FakeKaggle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor.checks, "whoami", lambda: doctor.checks.Check("Kaggle account", "warn", "refused"))
     assert doctor.session("")["upload"] is None and server.calls == []
     assert doctor.session("dataset:owner/slug")["upload"] == "ok"

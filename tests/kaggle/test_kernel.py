@@ -99,7 +99,13 @@ def test_a_folder_that_is_none_is_said_to_be(tmp_path):
 
 def test_the_script_carries_the_project_and_what_kaggle_lacks(kernel):
     files = carried(code_file(kernel))
-    for name in ("jgpt/__init__.py", "jgpt/train.py", "jgpt/kaggle/session/bootstrap.py", "configs/base.py", "pyproject.toml"):
+    for name in (
+        "jgpt/__init__.py",
+        "jgpt/train.py",
+        "jgpt/kaggle/session/bootstrap.py",
+        "configs/base.py",
+        "pyproject.toml",
+    ):
         assert files[name] == (REPOSITORY / name).read_bytes()
     everything = [
         path for path in (REPOSITORY / "jgpt").rglob("*") if path.is_file() and "__pycache__" not in path.parts

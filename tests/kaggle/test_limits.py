@@ -66,7 +66,7 @@ def test_the_disk_is_what_is_kept_less_what_else_lies_there(kaggle: Path):
 
 def test_the_session_is_as_old_as_its_oldest_process():
     """A parent that Kaggle started a tenth of a second before its child, below one that Kaggle did not start."""
-    child = "from jgpt.kaggle.session.limits import _start_times; found = list(_start_times()); print(found[0] - min(found))"
+    child = "from jgpt.kaggle.session.limits import _start_times; t = list(_start_times()); print(t[0] - min(t))"
     parent = f"import subprocess, sys, time; time.sleep(0.1); subprocess.run([sys.executable, '-c', {child!r}])"
     environment = {k: v for k, v in os.environ.items() if k != "KAGGLE_KERNEL_RUN_TYPE"}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}

@@ -89,8 +89,20 @@ def killed(work: Callable[[], None], moment: int) -> bool:
 
 
 @pytest.mark.parametrize("packed_before", [False, True])
-def test_killed_at_any_moment_nothing_is_lost(own_run, before, tmp_path, packed_before):
+def test_killed_at_any_moment_nothing_is_lost(tmp_path, packed_before):
     """Packing, or unpacking in place, is cut off; what is there then unpacks to all that was there."""
+    own_run = tmp_path / "run"
+    names = ["config.json", "metrics.jsonl", "tokenizer/tokenizer.json"]
+    for name in [
+        *names,
+        "checkpoints/2/params",
+        "checkpoints/2.sha256",
+        "checkpoints/4/params",
+        "checkpoints/4.sha256",
+    ]:
+        (own_run / name).parent.mkdir(parents=True, exist_ok=True)
+        (own_run / name).write_text(name)
+    before = contents(own_run)
     if packed_before:
         pack(own_run)
     for moment in range(100):

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from fake_hosts import HUB_TOKEN, KAGGLE_TOKEN, Server, hub, server  # noqa: F401
+from fake_kaggle import HUB_TOKEN, KAGGLE_TOKEN, FakeKaggle, hub, server  # noqa: F401
 
 from jgpt.config import UserError
 from jgpt.kaggle.session import publish as module
@@ -40,7 +40,7 @@ PACKED = {
 }  # fmt: skip
 
 
-def test_a_run_becomes_a_private_dataset_and_then_a_new_version(server: Server, run_dir: Path, capfd):
+def test_a_run_becomes_a_private_dataset_and_then_a_new_version(server: FakeKaggle, run_dir: Path, capfd):
     before = sorted(run_dir.rglob("*"))
     assert publish(run_dir, "dataset:owner/slug") == "https://www.kaggle.com/datasets/owner/slug"
     created = dict(server.calls)["CreateDataset"]
@@ -58,7 +58,7 @@ def test_a_run_becomes_a_private_dataset_and_then_a_new_version(server: Server, 
     assert KAGGLE_TOKEN not in shown.out + shown.err
 
 
-def test_an_export_becomes_a_model(server: Server, tmp_path: Path):
+def test_an_export_becomes_a_model(server: FakeKaggle, tmp_path: Path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "config.json").write_text("{}")
     (tmp_path / "export" / "model.safetensors").write_bytes(b"weights")
@@ -68,7 +68,7 @@ def test_an_export_becomes_a_model(server: Server, tmp_path: Path):
     assert set(server.sent("CreateModelInstance")) == {"config.json", "model.safetensors"}
 
 
-def test_a_dataset_comes_back_as_it_was_sent(server: Server, run_dir: Path, tmp_path: Path):
+def test_a_dataset_comes_back_as_it_was_sent(server: FakeKaggle, run_dir: Path, tmp_path: Path):
     assert fetch("dataset:owner/slug", tmp_path / "none") is None  # there is none yet
     publish(run_dir, "dataset:owner/slug")
     found = fetch("dataset:owner/slug", tmp_path / "back")
@@ -78,11 +78,13 @@ def test_a_dataset_comes_back_as_it_was_sent(server: Server, run_dir: Path, tmp_
 
 def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Publish in a process of its own: huggingface_hub reads the environment when it is imported."""
-    return subprocess.run([sys.executable, "-m", "jgpt.kaggle.session.publish", *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "jgpt.kaggle.session.publish", *arguments], capture_output=True, text=True
+    )
 
 
 def test_the_hub_keeps_the_newest_checkpoint_alone_and_gives_it_back(
-    server: Server, hub, run_dir: Path, tmp_path: Path
+    server: FakeKaggle, hub, run_dir: Path, tmp_path: Path
 ):
     assert fetch("hub:owner/name", tmp_path / "back") is None
     done = ask(str(run_dir), "hub:owner/name")
@@ -106,7 +108,7 @@ def test_the_hub_keeps_the_newest_checkpoint_alone_and_gives_it_back(
 )
 @pytest.mark.parametrize("where", ["dataset:owner/slug", "model:a/b/jax/d"])
 def test_what_kaggle_refuses_is_told_without_the_token(
-    server: Server, run_dir: Path, where: str, status: int, words: str
+    server: FakeKaggle, run_dir: Path, where: str, status: int, words: str
 ):
     server.status = status
     with pytest.raises(UserError, match=f"nothing could be sent to '{where}': .*{words}") as error:
@@ -114,7 +116,7 @@ def test_what_kaggle_refuses_is_told_without_the_token(
     assert KAGGLE_TOKEN not in str(error.value)
 
 
-def test_what_the_hub_refuses_is_told_without_the_token(server: Server, hub, run_dir: Path, capfd):
+def test_what_the_hub_refuses_is_told_without_the_token(server: FakeKaggle, hub, run_dir: Path, capfd):
     server.status = 403
     assert module.main([str(run_dir), "hub:owner/name"]) == 2
     shown = capfd.readouterr()
@@ -122,7 +124,7 @@ def test_what_the_hub_refuses_is_told_without_the_token(server: Server, hub, run
     assert HUB_TOKEN not in shown.out + shown.err and "Traceback" not in shown.err
 
 
-def test_no_network(server: Server, hub, run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_network(server: FakeKaggle, hub, run_dir: Path, monkeypatch: pytest.MonkeyPatch):
     from kagglesdk import kaggle_env
 
     monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, "http://127.0.0.1:9")
@@ -134,7 +136,9 @@ def test_no_network(server: Server, hub, run_dir: Path, monkeypatch: pytest.Monk
         publish(run_dir, "hub:owner/name")
 
 
-def test_no_credentials_and_no_package(server: Server, run_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_no_credentials_and_no_package(
+    server: FakeKaggle, run_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.delenv("KAGGLE_API_TOKEN")
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
     with pytest.raises(UserError, match="needs your Kaggle credentials, and there are none.*KAGGLE_API_TOKEN"):
@@ -149,14 +153,14 @@ def test_no_credentials_and_no_package(server: Server, run_dir: Path, monkeypatc
 
 
 def test_a_notebooks_session_token_serves(
-    server: Server, run_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    server: FakeKaggle, run_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     """As in a Kaggle notebook: a file that KAGGLE_API_V1_TOKEN names, and nothing else."""
     monkeypatch.delenv("KAGGLE_API_TOKEN")
     (tmp_path / "session").write_text("session-token-0123456789")
     monkeypatch.setenv("KAGGLE_API_V1_TOKEN", str(tmp_path / "session"))
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    monkeypatch.setenv("KAGGLE_DATA_PROXY_URL", server.address)
+    monkeypatch.setenv("KAGGLE_DATA_PROXY_URL", server.url)
     publish(run_dir, "dataset:owner/slug")
     assert server.authorization == {"Bearer session-token-0123456789"}
 

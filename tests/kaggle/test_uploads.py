@@ -9,41 +9,40 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from fake_hosts import HUB_TOKEN, Server, hub, server  # noqa: F401
+from fake_kaggle import HUB_TOKEN, FakeKaggle, hub, server  # noqa: F401
 
 from jgpt.config import UserError, default_config
 from jgpt.kaggle.session import uploads as module
 from jgpt.kaggle.session.uploads import Uploads
 
-UPLOAD = "--config.checkpoint.upload=hub:owner/name"
 
-
-def test_a_run_sends_its_last_checkpoint_and_goes_on_from_it_elsewhere(
-    hub, server: Server, tiny, tmp_path: Path, command
+def test_a_run_goes_on_from_what_was_sent_and_sends_its_last_checkpoint(
+    hub, server: FakeKaggle, own_run: Path, tiny, command, checkpoint
 ):
-    tiny = [*tiny, UPLOAD, "--config.sample.num_samples=0"]
-    first = command("train", *tiny)
-    assert first.code == 0, first.err
-    assert "checkpoint 4 was uploaded to https://huggingface.co/owner/name" in first.out
+    with Uploads(checkpoint) as uploads:
+        uploads.saved(own_run, 4)
     assert {"config.json", "metrics.jsonl", "status.json", "checkpoint-4.tar", "tokenizer.tar"} <= set(server.hub)
     assert "checkpoint-2.tar" not in server.hub and "tokens.tar" not in server.hub
-    assert json.loads(server.hub["status.json"])["state"] == "finished"
     with tarfile.open(fileobj=io.BytesIO(server.hub["checkpoint-4.tar"])) as tar:
         assert {"4.sha256", "4/params"} <= set(tar.getnames())
-    shutil.move(tmp_path / "run", tmp_path / "before")
-    server.status = 500  # of an upload: it costs a warning, and not the run
-    again = command(
-        "train", *tiny, "--config.optimizer.total_steps=6", "--config.checkpoint.upload_every_minutes=0"
+    before = losses(own_run)
+    shutil.rmtree(own_run)
+    more = (
+        "--config.optimizer.total_steps=6",
+        "--config.sample.num_samples=0",
+        "--config.checkpoint.upload=hub:owner/name",
     )
+    again = command("train", *tiny, *more)
     assert again.code == 0 and "resuming from step 4 of 6" in again.out, again.out + again.err
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1:]]
-    before = [json.loads(line)["loss"] for line in (tmp_path / "before" / "metrics.jsonl").read_text().splitlines()[1:]]
-    assert len(losses) == 6 and losses[:4] == before
-    assert again.out.count("the next save tries again") == 1, again.out
-    assert "checkpoint 6, the last one, is not at hub:owner/name: " in again.out and "it answered 500" in again.out
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
-    assert HUB_TOKEN not in first.out + first.err + again.out + again.err
-    assert not list((tmp_path / "kaggle").rglob("upload-*"))
+    assert "checkpoint 6 was uploaded to https://huggingface.co/owner/name" in again.out
+    assert len(losses(own_run)) == 6 and losses(own_run)[:4] == before
+    assert "checkpoint-6.tar" in server.hub
+    assert HUB_TOKEN not in again.out + again.err
+    assert not list((own_run.parent / "kaggle").rglob("upload-*"))
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()[1:]]
 
 
 @pytest.fixture
@@ -54,14 +53,17 @@ def checkpoint(hub):
 
 
 def test_a_failed_one_is_tried_again_at_the_next_save_and_a_sent_one_waits(
-    checkpoint, server: Server, own_run: Path, caplog: pytest.LogCaptureFixture
+    checkpoint, server: FakeKaggle, own_run: Path, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("INFO", "jgpt")
     with Uploads(checkpoint) as uploads:
         server.status = 500
         uploads.saved(own_run, 2)
         uploads._sender.join()
-        assert "checkpoint 2 was not uploaded to hub:owner/name" in caplog.text
+        uploads.saved(own_run, 2)
+        uploads._sender.join()
+        assert caplog.text.count("checkpoint 2 was not uploaded to hub:owner/name, the next save tries again") == 1
+        assert "it answered 500" in caplog.text and HUB_TOKEN not in caplog.text
         server.status = 200
         uploads.saved(own_run, 4)
         shutil.rmtree(own_run / "checkpoints" / "4")  # it was taken aside before `saved` came back
@@ -89,7 +91,7 @@ def test_an_upload_that_hangs_is_ended(
 
 
 def test_what_is_left_is_sent_when_the_run_fails_but_not_when_the_user_leaves_at_once(
-    checkpoint, server: Server, own_run: Path
+    checkpoint, server: FakeKaggle, own_run: Path
 ):
     checkpoint.upload_every_minutes = 1e9
     with pytest.raises(KeyboardInterrupt), Uploads(checkpoint) as uploads:
@@ -99,7 +101,7 @@ def test_what_is_left_is_sent_when_the_run_fails_but_not_when_the_user_leaves_at
     with pytest.raises(RuntimeError), Uploads(checkpoint) as uploads:
         uploads._newest = own_run, 4
         raise RuntimeError("a bug")
-    assert "checkpoint-4.tar" in server.hub
+    assert "checkpoint-4.tar" in server.hub and json.loads(server.hub["status.json"])["state"] == "finished"
 
 
 def test_a_disk_that_is_full_is_told(checkpoint, own_run: Path, caplog, monkeypatch: pytest.MonkeyPatch):
@@ -109,7 +111,9 @@ def test_a_disk_that_is_full_is_told(checkpoint, own_run: Path, caplog, monkeypa
     monkeypatch.setattr(module, "copy_tree", full)
     with Uploads(checkpoint) as uploads:
         uploads.saved(own_run, 4)
-    assert "checkpoint 4 was not uploaded to hub:owner/name, the next save tries again: [Errno 28] No space" in caplog.text
+    assert (
+        "checkpoint 4 was not uploaded to hub:owner/name, the next save tries again: [Errno 28] No space" in caplog.text
+    )
 
 
 def test_where_nothing_can_be_sent_the_run_does_not_begin(hub, tiny, tmp_path: Path, command):

@@ -20,7 +20,9 @@ CONFIG = f"--config={Path(__file__).parents[2]}/configs/kaggle_t4.py"
 @pytest.fixture
 def server(kaggle: FakeKaggle, tmp_path, monkeypatch) -> FakeKaggle:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jgpt.kaggle.laptop.kernel._archive", lambda files: b"nothing runs, and compressing takes a second")
+    monkeypatch.setattr(
+        "jgpt.kaggle.laptop.kernel._archive", lambda files: b"nothing runs, and compressing takes a second"
+    )
     return kaggle
 
 
@@ -70,7 +72,10 @@ def test_push(verb, server):
     assert sent["text"] == Path("runs/kaggle/owner-my-gpt/kernel.py").read_text()
     compile(sent["text"], "kernel.py", "exec")
     again = verb("push", CONFIG, f"--slug={SLUG}", "--dataset=owner/text", "--accelerator=", "--internet")
-    assert "version 2 is pushed" in again.out and "this starts from step 0. To continue version 1, use `resume`" in again.out
+    assert (
+        "version 2 is pushed" in again.out
+        and "this starts from step 0. To continue version 1, use `resume`" in again.out
+    )
     sent = server.kernels[SLUG][1].request
     assert sent["enableInternet"] is True and not sent.get("machineShape") and not sent.get("enableGpu")
     server.kernels[SLUG][1].states = ["RUNNING"]
@@ -208,7 +213,9 @@ def test_publish(verb, server, trained, monkeypatch):
     wrong = verb("publish", str(trained), "--to=s3:bucket", "--dry_run")
     assert wrong.code == 2 and "is not a place to publish to" in wrong.err
     sent = []
-    monkeypatch.setattr("jgpt.kaggle.session.publish.publish", lambda *arguments: sent.append(arguments) or "https://there")
+    monkeypatch.setattr(
+        "jgpt.kaggle.session.publish.publish", lambda *arguments: sent.append(arguments) or "https://there"
+    )
     assert verb("publish", str(trained), "--to=hub:me/gpt").out == "sent: https://there\n"
     assert sent == [(trained, "hub:me/gpt")]
 
@@ -226,7 +233,9 @@ def test_doctor(verb, server):
     assert "version 1: RUNNING" in result.out and "  jax  0.7.2" in result.out and "  gpu  name Tesla T4" in result.out
     path = Path("runs/kaggle/owner-jgpt-doctor/doctor-1.json")
     assert f"{path} is written" in result.out and json.loads(path.read_text())["jax"] == "0.7.2"
-    assert "module='jgpt.kaggle.session.doctor'" in server.kernels["owner/jgpt-doctor"][0].request["text"].splitlines()[-1]
+    assert (
+        "module='jgpt.kaggle.session.doctor'" in server.kernels["owner/jgpt-doctor"][0].request["text"].splitlines()[-1]
+    )
     nothing = verb("doctor", "--slug=owner/jgpt-doctor")
     assert nothing.code == 2 and "left no doctor.json" in nothing.err and "looking" in nothing.out
     assert "Nothing was sent" in verb("doctor", "--slug=owner/jgpt-doctor", "--dry_run").out
