@@ -9,8 +9,8 @@ Command:  python -m jgpt.train --config configs/kaggle_t4.py
 
 from ml_collections import ConfigDict
 
-from jgpt.config.defaults import default_config
-from jgpt.kaggle.paths import input_dir, outputs_dir, scratch_dir
+from jgpt.config import default_config
+from jgpt.kaggle.session.paths import input_dir, outputs_dir, scratch_dir
 
 
 def get_config() -> ConfigDict:

@@ -24,7 +24,7 @@ from jgpt.hardware.devices import describe
 from jgpt.hardware.process import set_up_process
 from jgpt.inference.chat import HELP, Chat, talk
 from jgpt.inference.sampling import Sampling
-from jgpt.kaggle.secrets import provide_hub_token
+from jgpt.kaggle.session.secrets import provide_hub_token
 from jgpt.loading.load import load_model
 
 PROMPT = "> "

@@ -30,8 +30,8 @@ try:
     from jgpt.cli.run import run
     from jgpt.errors import UserError
     from jgpt.hardware import devices, process, speed
-    from jgpt.kaggle import checks as kaggle
-    from jgpt.kaggle.paths import on_kaggle
+    from jgpt.kaggle.session import checks as kaggle
+    from jgpt.kaggle.session.paths import on_kaggle
     from jgpt.redaction import redact
 except (ImportError, RuntimeError) as error:  # RuntimeError: jax beside a jaxlib that does not fit it
     if __name__ != "__main__":

@@ -23,7 +23,7 @@ from jgpt.cli.run import run
 from jgpt.errors import UserError
 from jgpt.exchange.hub import locate
 from jgpt.exchange.pretrained import check_export, export_model, open_pretrained
-from jgpt.kaggle.secrets import provide_hub_token
+from jgpt.kaggle.session.secrets import provide_hub_token
 from jgpt.loading.load import import_model
 from jgpt.loading.source import Source, load_params, open_source
 from jgpt.model.parameters import count_parameters

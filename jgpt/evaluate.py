@@ -22,7 +22,7 @@ from jgpt.data.find_files import find_files
 from jgpt.data.token_files import TokenData, open_token_data, token_directory
 from jgpt.errors import UserError
 from jgpt.hardware.process import set_up_process
-from jgpt.kaggle.secrets import provide_hub_token
+from jgpt.kaggle.session.secrets import provide_hub_token
 from jgpt.loading.evaluate import evaluate_loaded
 from jgpt.loading.load import LoadedModel, load_model
 from jgpt.parallel.evaluation import bits_per_byte

@@ -25,7 +25,7 @@ from jgpt.hardware.process import set_up_process
 from jgpt.inference.decode import generate
 from jgpt.inference.sampling import Sampling
 from jgpt.inference.text_stream import TextStream
-from jgpt.kaggle.secrets import provide_hub_token
+from jgpt.kaggle.session.secrets import provide_hub_token
 from jgpt.loading.load import load_model
 
 SEPARATOR = "-" * 80

@@ -13,26 +13,15 @@ import sys
 
 from jgpt.cli.flags import define_config, load_config
 from jgpt.cli.run import run, set_up_logging
-from jgpt.kaggle.limits import fit_to_kaggle
-from jgpt.kaggle.paths import check_inputs, on_kaggle
-from jgpt.kaggle.resume import bring_back, unpacked
-from jgpt.kaggle.secrets import provide_hub_token
-from jgpt.kaggle.uploads import Uploads
+from jgpt.kaggle.session.open import open_session
 from jgpt.training import start
 
 
 def train(config, command: str = "") -> None:
     """Train as the command does; for notebooks. `config` is a config file's get_config()."""
     set_up_logging()
-    for name in (config.init_from, config.tokenizer.pretrained, config.checkpoint.upload.removeprefix("hub:")):
-        provide_hub_token(name)
-    with Uploads(config.checkpoint) as uploads:
-        if on_kaggle():
-            check_inputs()
-            config.init_from = unpacked(config.init_from)
-        if on_kaggle() or config.checkpoint.upload:
-            bring_back(config)
-        start.train(fit_to_kaggle(config), command or "call train(config) again", uploads.saved)
+    with open_session(config) as (config, on_saved):
+        start.train(config, command or "call train(config) again", on_saved)
 
 
 def main() -> None:

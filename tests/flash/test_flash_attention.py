@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from emulated import Emulator, build
 
-from jgpt.model.attention import attend_causally
+from jgpt.model.attention.choose import attend_causally
 from jgpt.model.flash import attention, flash, flash_qkv
 
 if shutil.which("g++") is None:

@@ -151,9 +151,8 @@ def test_what_there_are_kernels_for():
 @pytest.fixture(scope="module")
 def t4s() -> list[jax.Device]:
     """Two T4s that are not here; skip where this machine cannot compile for them."""
-    from jgpt.hardware.targets import compile_only
-
-    from jgpt.config import UserError
+    from jgpt.errors import UserError
+    from jgpt.planning.devices import compile_only
 
     try:
         check()
