@@ -13,11 +13,10 @@ from collections.abc import Callable
 
 from absl import flags
 
-from jgpt.cli.flags import parse_flags
+from jgpt.cli.flags import asks_for_help, parse_flags
 from jgpt.cli.help import help_text
 from jgpt.cli.terminal import TerminalHandler
 from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
-from jgpt.hardware.memory import shortage
 from jgpt.redaction import redact
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_MEMORY, EXIT_DIVERGED = 0, 1, 2, 3, 4
@@ -32,7 +31,7 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
     """
     set_up_logging(to_stderr="config" not in flags.FLAGS)  # what such a command prints is its result
     try:
-        if {"-h", "--help", "-help", "--helpfull"} & set(sys.argv[1:]):
+        if asks_for_help():
             print(help_text(doc or ""))
             code = EXIT_DONE
         else:
@@ -56,6 +55,8 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
             sys.exit(EXIT_BUG)
         code, message = EXIT_USER, f"the disk is full: {error}. Make room, then run the same command again: it goes on."
     except Exception as error:
+        from jgpt.hardware.memory import shortage  # here: it loads JAX, which --help does without
+
         code, message = EXIT_MEMORY, shortage(error)
         if not message:
             _print_error(traceback.format_exc())
