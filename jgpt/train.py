@@ -13,16 +13,18 @@ import sys
 
 from jgpt.cli.flags import define_config, load_config
 from jgpt.cli.run import run, set_up_logging
-from jgpt.kaggle.limits import fit_to_kaggle
-from jgpt.kaggle.paths import check_inputs, on_kaggle
-from jgpt.kaggle.resume import bring_back, unpacked
-from jgpt.kaggle.secrets import provide_hub_token
-from jgpt.kaggle.uploads import Uploads
-from jgpt.training import loop
 
 
 def train(config, command: str = "") -> None:
     """Train as the command does; for notebooks. `config` is a config file's get_config()."""
+    # Here, as all that loads JAX: --help must not wait for it.
+    from jgpt.kaggle.limits import fit_to_kaggle
+    from jgpt.kaggle.paths import check_inputs, on_kaggle
+    from jgpt.kaggle.resume import bring_back, unpacked
+    from jgpt.kaggle.secrets import provide_hub_token
+    from jgpt.kaggle.uploads import Uploads
+    from jgpt.training import loop
+
     set_up_logging()
     for name in (config.init_from, config.tokenizer.pretrained, config.checkpoint.upload.removeprefix("hub:")):
         provide_hub_token(name)

@@ -46,7 +46,7 @@ DATA = Group(
     {
         "text_glob": Key(
             standard_library_glob(),
-            "a glob (** goes into folders), a directory, or several with commas between; the default is on every machine",
+            "a glob (** goes into folders), a directory, or several with commas between",
             shown="(Python's own source)",
         ),
         "format": Key(

@@ -62,7 +62,7 @@ def test_an_older_checkpoint_and_a_run_that_was_moved(command, trained, tmp_path
         (["--run_dir={tmp}/nothing"], ["there is no directory", "/nothing"]),
         (["--run_dir={run}", "--step=3"], ["step 3 is not among the checkpoints", "Allowed: 2, 4"]),
         (["--run_dir={run}", "--text_glob={tmp}/*.md"], ["text_glob: ", "matches no file", "Pass --text_glob=GLOB"]),
-        (["--run_dir={run}", "--text_glob={tmp}/empty.txt"], ["the text has no two tokens"]),
+        (["--run_dir={run}", "--text_glob={tmp}/empty.txt"], ["the text is too short. At least 2 tokens are needed"]),
         (["--run_dir={run}", "--text_glob={tmp}/bad.txt"], ["byte offset 3", "pass --encoding_errors=replace"]),
         (["--run_dir={run}", "--text_glob={tmp}/a.jsonl"], ["line 1", "--text_field=NAME"]),
     ],
