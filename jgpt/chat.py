@@ -1,12 +1,12 @@
-"""Talk with a model that knows how to: one that was trained to answer, with its own chat template.
+"""Talk with a model that was trained to answer, through its own chat template.
 
     python -m jgpt.chat --model HuggingFaceTB/SmolLM2-135M-Instruct
     python -m jgpt.chat --model runs/mine --system "You answer in one sentence."
     python -m jgpt.chat --model runs/mine --prompt "What is the capital of France?" --temperature 0
 
-In the chat, /help lists what can be said beside questions. With --prompt it is one question: the answer goes to stdout,
-all else to stderr. Where the flags name none, temperature and the like are the model's own (generation_config.json),
-else 0.7, with top_k 50 and top_p 0.95. A model without a template writes on from a text by `jgpt.generate`.
+In the chat, /help lists the commands. With --prompt it answers one question. The answer goes to stdout, all else to
+stderr. Without flags, temperature and the like are the model's own (generation_config.json); where it has none,
+temperature is 0.7, top_k 50 and top_p 0.95. A model without a chat template continues a text instead: `jgpt.generate`.
 
 After training, in the data path: a model in, a conversation out.
 """

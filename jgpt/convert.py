@@ -1,12 +1,12 @@
-"""Bring in a model of the Hugging Face world, or give one to it.
+"""Import a Hugging Face model as a run directory, or export a run as a Hugging Face model.
 
     python -m jgpt.convert import HuggingFaceTB/SmolLM2-135M-Instruct runs/smollm2
     python -m jgpt.convert export runs/quickstart exported/quickstart
 
 import SRC RUN_DIR writes a run directory that generate, chat, evaluate and --config.init_from take. SRC is a model
 directory, a directory with one somewhere below it (as Kaggle mounts models), or a name on the Hub, which is downloaded:
-GPT-2, Llama (SmolLM2, TinyLlama), Mistral, Qwen2, Qwen2.5 or Qwen3, from safetensors. (They take SRC as it is, too:
-without a copy.)
+GPT-2, Llama (SmolLM2, TinyLlama), Mistral, Qwen2, Qwen2.5 or Qwen3, from safetensors. (These commands also take
+SRC directly, without a copy.)
 
 export RUN_DIR OUT writes a directory that transformers.AutoModelForCausalLM.from_pretrained(OUT) opens, and every tool
 that reads such directories. The adapters of a LoRA run are merged into their base. For GGUF, run llama.cpp's own

@@ -4,8 +4,8 @@
     python -m jgpt.evaluate --model runs/quickstart --text_glob 'other/**/*.txt'
     python -m jgpt.evaluate --model HuggingFaceTB/SmolLM2-135M-Instruct --text_glob 'other/**/*.txt'
 
-Without --text_glob the text is all of the run's own validation split. Every token but the first is predicted once, in
-blocks of the length that the run was trained on; of conversations those that are learned.
+Without --text_glob the text is the run's whole validation split. Each token except the first is predicted once,
+in blocks as long as in training. Of conversations only the tokens that training learns are counted.
 """
 
 import re

@@ -1,13 +1,13 @@
-"""Say what a config takes before an hour is spent on it: memory, speed, hours and disk, on a GPU that need not be here.
+"""Predict what a config takes before you run it: memory, speed, hours and disk, on a GPU that need not be here.
 
     python -m jgpt.plan --config configs/gpt2_124m.py --device t4x2
     python -m jgpt.plan --config configs/gpt2_124m.py --device t4x2 --tune
 
-The step that training would run is compiled for the device. XLA says what it takes of the memory; a roofline over the
-compiled program says how long it takes at least, with the rates that are printed. It is a prediction: nothing runs. No
-GPU and no driver are needed, but JAX's CUDA wheels of jax's version: pip install jgpt[plan]. No text is read.
+The step that training would run is compiled for the device. XLA says how much memory it takes; a roofline over the
+compiled program says how long it takes at least, with the rates that are printed. It is a prediction: nothing runs, and
+no text is read. It needs no GPU and no driver, only JAX's CUDA wheels of jax's version: pip install jgpt[plan].
 
-Exit code 0: it fits; 3: it would run out of memory, and the answer says what fits; 2: the user's input.
+Exit code 0: it fits; 3: it would run out of memory, and the answer says what fits.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Train a GPT on your text, or go on with a run that was stopped, killed or is to train longer.
+"""Train a GPT on your text, or resume a run that was stopped, was killed, or should train longer.
 
     python -m jgpt.train --config configs/quickstart.py
     python -m jgpt.train --config configs/kaggle_t4.py --config.data.text_glob='/kaggle/input/**/*.txt'
 
 Everything that a run writes is in its run directory, config.out_dir: metrics.jsonl, loss.png, report.html, samples.txt,
-checkpoints/, tokenizer/, status.json. The same command again goes on from the newest whole checkpoint. Ctrl-C, SIGTERM
+checkpoints/, tokenizer/, status.json. The same command again resumes from the newest intact checkpoint. Ctrl-C, SIGTERM
 and --config.deadline_hours finish the step, save, and exit with 0.
 """
 

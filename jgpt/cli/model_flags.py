@@ -5,7 +5,7 @@ Beside the data path. A flag is defined when its command runs, not at import: ab
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -65,11 +65,11 @@ def model_name() -> str:
     return flags.FLAGS.model
 
 
-def sampling_given() -> dict[str, float]:
+def sampling_given() -> dict[str, Any]:
     """Return how the next token is drawn, as far as the flags say; raise UserError for what is out of range."""
     from jgpt.inference.sampling import Sampling  # here: --help must not wait for JAX
 
-    given = {name: flags.FLAGS[name].value for name in SAMPLING if flags.FLAGS[name].value is not None}
+    given: dict[str, Any] = {name: flags.FLAGS[name].value for name in SAMPLING if flags.FLAGS[name].value is not None}
     Sampling(**given).validate()
     return given
 

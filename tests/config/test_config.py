@@ -212,13 +212,13 @@ def test_fine_tuning_that_cannot_be(changes, part):
     )
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     config = changed(model__n_heads=5, execution__micro_batch_size=5, model__context_length=100)
     with pytest.raises(UserError, match="these 3 problems") as error:
         check(config, text_bytes=10)
     for part in ("n_heads=5 does not divide", "micro_batch_size=5 does not divide", "longer than the data: 10 bytes"):
         assert part in str(error.value)
-    # A key that is wrong by itself is told once, and hides nothing of the others.
+    # A key that is wrong by itself is reported once, and hides nothing of the others.
     config.update_from_flattened_dict({"model.d_model": 0, "execution.remat": "all", "optimizer.learning_rate": 0.0})
     config.optimizer.warmup_steps = 5000
     with pytest.raises(UserError, match="these 6 problems") as error:
