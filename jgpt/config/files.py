@@ -18,7 +18,7 @@ def config_files() -> dict[str, Path]:
 def find_config(name: str) -> Path | None:
     """Return the file that --config names, or None: a file of the user's own, or one of ours.
 
-    One of ours is found in any folder by its name, by its file's name, and as configs/NAME.py.
+    One of ours is found in any folder by its name, by its file's name, and as it is written in a checkout, configs/X.py.
 
     >>> find_config("base") == find_config("base.py"), find_config("nothing")
     (True, None)
