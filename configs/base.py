@@ -12,5 +12,5 @@ from jgpt.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Return the config: every key is explained in jgpt/config.py."""
+    """Return the config: every key is explained in jgpt/config/defaults.py, and in --help."""
     return default_config()

@@ -21,9 +21,9 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[Any]:
     OSError when the file cannot be written.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    binary = "b" in mode
     try:
-        with temporary.open(mode, **text) as file:
+        with temporary.open(mode, encoding=None if binary else "utf-8", newline=None if binary else "") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

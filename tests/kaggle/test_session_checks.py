@@ -12,7 +12,7 @@ import jax
 import pytest
 from test_check_env import P100, T4S, fake_gpu, named
 
-from jgpt import check_env
+from jgpt.checks import machine
 from jgpt.checks.verdict import Check
 from jgpt.kaggle.session import checks
 
@@ -49,17 +49,17 @@ def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for label in ("HF_TOKEN", "JAX_PLATFORMS"):
         monkeypatch.delenv(label, raising=False)
     monkeypatch.setattr(Client, "labels", Client.labels)
-    monkeypatch.setattr(check_env, "has_internet", lambda: True)
-    monkeypatch.setattr(check_env, "gpus_in_machine", lambda: ["Tesla T4"] * 2)
+    monkeypatch.setattr(machine, "has_internet", lambda: True)
+    monkeypatch.setattr(machine, "gpus_in_machine", lambda: ["Tesla T4"] * 2)
     monkeypatch.setattr("kagglehub.whoami", lambda verbose: {"username": "me"})
     monkeypatch.setattr(jax, "local_devices", lambda: T4S)
-    monkeypatch.setattr(check_env, "matmul_speed", lambda device: [])
-    monkeypatch.setattr(check_env, "all_reduce_speed", lambda found: [])
+    monkeypatch.setattr(machine, "matmul_speed", lambda device: [])
+    monkeypatch.setattr(machine, "all_reduce_speed", lambda found: [])
     return tmp_path
 
 
 def found(root: Path) -> dict[str, Check]:
-    sections = check_env.check_all(root / "working", quick=False)
+    sections = machine.check_all(root / "working", quick=False, place=checks)
     told = {check.name: check for section in sections.values() for check in section}
     assert PLANTED not in str(sections)
     assert all(check.fix for check in told.values() if check.state != "ok"), told
@@ -92,14 +92,14 @@ def test_a_session_that_is_as_it_should_be(kaggle: Path, monkeypatch: pytest.Mon
 def test_one_gpu_and_the_wrong_one(kaggle: Path, monkeypatch, devices: Any, gpus: list[str], words: str):
     cpu = jax.devices("cpu")
     monkeypatch.setattr(jax, "local_devices", lambda: devices or cpu)
-    monkeypatch.setattr(check_env, "gpus_in_machine", lambda: gpus)
+    monkeypatch.setattr(machine, "gpus_in_machine", lambda: gpus)
     check = found(kaggle)["GPUs"]
     assert check.state == "warn" and words in check.value
     assert ('"machine_shape": "NvidiaTeslaT4"' in check.fix) == (len(gpus) < 2)
 
 
 def test_internet_off(kaggle: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(check_env, "has_internet", lambda: False)
+    monkeypatch.setattr(machine, "has_internet", lambda: False)
     told = found(kaggle)
     assert told["internet"].state == "warn" and "fine for char, bpe and mounted tokenizers" in told["internet"].value
     assert "Settings > Internet on" in told["internet"].fix

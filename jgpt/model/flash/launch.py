@@ -99,11 +99,11 @@ def launch(
     arrays = [module.create_array_parameter(0, 16)] * (len(operands) + len(results))  # nothing to zero; aligned to 16
     blocks = grid(kernel, width, batch, length, groups, members)
     call = module.TritonKernelCall(_kernel(module, kernel, width, capability), *blocks, [*arrays, *scalars])
-    launched = jax.ffi.ffi_call(
+    launched = jax.ffi.ffi_call(  # pyright: ignore[reportCallIssue]
         "triton_kernel_call",
         list(results),
         input_output_aliases=aliases or {},
         custom_call_api_version=2,
-        legacy_backend_config=zlib.compress(call.to_proto(entry(kernel, width), b"")),
+        legacy_backend_config=zlib.compress(call.to_proto(entry(kernel, width), b"")),  # pyright: ignore[reportArgumentType]
     )
     return launched(*operands)
