@@ -22,9 +22,9 @@ INTRODUCTION = """# Configuration
 All config keys, with the values that they have when a config file does not change them. This page is made by
 `python scripts/docs/configuration.py` from the code; do not edit it.
 
-A config file is a Python file with a function `get_config()`. It starts from `jgpt.config.default_config()`, changes some
-keys, and returns the config. The files in `configs/` are examples. On the command line `--config.GROUP.KEY=VALUE`
-overrides one key, as often as you like:
+A config file is a Python file with a function `get_config()`. It starts from `jgpt.config.default_config()`, changes
+some keys, and returns the config. The files in `configs/` are examples. On the command line
+`--config.GROUP.KEY=VALUE` overrides one key, as often as you like:
 
     python -m jgpt.train --config configs/quickstart.py --config.optimizer.total_steps=2000
 
