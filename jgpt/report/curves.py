@@ -3,7 +3,6 @@
 In the data path: beside the checkpoints. The picture is drawn again at every evaluation.
 """
 
-import io
 import logging
 import math
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jgpt.atomic_write import write_file
+from jgpt.atomic_write import atomic_file
 from jgpt.report.warn_on_error import warn_on_error
 from jgpt.run_dir.metrics_file import best_validation, loss_text, read_metrics
 from jgpt.wording import format_count
@@ -30,9 +29,8 @@ def write_curves(run_dir: Path) -> None:
         records = read_metrics(run_dir / "metrics.jsonl")
         if not records or not _has_matplotlib():
             return
-        picture = io.BytesIO()
-        _draw(records, run_dir.resolve().name).savefig(picture, format="png", dpi=120)
-        write_file(run_dir / "loss.png", picture.getvalue())
+        with atomic_file(run_dir / "loss.png") as file:
+            _draw(records, run_dir.resolve().name).savefig(file, format="png", dpi=120)
 
 
 @cache  # so that the line is logged once, not at every evaluation

@@ -81,7 +81,9 @@ def read_floors() -> list[list[Room]]:
 
 
 def _room(name: str) -> Room:
-    doc = ast.get_docstring(ast.parse((_path(name) / "__init__.py").read_text(encoding="utf-8"))) or ""
+    path = _path(name)
+    source = path if path.suffix == ".py" else path / "__init__.py"
+    doc = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
     return Room(name.removeprefix(f"{PACKAGE}."), [name], doc.split("\n")[0])
 
 
