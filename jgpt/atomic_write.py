@@ -40,7 +40,7 @@ def write_file(path: Path, text: str) -> None:
         file.write(text)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files that killed processes left beside `path`; nobody may be writing it now."""
-    for leftover in path.parent.glob(f"{path.name}.*-*.tmp"):
+def remove_leftovers(directory: Path) -> None:
+    """Remove the temporary files that killed processes left in a directory; nobody may be writing to it now."""
+    for leftover in directory.glob(f"*.*-{'[0-9a-f]' * 8}.tmp"):
         leftover.unlink(missing_ok=True)
