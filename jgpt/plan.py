@@ -46,7 +46,7 @@ def main() -> int:
     args, config = flags.FLAGS, load_config()
     if args.device != THIS:
         jax.config.update("jax_platforms", "cpu")  # there is no driver for a GPU that is not here
-    set_up_process()
+    set_up_process(config.execution.deterministic)
     check(config)
 
     def print_progress(found: Estimate) -> None:

@@ -206,10 +206,14 @@ EXECUTION = Group(
                 "chunked": "5/8 of the pairs",
                 "chunked_vjp": "chunked, with a backward pass that moves less memory",
                 "chunked_vjp_recompute": "chunked_vjp that keeps no weights",
-                "flash": "one fused kernel",
+                "flash": "one fused kernel of cuDNN, from sm_80 on; not deterministic",
             },
         ),
         "loss_chunk_tokens": Key(2048, "tokens whose logits are in memory at one time; 0: all", low=0),
+        "deterministic": Key(
+            True,
+            "GPUs: a resumed run has the same bits as one that never stopped; without, XLA may choose faster algorithms",
+        ),
     },
 )
 

@@ -196,7 +196,14 @@ def _attention(config: ConfigDict, shapes: ModelConfig, policy: Policy, device: 
     wanted = config.execution.attention
     if wanted == "auto" and _splits_model(config):
         return "chunked"  # the only form that has been tested with the model split
-    return choose_attention(wanted, policy.compute, device.platform, compute_capability(device), shapes.d_head)
+    return choose_attention(
+        wanted,
+        policy.compute,
+        device.platform,
+        compute_capability(device),
+        d_head=shapes.d_head,
+        deterministic=config.execution.deterministic,
+    )
 
 
 def _count_adapters(shapes: ModelConfig, lora: LoRA | None) -> int:

@@ -50,7 +50,7 @@ def train(config: ConfigDict, command: str = "", on_saved: Callable[[Path, int],
 
 def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], None] | None) -> None:
     stop = Stop(config.deadline_hours)
-    set_up_process()
+    set_up_process(config.execution.deterministic)
     files = find_files(config.data.text_glob, "chat" if config.data.format == "chat" else "text")
     check(config, text_bytes(files))
     with open_run_dir(config.out_dir) as run_dir:

@@ -43,14 +43,12 @@ Answer = Callable[[Any], Any]  # how many steps -> (seconds, loss) of each; "pea
 
 
 def jgpt_contestant(shape: Shape, device: str, compute: str, deterministic: bool) -> Answer:
-    """Build jgpt's train step on one device; jgpt itself is deterministic."""
-    if not deterministic:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=false"
+    """Build jgpt's train step on one device."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the others need memory of the card as well
     from jgpt.hardware.devices import describe
     from jgpt.hardware.process import set_up_process
 
-    set_up_process()
+    set_up_process(deterministic)
     import jax
 
     from jgpt.hardware.speed import matmul_flops
@@ -59,7 +57,9 @@ def jgpt_contestant(shape: Shape, device: str, compute: str, deterministic: bool
 
     chosen = jax.local_devices(backend=device)[:1]
     policy = Policy(compute=DTYPES[compute])
-    run_steps = timed(jgpt_step(shape.model, shape.batch, chosen, shape.batch, policy), shape)
+    run_steps = timed(
+        jgpt_step(shape.model, shape.batch, chosen, shape.batch, policy, deterministic=deterministic), shape
+    )
 
     def answer(request: Any) -> Any:
         if request == "peak":

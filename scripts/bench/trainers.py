@@ -120,6 +120,7 @@ def jgpt_step(
     remat: str = "none",
     make_step: Callable[..., Any] | None = None,
     compile_only: bool = False,
+    deterministic: bool = False,
 ) -> StepFunction:
     """Build jgpt's train step through its own functions, of a model of `shapes` in micro-batches of `rows`.
 
@@ -144,7 +145,12 @@ def jgpt_step(
     accumulation = batch_size // (len(devices) * rows)
     device = devices[0]
     attention = choose_attention(
-        "auto", policy.compute, device.platform, compute_capability(device), shapes.d_model // shapes.n_heads
+        "auto",
+        policy.compute,
+        device.platform,
+        compute_capability(device),
+        shapes.d_model // shapes.n_heads,
+        deterministic,
     )
     model = GPT(shapes, policy.compute, remat, attention=attention)
     optimizer, runner = make_optimizer(config.optimizer), Replicate(devices)
