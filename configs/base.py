@@ -8,9 +8,9 @@ Command:  python -m jgpt.train --config configs/base.py --config.data.text_glob=
 
 from ml_collections import ConfigDict
 
-from jgpt.config.defaults import default_config
+from jgpt.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Return the config: every key is explained in jgpt/config.py."""
+    """Return the config: every key is explained in jgpt/config/defaults.py, and in --help."""
     return default_config()

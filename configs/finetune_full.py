@@ -1,7 +1,7 @@
 """Train all parameters of a pretrained model further: SmolLM2-135M-Instruct, on conversations of yours.
 
-As configs/finetune_lora.py, with no adapters: it can learn more, forgets more, and its checkpoints are thirty times as
-large (1.6 GB each for 135M parameters, the optimizer's moments included).
+Like configs/finetune_lora.py, without adapters: it can learn more, it forgets more, and its checkpoints are 30 times
+as large (1.6 GB each for 135M parameters, the optimizer's moments included).
 
 Hardware: one or two T4s, or any newer GPU.
 Time:     not measured. Predicted for two T4s: 14,000 tokens a second, so 10 minutes for the 500 steps.
@@ -11,7 +11,7 @@ Command:  python -m jgpt.train --config configs/finetune_full.py --config.data.t
 
 from ml_collections import ConfigDict
 
-from jgpt.config.defaults import default_config
+from jgpt.config import default_config
 
 
 def get_config() -> ConfigDict:

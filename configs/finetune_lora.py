@@ -16,7 +16,7 @@ Command:  python -m jgpt.train --config configs/finetune_lora.py --config.data.t
 
 from ml_collections import ConfigDict
 
-from jgpt.config.defaults import default_config
+from jgpt.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ Offline:  --config.tokenizer.pretrained=DIR, a directory with GPT-2's tokenizer 
 
 from ml_collections import ConfigDict
 
-from jgpt.config.defaults import default_config
+from jgpt.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -1,16 +1,16 @@
 """One 12-hour run on Kaggle's two T4s, on every .txt that you added as input: a modern GPT of 70 M parameters.
 
-Hardware: two T4s (accelerator "GPU T4 x2"). One T4 or any newer GPU works as well; the batch stays the same.
+Hardware: two T4s (accelerator "GPU T4 x2"). One T4 or any newer GPU works also works; the batch stays the same.
 Time:     not measured on a T4. Predicted (jgpt.plan): 56,000 tokens a second, so 6.5 hours for the 20,000 steps (1.3 B
-          tokens). It stops itself, saved, after 11 hours; the same command goes on.
+          tokens). It saves and stops after 11 hours; the same command resumes it.
 Expect:   depends on your text. With less than about 50 MB of it, fewer steps: watch where the validation loss turns up.
 Command:  python -m jgpt.train --config configs/kaggle_t4.py
 """
 
 from ml_collections import ConfigDict
 
-from jgpt.config.defaults import default_config
-from jgpt.kaggle.paths import input_dir, outputs_dir, scratch_dir
+from jgpt.config import default_config
+from jgpt.kaggle.session.paths import input_dir, outputs_dir, scratch_dir
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ Command:  python -m jgpt.train --config configs/quickstart.py
 
 from ml_collections import ConfigDict
 
-from jgpt.config.defaults import default_config
+from jgpt.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ Text:     https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinysh
 
 from ml_collections import ConfigDict
 
-from jgpt.config.defaults import default_config
+from jgpt.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -6,8 +6,9 @@ The data path, which is also the architecture:
       --model + optimizer, one pmap'd step--> state --checkpoint--> run directory
       --decode--> text        --exchange--> a Hugging Face model directory, and back
 
-`jgpt.data` holds the first line, `jgpt.model` and `jgpt.training` the second, `jgpt.inference` and `jgpt.exchange`
-the third; `jgpt.hardware` knows the machine, and every setting is born in `jgpt.config`.
+The first line is in `jgpt.data`; the second in `jgpt.model`, `jgpt.step`, `jgpt.parallel`, `jgpt.training` and
+`jgpt.run_dir`; the third in `jgpt.loading`, `jgpt.inference` and `jgpt.exchange`. Every setting is in
+`jgpt.config.defaults`. The commands (`jgpt --help`) are the files beside this one.
 """
 
 __version__ = "0.1.0"

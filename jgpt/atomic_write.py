@@ -1,17 +1,46 @@
 """Write a file whole or not at all.
 
-Beside the data path: everything that jgpt writes goes through here, so that a killed process leaves no half file.
+Beside the data path: every file that jgpt writes goes through here, so that a killed process leaves no half-written
+file under a name that somebody reads.
 """
 
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_file(path: Path, mode: str = "wb") -> Iterator[Any]:
+    """Yield an open temporary file, which becomes `path` when the block ends; on any error it is removed.
+
+    The temporary file is in the same directory, and no other process uses its name. It is flushed and synced to the
+    disk before it is renamed. `mode` is that of `open`; text is UTF-8, and newlines are written as they are. Raises
+    OSError when the file cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    binary = "b" in mode
+    try:
+        with temporary.open(mode, encoding=None if binary else "utf-8", newline=None if binary else "") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all: a temporary name, flushed, renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    """Write `text` to `path` as UTF-8, whole or not at all; raise OSError when that fails."""
+    with atomic_file(path, "w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove the temporary files that killed processes left in a directory; nobody may be writing to it now."""
+    for leftover in directory.glob(f"*.*-{'[0-9a-f]' * 8}.tmp"):
+        leftover.unlink(missing_ok=True)

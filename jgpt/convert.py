@@ -1,12 +1,12 @@
-"""Bring in a model of the Hugging Face world, or give one to it.
+"""Import a Hugging Face model as a run directory, or export a run as a Hugging Face model.
 
     python -m jgpt.convert import HuggingFaceTB/SmolLM2-135M-Instruct runs/smollm2
     python -m jgpt.convert export runs/quickstart exported/quickstart
 
 import SRC RUN_DIR writes a run directory that generate, chat, evaluate and --config.init_from take. SRC is a model
 directory, a directory with one somewhere below it (as Kaggle mounts models), or a name on the Hub, which is downloaded:
-GPT-2, Llama (SmolLM2, TinyLlama), Mistral, Qwen2, Qwen2.5 or Qwen3, from safetensors. (They take SRC as it is, too:
-without a copy.)
+GPT-2, Llama (SmolLM2, TinyLlama), Mistral, Qwen2, Qwen2.5 or Qwen3, from safetensors. (These commands also take
+SRC directly, without a copy.)
 
 export RUN_DIR OUT writes a directory that transformers.AutoModelForCausalLM.from_pretrained(OUT) opens, and every tool
 that reads such directories. The adapters of a LoRA run are merged into their base. For GGUF, run llama.cpp's own
@@ -21,24 +21,16 @@ from absl import flags
 
 from jgpt.cli.run import run
 from jgpt.errors import UserError
-from jgpt.exchange.hub import locate
-from jgpt.exchange.pretrained import check_export, export_model, open_pretrained
-from jgpt.kaggle.secrets import provide_hub_token
-from jgpt.loading.load import import_model
-from jgpt.loading.source import Source, load_params, open_source
-from jgpt.model.parameters import count_parameters
-from jgpt.model.precision import DTYPES
-from jgpt.wording import format_count
 
 KINDS = ["auto", "fp32", "fp16", "bf16"]
 
 
 def define_flags() -> None:
-    """Define the flags; not at import, because absl takes a name once a process and other commands have --step."""
+    """Define the flags."""
     flags.DEFINE_enum("params", "auto", KINDS, "import: the dtype to keep the weights in; auto: the one they have")
     flags.DEFINE_enum("dtype", "auto", KINDS, "export: the dtype to write; auto: the one they are kept in")
     flags.DEFINE_integer("step", None, "export: the checkpoint to take; without it the newest", lower_bound=0)
-    flags.DEFINE_string("base", "", "export: where the base model of a LoRA run is, if it was moved")
+    flags.DEFINE_string("base", "", "export: where the base model of a LoRA run is now, if it has moved")
 
 
 def main(action: str = "", source: str = "", target: str = "") -> None:
@@ -53,6 +45,14 @@ def main(action: str = "", source: str = "", target: str = "") -> None:
 
 
 def _import(name: str, run_dir: str) -> None:
+    # Here, as all that loads JAX: --help must not wait for it.
+    from jgpt.exchange.hub import locate
+    from jgpt.exchange.pretrained import open_pretrained
+    from jgpt.kaggle.session.secrets import provide_hub_token
+    from jgpt.loading.load import import_model
+    from jgpt.model.parameters import count_parameters
+    from jgpt.wording import format_count
+
     args = flags.FLAGS
     provide_hub_token(name)
     pretrained = open_pretrained(locate(name))
@@ -64,30 +64,13 @@ def _import(name: str, run_dir: str) -> None:
 
 
 def _export(run_dir: str, out: str) -> None:
+    from jgpt.loading.export import export_run  # here: --help must not wait for JAX
+
     args = flags.FLAGS
-    source = open_source(run_dir, args.step, base=args.base)
-    check_export(Path(out), source.shapes)  # before the weights are loaded
-    dtype = _kept_in(source) if args.dtype == "auto" else args.dtype
-    params = load_params(source, DTYPES[dtype], lambda path, array: array)
-    family = export_model(
-        Path(out),
-        params,
-        source.shapes,
-        source.tokenizer,
-        vocab_size=source.config.model.vocab_size or source.tokenizer.vocab_size,
-        stop_ids=source.stop_ids,
-        dtype=dtype,
-    )
+    family, dtype = export_run(run_dir, Path(out), step=args.step, base=args.base, dtype=args.dtype)
     megabytes = sum(path.stat().st_size for path in Path(out).iterdir()) / 1e6
     print(f"{out} is written: {family}, {dtype}, {megabytes:,.1f} MB. To open it:")
     print(f'    transformers.AutoModelForCausalLM.from_pretrained("{out}")')
-
-
-def _kept_in(source: Source) -> str:
-    """Return the dtype of a model's weights on disk; of LoRA adapters, that of the base they are merged into."""
-    if source.base is not None:
-        return _kept_in(source.base)
-    return source.pretrained.dtype if source.pretrained is not None else source.config.precision.params
 
 
 if __name__ == "__main__":

@@ -10,15 +10,17 @@ from pathlib import Path
 from jgpt.cli.flags import define_config, load_config
 from jgpt.cli.run import run
 from jgpt.config.check import check
-from jgpt.data.token_files import token_directory
-from jgpt.data.write_tokens import prepare
-from jgpt.loading.adopt import adopt_source
 
 PREVIEW_TOKENS = 200
 
 
 def main() -> None:
     """Prepare the token directory that the config names, and say what is in it."""
+    # Here, as all that loads JAX: --help must not wait for it.
+    from jgpt.data.token_files import token_directory
+    from jgpt.data.write_tokens import prepare
+    from jgpt.loading.adopt import adopt_source
+
     config = load_config()
     check(config)
     config, _ = adopt_source(config, Path(config.out_dir).expanduser().absolute())

@@ -1,10 +1,10 @@
-"""Train a GPT on your text, or go on with a run that was stopped, killed or is to train longer.
+"""Train a GPT on your text, or resume a run that was stopped, was killed, or should train longer.
 
     python -m jgpt.train --config configs/quickstart.py
     python -m jgpt.train --config configs/kaggle_t4.py --config.data.text_glob='/kaggle/input/**/*.txt'
 
 Everything that a run writes is in its run directory, config.out_dir: metrics.jsonl, loss.png, report.html, samples.txt,
-checkpoints/, tokenizer/, status.json. The same command again goes on from the newest whole checkpoint. Ctrl-C, SIGTERM
+checkpoints/, tokenizer/, status.json. The same command again resumes from the newest intact checkpoint. Ctrl-C, SIGTERM
 and --config.deadline_hours finish the step, save, and exit with 0.
 """
 
@@ -13,26 +13,17 @@ import sys
 
 from jgpt.cli.flags import define_config, load_config
 from jgpt.cli.run import run, set_up_logging
-from jgpt.kaggle.limits import fit_to_kaggle
-from jgpt.kaggle.paths import check_inputs, on_kaggle
-from jgpt.kaggle.resume import bring_back, unpacked
-from jgpt.kaggle.secrets import provide_hub_token
-from jgpt.kaggle.uploads import Uploads
-from jgpt.training import loop
 
 
 def train(config, command: str = "") -> None:
     """Train as the command does; for notebooks. `config` is a config file's get_config()."""
+    # Here, as all that loads JAX: --help must not wait for it.
+    from jgpt.kaggle.session.open import open_session
+    from jgpt.training.start import train as start_training
+
     set_up_logging()
-    for name in (config.init_from, config.tokenizer.pretrained, config.checkpoint.upload.removeprefix("hub:")):
-        provide_hub_token(name)
-    with Uploads(config.checkpoint) as uploads:
-        if on_kaggle():
-            check_inputs()
-            config.init_from = unpacked(config.init_from)
-        if on_kaggle() or config.checkpoint.upload:
-            bring_back(config)
-        loop.train(fit_to_kaggle(config), command or "call train(config) again", uploads.saved)
+    with open_session(config) as (config, on_saved):
+        start_training(config, command or "call train(config) again", on_saved)
 
 
 def main() -> None:

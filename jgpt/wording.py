@@ -1,4 +1,4 @@
-"""Numbers, bytes, durations and ranges as people read them.
+"""Format numbers, bytes, durations and ranges for people.
 
 Beside the data path: logs, reports and errors use these.
 """
@@ -49,7 +49,7 @@ def gib(n: float) -> str:
 
 
 def range_text(lowest: float, highest: float) -> str:
-    """Say a range in words.
+    """Write a range in words.
 
     >>> range_text(0, 0.99), range_text(1, math.inf), range_text(0, 2**31 - 1)
     ('0 to 0.99', '1 or more', '0 to 2,147,483,647')

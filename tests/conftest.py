@@ -19,8 +19,8 @@ from unittest import mock
 import jax
 import pytest
 from absl import flags
-from kaggle_machine import python_without
-from kaggle_server import FakeKaggle, reach
+from fake_kaggle import FakeKaggle, reach
+from fake_machine import python_without
 
 jax.config.update("jax_num_cpu_devices", 2)  # before any test touches a device
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,8 +1,12 @@
-"""What the documents promise is there: files, commands, configs and keys; and nothing names one person's machine."""
+"""What the documents name exists: files, functions, commands, configs and keys. No file names one person's machine."""
 
+import ast
+import importlib.util
 import re
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -10,7 +14,8 @@ from jgpt.config.defaults import default_config, flatten
 from jgpt.kaggle.__main__ import VERBS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "configs").glob("*.py"), *(ROOT / "jgpt").rglob("*.py")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DOCUMENTS = sorted([*PAGES, *(ROOT / "configs").glob("*.py"), *(ROOT / "jgpt").rglob("*.py")])
 GROUPS = {key.split(".")[0] for key in flatten(default_config())}
 
 
@@ -20,7 +25,7 @@ def tracked() -> list[Path]:
     try:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
-        folders = ("jgpt", "configs", "scripts", "tests", ".ci")
+        folders = ("jgpt", "configs", "scripts", "tests", "docs", ".ci", ".github")
         listed = [str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*.*")]
         listed += [path.name for path in ROOT.glob("*.*")]
     return [ROOT / name for name in listed if (ROOT / name).is_file() and not name.endswith((".pyc", ".png"))]
@@ -43,17 +48,62 @@ def test_what_a_document_names_exists(path):
         assert key in flatten(default_config()) or key in GROUPS, f"--config.{key}"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
-def test_links_lead_to_files(path):
-    for link in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_paths_lead_to_files(path):
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
         assert link.startswith(("https://", "http://", "mailto:")) or (path.parent / link).exists(), link
+    for name in re.findall(r"\b(?:jgpt|scripts|tests|configs|docs)/[\w./-]*\.(?:py|sh|md|svg)\b", text):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_architecture_names_functions_that_exist():
+    rows = re.findall(
+        r"\| `(jgpt/\S+\.py)` \| (.+) \|\n", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    )
+    assert len(rows) > 30
+    for path, names in rows:
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        defined |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        assert set(re.findall(r"`(\w+)`", names)) <= defined, path
+
+
+def script(name: str) -> ModuleType:
+    """Import scripts/docs/NAME.py."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "scripts" / "docs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_of_the_rooms_is_up_to_date():
+    draw_rooms = script("draw_rooms")
+    drawn = draw_rooms.draw(draw_rooms.read_floors())
+    shown = {name.split(".")[0] for name in re.findall(r'class="name"[^>]*>([^<]+)<', drawn)}
+    assert {path.parent.name for path in (ROOT / "jgpt").glob("*/__init__.py")} <= shown
+
+    def without_counts(picture: str) -> str:  # or every change of the code would make the picture old
+        return re.sub(r">[\d,]+ files?, [\d,]+ lines<", "><", picture)
+
+    committed = draw_rooms.PICTURE.read_text(encoding="utf-8")
+    assert without_counts(committed) == without_counts(drawn), "run: python scripts/docs/draw_rooms.py"
+
+
+def test_the_list_of_config_keys_is_up_to_date():
+    configuration = script("configuration")
+    written = configuration.page(configuration.read_groups())
+    assert sorted(re.findall(r"^\| `([\w.]+)` \|", written, re.MULTILINE)) == sorted(flatten(default_config()))
+    committed = configuration.PAGE.read_text(encoding="utf-8")
+    assert committed == written, "run: python scripts/docs/configuration.py"
 
 
 def test_the_readme_is_short_and_shows_the_way():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     if not readme.strip():
         pytest.skip("there is none yet")
-    assert len(readme.splitlines()) < 200
+    assert len(readme.splitlines()) < 130
     assert re.findall(r"@[A-Z]{3,}@", readme) == [], "measured numbers are still to be filled in"
     for part in ("bash scripts/run_local.sh", "bash scripts/test.sh", "pip install", "python -m jgpt.train --config"):
         assert part in readme

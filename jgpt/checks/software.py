@@ -1,7 +1,7 @@
 """Whether the software here is what jgpt needs.
 
-Beside the data path: `jgpt.check_env` asks. Only the standard library is imported, because this is what still runs on a
-machine where a package is missing or broken, and can say so.
+Beside the data path: `jgpt.check_env` prints it. Only the standard library is imported: it runs on a machine where a
+package is missing or broken, and says so.
 """
 
 import operator
@@ -22,6 +22,11 @@ EXTRAS = {"plot": "draws loss.png", "parquet": "reads .parquet text", "zstd": "r
 def software() -> list[Check]:
     """Check Python, every package that jgpt needs or can use, and that they fit together."""
     return [*python(), *packages(), *cuda_plugin(), *tensorflow()]
+
+
+def cannot_import(error: Exception) -> dict[str, list[Check]]:
+    """Report the software alone, on a machine where an import failed with `error`."""
+    return {"Software": [*software(), Check("imports", "FAIL", str(error), "fix the packages above")]}
 
 
 def python() -> list[Check]:
@@ -51,7 +56,7 @@ def packages() -> list[Check]:
 
 
 def cuda_plugin() -> list[Check]:
-    """Check that JAX's CUDA plugin is of jaxlib's version: JAX leaves another one aside, and the GPU with it."""
+    """Check that JAX's CUDA plugin is of jaxlib's version: JAX ignores another one, and then uses no GPU."""
     checks, jaxlib = [], _version("jaxlib")
     for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"):
         version = _version(name)

@@ -1,11 +1,13 @@
 """One line of a check, and the report that it stands in.
 
-Beside the data path: `jgpt.check_env` prints it. Only the standard library is imported.
+Beside the data path: `jgpt.check_env` prints it. No other package is imported: it works where one is missing.
 """
 
 import json
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
+
+from jgpt.redaction import redact
 
 STATES = ("ok", "warn", "FAIL")
 
@@ -22,8 +24,14 @@ class Check(NamedTuple):
     fix: str = ""
 
 
-def as_text(sections: Mapping[str, list[Check]]) -> str:
-    """Lay the checks out in columns, a section after the other, with what to do below each that is not ok."""
+def report(sections: Mapping[str, list[Check]], as_json: bool) -> int:
+    """Print the checks without any secret, and return the exit code."""
+    print(redact(to_json(sections) if as_json else to_text(sections)))
+    return exit_code(sections)
+
+
+def to_text(sections: Mapping[str, list[Check]]) -> str:
+    """Lay the checks out in columns, one section after the other, with what to do below each that is not ok."""
     width = max(len(check.name) for checks in sections.values() for check in checks)
     lines = []
     for title, checks in sections.items():
@@ -32,17 +40,17 @@ def as_text(sections: Mapping[str, list[Check]]) -> str:
         sum(check.state == state for checks in sections.values() for check in checks) for state in STATES[1:]
     )
     verdict = "Training cannot work here yet" if n_failures else "Training can work here"
-    return "\n".join([*lines, f"{verdict}: {n_failures} to mend, {n_warnings} to know."])
+    return "\n".join([*lines, f"{verdict}: {n_failures} to fix, {n_warnings} to know."])
 
 
-def as_json(sections: Mapping[str, list[Check]]) -> str:
-    """Give the same facts as one JSON object: "ok", and each section's checks."""
-    told = {title.lower(): [check._asdict() for check in checks] for title, checks in sections.items()}
-    return json.dumps({"ok": exit_code(sections) == 0, **told}, indent=2)
+def to_json(sections: Mapping[str, list[Check]]) -> str:
+    """Write the checks as one JSON object: "ok", and a list for each section."""
+    lists = {title.lower(): [check._asdict() for check in checks] for title, checks in sections.items()}
+    return json.dumps({"ok": exit_code(sections) == 0, **lists}, indent=2)
 
 
 def exit_code(sections: Mapping[str, list[Check]]) -> int:
-    """Return 2 when a check failed, which the user must mend, else 0."""
+    """Return 2 when a check failed, which the user must fix, else 0."""
     return 2 if any(check.state == "FAIL" for checks in sections.values() for check in checks) else 0
 
 

@@ -3,29 +3,47 @@
 Beside the data path: `run.py` calls it before the command.
 """
 
-import difflib
+from __future__ import annotations
+
 import logging
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
 
-from jgpt.config.defaults import default_config, flatten
+from jgpt.cli.text import did_you_mean
+from jgpt.config.defaults import GROUPS, KEYS, flatten
+from jgpt.config.files import config_files, find_config
+from jgpt.config.moved import new_key
 from jgpt.errors import UserError
 
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+HELP = {"-h", "--help", "-help", "--helpfull"}
+CONFIG_FLAG = re.compile(r"--?config(?:=(.*))?")
 AUTO = re.compile(r"^(--?config\.execution\.micro_batch_size=)auto$")  # a key of whole numbers, where 0 is auto
-OWN_CONFIG = "Begin with jgpt.config.default_config(), change keys of it, and return it."
+OWN_CONFIG = "Start with jgpt.config.default_config(), change its keys, and return it."
+
+
+def asks_for_help() -> bool:
+    """Return whether the command line asks for --help."""
+    return not HELP.isdisjoint(sys.argv[1:])
 
 
 def define_config() -> None:
-    """Define the --config flag: a file in `configs/`, whose keys --config.KEY=VALUE overrides."""
-    config_flags.DEFINE_config_file("config", None, "a config file; --config.KEY=VALUE overrides one of its keys")
+    """Define the --config flag: a config of ours or a file, whose keys --config.KEY=VALUE overrides."""
+    meaning = "a config; --config.KEY=VALUE overrides one of its keys"
+    if asks_for_help():  # which needs the flag's name alone, and is faster without ml_collections
+        flags.DEFINE_string("config", None, meaning)
+    else:
+        from ml_collections import config_flags
+
+        config_flags.DEFINE_config_file("config", None, meaning)
 
 
 def load_config() -> ConfigDict:
@@ -38,15 +56,16 @@ def parse_flags(positional: int = 0) -> list[str]:
 
     Every mistake in it is a UserError, and so is one in the config file.
     """
-    path = _config_file(sys.argv[1:]) if "config" in flags.FLAGS else None
-    if path:
-        _check_keys(sys.argv[1:])
+    arguments, path = sys.argv[1:], None
+    if "config" in flags.FLAGS:
+        arguments, path = _with_config_file(arguments)
+        _check_keys(arguments)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads the file by load_module
             logging.disable(logging.WARNING)  # and warns where _check_config answers
             flags.FLAGS.set_gnu_getopt(positional > 0)  # flags may follow other arguments
-            rest = flags.FLAGS([AUTO.sub(r"\g<1>0", argument) for argument in sys.argv])[1:]
+            rest = flags.FLAGS([sys.argv[0], *(AUTO.sub(r"\g<1>0", argument) for argument in arguments)])[1:]
         if path:
             hasattr(flags.FLAGS.config, "keys")  # raises the OSError that get_config() raised: ml_collections keeps it
     except flags.UnrecognizedFlagError as error:
@@ -70,52 +89,41 @@ def parse_flags(positional: int = 0) -> list[str]:
     return rest
 
 
-def _config_file(arguments: list[str]) -> Path:
-    """Find the config file among the arguments; its errors say which files there are."""
-    known = ", ".join(sorted(str(path) for path in Path("configs").glob("*.py")))
-    allowed = f"Allowed: {known}, or" if known else "Allowed:"
-    advice = f"{allowed} a file of your own with get_config(). For example: --config configs/quickstart.py"
-    path = ""
+def _with_config_file(arguments: list[str]) -> tuple[list[str], Path]:
+    """Put the path of the config file into the arguments, where a config may be given by its name; return both."""
+    known = config_files()
+    allowed = f"Allowed: {', '.join(known)}, or a file of your own with get_config()."
+    advice = f"{allowed} For example: --config quickstart"
+    place = value = None
     for i, argument in enumerate(arguments):
-        if found := re.fullmatch(r"--?config(?:=(.*))?", argument):
-            path = found[1] or (arguments[i + 1] if found[1] is None and i + 1 < len(arguments) else "")
-    if not path or path.startswith("-"):
+        if found := CONFIG_FLAG.fullmatch(argument):
+            place, value = (i, found[1]) if found[1] is not None else (i + 1, "".join(arguments[i + 1 : i + 2]))
+    if place is None or not value or value.startswith("-"):
         raise UserError(f"no --config was given. {advice}")
-    file = Path(path.split(":")[0])
-    if not file.is_file():
-        raise UserError(f"--config={path}: there is no such file (current folder: {Path.cwd()}). {advice}")
-    return file
+    name, colon, argument = value.partition(":")  # what follows the colon is an argument of get_config
+    path = find_config(name)
+    if path is None:
+        hint = did_you_mean(Path(name).stem, known)
+        raise UserError(
+            f"--config={value}: there is no such config or file (current folder: {Path.cwd()}).{hint} {advice}"
+        )
+    given = arguments[place].removesuffix(value)
+    return [*arguments[:place], f"{given}{path}{colon}{argument}", *arguments[place + 1 :]], path
 
 
 def _check_keys(arguments: list[str]) -> None:
-    """Refuse overrides of keys that there are not, all at once."""
-    known = flatten(default_config())
-    groups = {key.split(".")[0] for key in known if "." in key}
+    """Refuse overrides of keys that do not exist, all at once."""
+    groups = {group.name: group.keys for group in GROUPS}
     problems = []
     for argument in arguments:
-        if not (found := re.match(r"--?(?:no)?config\.([^=]*)", argument)) or (key := found[1]) in known:
+        if not (found := re.match(r"--?(?:no)?config\.([^=]*)", argument)) or (key := found[1]) in KEYS:
             continue
         if key in groups:
-            keys = ", ".join(name.removeprefix(f"{key}.") for name in known if name.startswith(f"{key}."))
-            problems.append(f"{found[0]} is a group of keys. Set one of its keys instead: {keys}.")
+            problems.append(f"{found[0]} is a group of keys. Set one of its keys instead: {', '.join(groups[key])}.")
         else:
-            problems.append(f"unknown config key {found[0]}.{did_you_mean(key, known)}")
+            problems.append(new_key(key) or f"unknown config key {found[0]}.{did_you_mean(key, KEYS)}")
     if problems:
         raise UserError(" ".join(problems) + " All keys are in --help.")
-
-
-def did_you_mean(key: str, known: Iterable[str]) -> str:
-    """Name the keys that `key` may stand for: in another group, or spelled almost like it.
-
-    >>> did_you_mean("n_layers", ["seed", "model.n_layers"]), did_you_mean("model.n_layer", ["seed", "model.n_layers"])
-    (' Did you mean model.n_layers?', ' Did you mean model.n_layers?')
-    >>> did_you_mean("zzz", ["seed", "model.n_layers"])
-    ''
-    """
-    known = list(known)
-    close = difflib.get_close_matches(key, known, 1)
-    elsewhere = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    return f" Did you mean {' or '.join(elsewhere or close)}?" if close or elsewhere else ""
 
 
 def _place(error: BaseException, path: Path) -> str:
@@ -126,7 +134,7 @@ def _place(error: BaseException, path: Path) -> str:
         line = cause.lineno if isinstance(cause, SyntaxError) and _same(cause.filename, path) else None
         line = frames[-1].lineno if frames else line
         if line is not None:
-            return f"{path}, line {line}: {_in_short(cause)} Mend that line, or name another file by --config."
+            return f"{path}, line {line}: {_in_short(cause)} Fix that line, or name another config by --config."
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, AttributeError) and "'get_config'" in str(error):
         return (
@@ -145,17 +153,19 @@ def _in_short(error: BaseException) -> str:
     key = re.match(r"\W*(?:Key\W+)?(\w+)", text)
     close = re.search(r'Did you mean "(\w+)"', text)
     if isinstance(error, AttributeError | KeyError) and ("locked" in text or close) and key:
-        return f"unknown config key {key[1]}." + (f" Did you mean {close[1]}?" if close else "")
+        return new_key(key[1]) or f"unknown config key {key[1]}." + (f" Did you mean {close[1]}?" if close else "")
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(".: ") + "."
 
 
 def _check_config(path: Path, config: Any) -> None:
     """Refuse what get_config() returned when it is not a config of jgpt."""
+    from ml_collections import ConfigDict
+
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config() returned {config!r}, and it must return a config. {OWN_CONFIG}")
-    found, known = flatten(config).keys(), flatten(default_config()).keys()
-    differences = [f"the unknown key {key}" for key in sorted(found - known)]
-    differences += [f"no key {key}" for key in sorted(known - found)]
+    found = flatten(config).keys()
+    differences = [f"the unknown key {key}" for key in sorted(found - KEYS.keys())]
+    differences += [f"no key {key}" for key in sorted(KEYS.keys() - found)]
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise UserError(f"{path}: get_config() returned a config with {', '.join(differences[:3])}{more}. {OWN_CONFIG}")
@@ -167,9 +177,9 @@ def _wrong_value(error: str) -> str:
     if not flag:
         return f"{error.rstrip('.')}. All flags are in --help."
     name, value = flag[1], flag[2]
-    known = {f"config.{key}": default for key, default in flatten(default_config()).items()}
-    if name in known:
-        kind, default = type(known[name]).__name__, known[name]
+    key = name.removeprefix("config.")
+    if name.startswith("config.") and key in KEYS:
+        kind, default = type(KEYS[key].value).__name__, KEYS[key].value
     elif name in flags.FLAGS:
         kind, default = flags.FLAGS[name].flag_type(), flags.FLAGS[name].default
     else:

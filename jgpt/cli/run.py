@@ -1,38 +1,38 @@
 """What all commands share: flags in; text, one clear message and an exit code out.
 
-Beside the data path: the commands (`python -m jgpt.NAME`) are the only callers.
+Beside the data path: the commands (`jgpt NAME`, `python -m jgpt.NAME`) are the only callers.
 """
 
 import errno
 import inspect
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 
 from absl import flags
 
-from jgpt.cli.flags import parse_flags
+from jgpt.cli.flags import asks_for_help, parse_flags
 from jgpt.cli.help import help_text
 from jgpt.cli.terminal import TerminalHandler
+from jgpt.config.defaults import KEYS
 from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
-from jgpt.hardware.memory import shortage
 from jgpt.redaction import redact
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_MEMORY, EXIT_DIVERGED = 0, 1, 2, 3, 4
 
 
 def run(main: Callable[..., int | None], doc: str | None) -> None:
-    """Run a command: parse its flags, call `main`, exit with 0 done or stopped on purpose, 2 the user's input,
-    3 out of memory, 4 training diverged, 1 a bug of ours (the only one that shows a traceback).
+    """Run a command: parse its flags, call `main`, and exit with one of the codes that --help lists.
 
-    What is no flag goes to `main`, which may take as many arguments as it has parameters, each a string with a
-    default. `doc` is the command's docstring, which heads its --help.
+    Arguments that are not flags go to `main`: at most one for each of its parameters, which are strings with defaults.
+    `doc` is the command's docstring, the beginning of its --help. Only a bug of ours shows a traceback.
     """
     set_up_logging(to_stderr="config" not in flags.FLAGS)  # what such a command prints is its result
     try:
-        if {"-h", "--help", "-help", "--helpfull"} & set(sys.argv[1:]):
+        if asks_for_help():
             print(help_text(doc or ""))
             code = EXIT_DONE
         else:
@@ -40,7 +40,7 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
         sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
-        code, message = EXIT_USER, str(error)
+        code, message = EXIT_USER, _with_flags(str(error))
     except OutOfMemory as error:
         code, message = EXIT_MEMORY, str(error)
     except TrainingDiverged as error:
@@ -54,8 +54,13 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             _print_error(traceback.format_exc())
             sys.exit(EXIT_BUG)
-        code, message = EXIT_USER, f"the disk is full: {error}. Make room, then run the same command again: it goes on."
+        code, message = (
+            EXIT_USER,
+            f"the disk is full: {error}. Free some space, then run the same command again: it continues.",
+        )
     except Exception as error:
+        from jgpt.hardware.memory import shortage  # here: it loads JAX, which --help does without
+
         code, message = EXIT_MEMORY, shortage(error)
         if not message:
             _print_error(traceback.format_exc())
@@ -63,6 +68,21 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
         message += ". Take fewer or shorter sequences at a time, or a smaller model; the flags are in --help."
     _print_error(f"error: {message}\n")
     sys.exit(code)
+
+
+def _with_flags(message: str) -> str:
+    """Say how a key of the config is set, after a message that names one and does not say it.
+
+    Only the commands know: the rooms below name keys, and not the flags of a command.
+    """
+    named = [key for key in KEYS if "." in key and re.search(rf"\b{re.escape(key)}\b", message)]
+    if not named or "--config" in message or "get_config()" in message:
+        return message
+    if "config" in flags.FLAGS:
+        return f"{message}\nSet a key by --config.KEY=VALUE, or in the config file."
+    names = [(key, key.rpartition(".")[2]) for key in named]
+    here = ", ".join(f"{key} is --{name}" for key, name in names if name in flags.FLAGS)
+    return f"{message}\nIn this command {here}." if here else message
 
 
 def _print_error(text: str) -> None:

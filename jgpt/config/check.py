@@ -3,89 +3,18 @@
 Beside the data path: the commands ask before the long work.
 """
 
+from __future__ import annotations
+
 import difflib
-import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from ml_collections import ConfigDict
-
-from jgpt.config.defaults import LORA_TARGETS, flatten
+from jgpt.config import moved
+from jgpt.config.defaults import KEYS, LORA_TARGETS, flatten
 from jgpt.errors import UserError
-from jgpt.wording import either, range_text
 
-CHOICES = {
-    "execution.parallel": ("data", "tensor"),
-    "data.format": ("text", "chat"),
-    "data.encoding_errors": ("strict", "replace"),
-    "tokenizer.kind": ("char", "bpe", "hf"),
-    "model.position": ("learned", "rope"),
-    "model.norm": ("layernorm", "rmsnorm"),
-    "model.mlp": ("gelu", "swiglu"),
-    "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
-    "precision.compute": ("auto", "fp32", "fp16", "bf16"),
-    "precision.params": ("fp32", "fp16", "bf16"),
-    "precision.gradient_average": ("fp32", "fp16"),
-    "execution.remat": ("none", "dots", "block", "auto"),
-    "execution.attention": ("auto", "plain", "chunked", "chunked_vjp", "chunked_vjp_recompute", "flash"),
-    "checkpoint.resume": ("auto", "must", "never"),
-}
-RANGES = (  # key, lowest, highest
-    ("seed", 0, 2**31 - 1),
-    ("log_every_steps", 1, math.inf),
-    ("deadline_hours", 0, math.inf),
-    ("execution.loss_chunk_tokens", 0, math.inf),
-    ("data.val_fraction", 1e-6, 0.5),
-    ("tokenizer.training_megabytes", 1, math.inf),
-    ("model.n_layers", 1, math.inf),
-    ("model.n_heads", 1, math.inf),
-    ("model.n_kv_heads", 0, math.inf),
-    ("model.d_model", 1, math.inf),
-    ("model.d_head", 0, math.inf),
-    ("model.d_ff", 0, math.inf),
-    ("model.context_length", 1, math.inf),
-    ("model.vocab_size", 0, math.inf),
-    ("model.vocab_multiple_of", 1, math.inf),
-    ("model.dropout", 0, 0.99),
-    ("model.rope_theta", 1, math.inf),
-    ("model.rope_scaling.factor", 1, math.inf),
-    ("model.rope_scaling.original_context_length", 0, math.inf),
-    ("model.rope_scaling.low_freq_factor", 0, math.inf),
-    ("model.rope_scaling.high_freq_factor", 0, math.inf),
-    ("model.rope_scaling.beta_fast", 0, math.inf),
-    ("model.rope_scaling.beta_slow", 0, math.inf),
-    ("model.rope_scaling.attention_factor", 0, math.inf),
-    ("model.norm_eps", 0, 1),
-    ("lora.rank", 0, 4096),
-    ("lora.alpha", 1e-6, math.inf),
-    ("lora.dropout", 0, 0.99),
-    ("precision.loss_scale", 1, 2.0**24),
-    ("precision.loss_scale_growth_steps", 1, math.inf),
-    ("optimizer.total_steps", 1, 2**31 - 1),
-    ("optimizer.warmup_steps", 0, math.inf),
-    ("optimizer.learning_rate", 1e-12, 10),
-    ("optimizer.min_learning_rate", 0, 10),
-    ("optimizer.beta1", 0, 0.99999),
-    ("optimizer.beta2", 0, 0.9999999),
-    ("optimizer.eps", 0, 1),
-    ("optimizer.weight_decay", 0, math.inf),
-    ("optimizer.clip_norm", 0, math.inf),
-    ("batch.global_batch_size", 1, math.inf),
-    ("batch.sequence_length", 0, math.inf),
-    ("execution.micro_batch_size", 0, math.inf),
-    ("eval.every_steps", 1, math.inf),
-    ("eval.batches", 1, math.inf),
-    ("sample.every_steps", 0, math.inf),
-    ("sample.num_samples", 0, math.inf),
-    ("sample.max_new_tokens", 1, math.inf),
-    ("sample.temperature", 0, 100),
-    ("sample.top_k", 0, math.inf),
-    ("sample.top_p", 1e-6, 1),
-    ("sample.min_p", 0, 1),
-    ("checkpoint.every_steps", 1, math.inf),
-    ("checkpoint.every_minutes", 0, math.inf),
-    ("checkpoint.keep_last", 1, math.inf),
-    ("checkpoint.disk_gb", 0, math.inf),
-    ("checkpoint.upload_every_minutes", 0, math.inf),
-)
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
 def check(config: ConfigDict, text_bytes: int | None = None) -> None:
@@ -98,106 +27,148 @@ def check(config: ConfigDict, text_bytes: int | None = None) -> None:
 
 def problems(config: ConfigDict, text_bytes: int | None = None) -> list[str]:
     """List what is wrong with a config, each as: what was given, what is allowed, what to do."""
-    found = []
-    flat = flatten(config)
-    wrong = set()  # keys that are wrong by themselves: nothing is computed from them below
+    single = _single_keys(flatten(config))
+    wrong = set(single)  # nothing is computed from these below
+    return [
+        *single.values(),
+        *_heads(config, wrong),
+        *_batch(config, wrong),
+        *_learning_rate(config, wrong),
+        *_tokenizer(config),
+        *_names(config),
+        *_length(config, wrong, text_bytes),
+        *_fine_tuning(config),
+    ]
 
-    for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            wrong.add(key)
-            close = difflib.get_close_matches(str(flat[key]), allowed, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            found.append(f"{key}={flat[key]!r}: it must be {either(map(repr, allowed))}{hint}")
-    for key, lowest, highest in RANGES:
-        if not lowest <= flat[key] <= highest:  # nan is in no range
-            wrong.add(key)
-            found.append(f"{key}={flat[key]!r}: it must be {range_text(lowest, highest)}")
 
-    def fine(*keys: str) -> bool:
-        return wrong.isdisjoint(keys)
+def _single_keys(flat: Mapping[str, Any]) -> dict[str, str]:
+    """Check each key by itself: its range, or its choices."""
+    found = {}
+    for name, key in KEYS.items():
+        value = flat[name]
+        if key.allows(value):
+            continue
+        renamed = moved.new_value(name, value)
+        hint = f"; {value!r} is now {renamed!r}" if renamed else _did_you_mean(value, key.choices)
+        found[name] = f"{name}={value!r}: it must be {key.allowed()}{hint}"
+    return found
 
-    m, b, o, t = config.model, config.batch, config.optimizer, config.tokenizer
-    if fine("model.n_heads", "model.d_model", "model.d_head", "model.position"):
+
+def _heads(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
+    """Check that the heads share the width, and that the key/value heads share the query heads."""
+    m = config.model
+    if wrong.isdisjoint(("model.n_heads", "model.d_model", "model.d_head", "model.position")):
+        d_head = m.d_head or m.d_model // m.n_heads
         if not m.d_head and m.d_model % m.n_heads:
-            near = [n for n in range(1, 2 * m.n_heads + 1) if m.d_model % n == 0]
-            close_heads = min(near, key=lambda n: abs(n - m.n_heads))
-            found.append(
+            divisors = [n for n in range(1, 2 * m.n_heads + 1) if m.d_model % n == 0]
+            closest = min(divisors, key=lambda n: abs(n - m.n_heads))
+            yield (
                 f"model.n_heads={m.n_heads} does not divide model.d_model={m.d_model}: heads are equal shares of the "
-                f"width; set model.n_heads={close_heads}, or model.d_head"
+                f"width; set model.n_heads={closest}, or model.d_head"
             )
-        elif m.position == "rope" and (m.d_head or m.d_model // m.n_heads) % 2:
-            found.append(
-                f"a head is {m.d_head or m.d_model // m.n_heads} wide: rope turns pairs, so it must be even; set "
-                "model.d_head, or model.position='learned'"
+        elif m.position == "rope" and d_head % 2:
+            yield (
+                f"a head is {d_head} wide: rope rotates pairs, so it must be even; set model.d_head, or "
+                "model.position='learned'"
             )
-    if fine("model.n_heads", "model.n_kv_heads") and m.n_kv_heads and m.n_heads % m.n_kv_heads:
-        found.append(
-            f"model.n_kv_heads={m.n_kv_heads} does not divide model.n_heads={m.n_heads}: each key/value head serves as "
-            "many query heads as the next; set it to a divisor, or 0"
+    if wrong.isdisjoint(("model.n_heads", "model.n_kv_heads")) and m.n_kv_heads and m.n_heads % m.n_kv_heads:
+        yield (
+            f"model.n_kv_heads={m.n_kv_heads} does not divide model.n_heads={m.n_heads}: each key/value head serves "
+            "the same number of query heads; set it to a divisor, or 0"
         )
-    micro = config.execution.micro_batch_size
-    cut = fine("batch.global_batch_size", "execution.micro_batch_size") and micro
-    if cut and b.global_batch_size % micro:
-        near = max(n for n in range(1, micro + 1) if b.global_batch_size % n == 0)
-        found.append(
-            f"execution.micro_batch_size={micro} does not divide batch.global_batch_size="
-            f"{b.global_batch_size}: a step is made of equal micro-batches; set execution.micro_batch_size={near}"
+
+
+def _batch(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
+    """Check that equal micro-batches make the batch."""
+    whole, micro = config.batch.global_batch_size, config.execution.micro_batch_size
+    if not wrong.isdisjoint(("batch.global_batch_size", "execution.micro_batch_size")) or not micro:
+        return
+    if whole % micro:
+        largest = max(n for n in range(1, micro + 1) if whole % n == 0)
+        yield (
+            f"execution.micro_batch_size={micro} does not divide batch.global_batch_size={whole}: a step is made of "
+            f"equal micro-batches; set execution.micro_batch_size={largest}"
         )
-    if fine("optimizer.warmup_steps", "optimizer.total_steps") and o.warmup_steps >= o.total_steps:
-        found.append(
+
+
+def _learning_rate(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
+    """Check that the learning rate rises to its peak and falls from it."""
+    o = config.optimizer
+    if wrong.isdisjoint(("optimizer.warmup_steps", "optimizer.total_steps")) and o.warmup_steps >= o.total_steps:
+        yield (
             f"optimizer.warmup_steps={o.warmup_steps} is not below optimizer.total_steps={o.total_steps}: the learning "
-            f"rate would never come down; set optimizer.warmup_steps={o.total_steps // 10}"
+            f"rate would never decay; set optimizer.warmup_steps={o.total_steps // 10}"
         )
-    if fine("optimizer.min_learning_rate", "optimizer.learning_rate") and o.min_learning_rate > o.learning_rate:
-        found.append(
+    rates = ("optimizer.min_learning_rate", "optimizer.learning_rate")
+    if wrong.isdisjoint(rates) and o.min_learning_rate > o.learning_rate:
+        yield (
             f"optimizer.min_learning_rate={o.min_learning_rate:g} is above optimizer.learning_rate="
-            f"{o.learning_rate:g}, the peak that it comes down from; set it to a tenth of that"
+            f"{o.learning_rate:g}, the peak that it decays from; set it to a tenth of that"
         )
+
+
+def _tokenizer(config: ConfigDict) -> Iterator[str]:
+    """Check that the vocabulary is large enough, and that a pretrained tokenizer has a name."""
+    t, n_rows = config.tokenizer, config.model.vocab_size
     if t.kind == "bpe" and t.vocab_size < 257:
-        found.append(
-            f"tokenizer.vocab_size={t.vocab_size}: bpe needs 256 bytes and an end-of-text token; set 257 or more"
-        )
+        yield f"tokenizer.vocab_size={t.vocab_size}: bpe needs 256 bytes and an end-of-text token; set 257 or more"
     if t.kind == "hf" and not t.pretrained:
-        found.append(
-            "tokenizer.pretrained='': kind 'hf' needs a local directory or a Hub name; set tokenizer.pretrained='gpt2'"
+        yield "tokenizer.pretrained='': kind 'hf' needs a directory or a Hub name; set tokenizer.pretrained='gpt2'"
+    if t.kind == "bpe" and 0 < n_rows < t.vocab_size:
+        yield (
+            f"model.vocab_size={n_rows} is below tokenizer.vocab_size={t.vocab_size}: the model needs a row for every "
+            "id; set model.vocab_size=0"
         )
-    if t.kind == "bpe" and 0 < m.vocab_size < t.vocab_size:
-        found.append(
-            f"model.vocab_size={m.vocab_size} is below tokenizer.vocab_size={t.vocab_size}: the model needs a row for "
-            "every id; set model.vocab_size=0"
-        )
+
+
+def _names(config: ConfigDict) -> Iterator[str]:
+    """Check that the run directory and the text are named."""
     if not config.out_dir.strip():
-        found.append("out_dir='': a run writes into a directory of its own; set out_dir='runs/NAME'")
+        yield "out_dir='': a run writes into a directory of its own; set out_dir='runs/NAME'"
     if not config.data.text_glob.strip():
-        found.append("data.text_glob='': name the text, a glob or a directory; set data.text_glob='texts/**/*.txt'")
-    length = "batch.sequence_length" if b.sequence_length else "model.context_length"
-    if fine("model.context_length", "batch.sequence_length"):
-        # With init_from the context is that model's, which is not known here.
-        if not config.init_from and b.sequence_length > m.context_length:
-            found.append(
-                f"batch.sequence_length={b.sequence_length} is above model.context_length={m.context_length}, which is "
-                "all that the model sees; set batch.sequence_length=0"
-            )
-        given = b.sequence_length or not config.init_from
-        fills = config.data.format == "text"  # a conversation may be shorter than its row
-        if text_bytes is not None and text_bytes <= flat[length] and given and fills:
-            found.append(
-                f"{length}={flat[length]} is longer than the data: {text_bytes:,} bytes of text in all; set a smaller "
-                f"{length}, or give more text"
-            )
-    if config.lora.rank and not config.init_from:
-        found.append(
-            f"lora.rank={config.lora.rank} without init_from: adapters are trained beside a model that is there; set "
-            "init_from to a model, or lora.rank=0"
+        yield "data.text_glob='': name the text, a glob or a directory; set data.text_glob='texts/**/*.txt'"
+
+
+def _length(config: ConfigDict, wrong: set[str], text_bytes: int | None) -> Iterator[str]:
+    """Check that a training sequence fits the model, and that the text fills at least one."""
+    if not wrong.isdisjoint(("model.context_length", "batch.sequence_length")):
+        return
+    given, context = config.batch.sequence_length, config.model.context_length
+    # With init_from the context is that model's, which is not known here.
+    if not config.init_from and given > context:
+        yield (
+            f"batch.sequence_length={given} is above model.context_length={context}, which is all that the model sees; "
+            "set batch.sequence_length=0"
         )
-    if config.execution.parallel == "tensor" and not config.lora.rank:
-        found.append(
+    name, length = ("batch.sequence_length", given) if given else ("model.context_length", context)
+    is_known = given or not config.init_from
+    fills_rows = config.data.format == "text"  # a conversation may be shorter than its row
+    if text_bytes is not None and text_bytes <= length and is_known and fills_rows:
+        yield (
+            f"{name}={length} is longer than the data: {text_bytes:,} bytes of text in all; set a smaller {name}, or "
+            "give more text"
+        )
+
+
+def _fine_tuning(config: ConfigDict) -> Iterator[str]:
+    """Check that adapters have a model beside them, and are on layers that exist."""
+    rank = config.lora.rank
+    if rank and not config.init_from:
+        yield (
+            f"lora.rank={rank} without init_from: adapters are trained beside a pretrained model; set init_from to a "
+            "model, or lora.rank=0"
+        )
+    if config.execution.parallel == "tensor" and not rank:
+        yield (
             "execution.parallel='tensor' without lora: the optimizer of all parameters is not split over devices; set "
             "lora.rank=16, or execution.parallel='data'"
         )
     targets = [target.strip() for target in config.lora.targets.split(",")]
     if unknown := [target for target in targets if target not in LORA_TARGETS]:
-        close = difflib.get_close_matches(unknown[0], LORA_TARGETS, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        found.append(f"lora.targets: {unknown[0]!r} is no layer; they are {', '.join(LORA_TARGETS)}{hint}")
-    return found
+        hint = _did_you_mean(unknown[0], LORA_TARGETS)
+        yield f"lora.targets: {unknown[0]!r} is no layer; they are {', '.join(LORA_TARGETS)}{hint}"
+
+
+def _did_you_mean(value: object, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(value), list(allowed), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,14 +1,19 @@
-"""Every setting of jgpt, born here with its unit and its reason; the files in `configs/` only override.
+"""Every setting of jgpt: its value, its reason and what is allowed. The files in `configs/` only override.
 
 First in the data path: a config names the text, the tokenizer, the model, the step and the run directory.
 """
 
+from __future__ import annotations
+
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ml_collections import ConfigDict
+from jgpt.config.key import Group, Key
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
 def standard_library_glob() -> str:
@@ -19,135 +24,272 @@ def standard_library_glob() -> str:
     return ",".join([f"{root}/*.py", *(f"{root}/{package}/**/*.py" for package in packages)])
 
 
+LORA_TARGETS = ("qkv", "proj", "gate_up", "up", "down")  # the linear layers of a block, by their names
+LARGEST_INT = 2**31 - 1
+DTYPES = {"fp32": "", "fp16": "", "bf16": ""}
+
+RUN = Group(
+    "",
+    "the run",
+    {
+        "seed": Key(1337, "decides initial parameters, order of the blocks, dropout and samples", 0, LARGEST_INT),
+        "out_dir": Key("runs/default", "the run directory: all that this run writes, and where it resumes from"),
+        "init_from": Key("", "start from this model: a Hugging Face directory or Hub name, or a run directory"),
+        "log_every_steps": Key(10, "steps between two lines of the log", low=1),
+        "deadline_hours": Key(0.0, "save and exit before a machine is taken away; 0: no deadline", low=0),
+    },
+)
+
+DATA = Group(
+    "data",
+    "the text",
+    {
+        "text_glob": Key(
+            standard_library_glob(),
+            "a glob (** goes into folders), a directory, or several with commas between",
+            shown="(Python's own source)",
+        ),
+        "format": Key(
+            "text",
+            "what the files hold",
+            choices={"text": "", "chat": '.jsonl whose lines have "messages"; what the assistant says is learned'},
+        ),
+        "text_field": Key("text", "the field that holds the text in .jsonl and .parquet"),
+        "cache_dir": Key("", "the token directory; '': tokens/ in the run directory"),
+        "val_fraction": Key(0.1, "share of the documents (of the tokens, if there are few) held out", 1e-6, 0.5),
+        "encoding_errors": Key(
+            "strict",
+            "what to do with bytes that are not UTF-8",
+            choices={"strict": "refuse them", "replace": "read them as U+FFFD, and count them"},
+        ),
+    },
+)
+
+TOKENIZER = Group(
+    "tokenizer",
+    "text to ids",
+    {
+        "kind": Key(
+            "bpe",
+            "which tokenizer",
+            choices={"char": "", "bpe": "byte-level, trained on the text", "hf": "a pretrained one"},
+        ),
+        "vocab_size": Key(4096, "bpe: ids in all, special tokens included (257 or more)"),
+        "training_megabytes": Key(64, "bpe: text to learn merges from, spread over all files", low=1),
+        "pretrained": Key("", "hf: a local directory, or a name on the Hugging Face Hub"),
+        "chat_template": Key("", "a Jinja file that turns messages into text; '': the pretrained tokenizer's own"),
+    },
+)
+
+MODEL = Group(
+    "model",
+    "the architecture; with init_from, all but dropout are that model's",
+    {
+        "n_layers": Key(6, "blocks", low=1),
+        "n_heads": Key(6, "query heads", low=1),
+        "n_kv_heads": Key(0, "key/value heads (grouped-query attention); 0: as many as n_heads", low=0),
+        "d_model": Key(384, "width of the residual stream", low=1),
+        "d_head": Key(0, "width of one head; 0: d_model / n_heads", low=0),
+        "d_ff": Key(0, "hidden width of the MLP; 0: 4 d_model, or 8/3 d_model rounded up to 64 for swiglu", low=0),
+        "context_length": Key(256, "tokens that the model sees at once", low=1),
+        "vocab_size": Key(0, "rows of the embedding; 0: the tokenizer's, rounded up to vocab_multiple_of", low=0),
+        "vocab_multiple_of": Key(64, "GPUs multiply matrices faster when their sides are multiples of 64", low=1),
+        "dropout": Key(0.0, "share of activations set to zero in training", 0, 0.99),
+        "position": Key("rope", "how positions enter the model", choices={"learned": "GPT-2", "rope": ""}),
+        "norm": Key("rmsnorm", "the normalization", choices={"layernorm": "GPT-2", "rmsnorm": ""}),
+        "mlp": Key("swiglu", "the MLP's activation", choices={"gelu": "GPT-2's tanh form", "swiglu": ""}),
+        "bias": Key(False, "biases in every linear layer and in LayerNorm"),
+        "qkv_bias": Key(False, "biases in the query, key and value layers alone (Qwen2); implied by bias"),
+        "qk_norm": Key(False, "RMSNorm on each query and key head (Qwen3)"),
+        "tie_embeddings": Key(True, "the output layer is the token embedding, transposed"),
+        "rope_theta": Key(10_000.0, "base of the rotary frequencies", low=1),
+        "norm_eps": Key(1e-5, "added to the variance in every norm", 0, 1),
+    },
+)
+
+ROPE_SCALING = Group(
+    "model.rope_scaling",
+    "how a pretrained model was stretched over a longer context",
+    {
+        "kind": Key("none", "the method", choices={"none": "", "linear": "", "llama3": "", "yarn": ""}),
+        "factor": Key(1.0, "how many times longer the context became", low=1),
+        "original_context_length": Key(0, "tokens, before it was stretched", low=0),
+        "low_freq_factor": Key(1.0, "llama3", low=0),
+        "high_freq_factor": Key(4.0, "llama3", low=0),
+        "beta_fast": Key(32.0, "yarn", low=0),
+        "beta_slow": Key(1.0, "yarn", low=0),
+        "attention_factor": Key(0.0, "yarn: of cosine and sine; 0: 0.1 ln(factor) + 1", low=0),
+    },
+)
+
+LORA = Group(
+    "lora",
+    "train small matrices beside the frozen ones of init_from",
+    {
+        "rank": Key(0, "columns of an adapter; 0: train all parameters", 0, 4096),
+        "alpha": Key(16.0, "the adapters' output is scaled by alpha / rank", low=1e-6),
+        "dropout": Key(0.0, "dropout on the adapters' input", 0, 0.99),
+        "targets": Key(",".join(LORA_TARGETS), "which of these layers have adapters; commas between"),
+    },
+)
+
+PRECISION = Group(
+    "precision",
+    "number formats",
+    {
+        "compute": Key(
+            "auto",
+            "dtype of the matrix products",
+            choices={"auto": "fp32 on CPU, fp16 on GPUs below sm_80, bf16 from sm_80", **DTYPES},
+        ),
+        "params": Key(
+            "fp32", "dtype of the stored parameters; half precision loses small Adam updates", choices=DTYPES
+        ),
+        "gradient_average": Key(
+            "fp32",
+            "what devices send each other",
+            choices={"fp32": "", "fp16": "half as many bytes, where compute is fp16"},
+        ),
+        "loss_scale": Key(32_768.0, "fp16 only: the first loss scale", 1, 2.0**24),
+        "loss_scale_growth_steps": Key(1000, "fp16 only: doubled after so many steps without overflow", low=1),
+    },
+)
+
+OPTIMIZER = Group(
+    "optimizer",
+    "AdamW, with a linear warmup and a cosine decay",
+    {
+        "total_steps": Key(1000, "optimizer steps of the whole run", 1, LARGEST_INT),
+        "warmup_steps": Key(100, "steps until the peak learning rate", low=0),
+        "learning_rate": Key(1e-3, "the peak, after warmup", 1e-12, 10),
+        "min_learning_rate": Key(1e-4, "at the end of the cosine", 0, 10),
+        "beta1": Key(0.9, "decay of the mean of gradients", 0, 0.99999),
+        "beta2": Key(0.99, "decay of the mean of squared gradients", 0, 0.9999999),
+        "eps": Key(1e-8, "added to the root of the squared mean", 0, 1),
+        "weight_decay": Key(0.1, "on matrices, not on norms and biases", low=0),
+        "clip_norm": Key(1.0, "largest global norm of the gradient; 0: no clipping", low=0),
+    },
+)
+
+BATCH = Group(
+    "batch",
+    "what one optimizer step sees",
+    {
+        "global_batch_size": Key(32, "sequences of an optimizer step, on all devices together", low=1),
+        "sequence_length": Key(0, "tokens of a training sequence; 0: model.context_length", low=0),
+    },
+)
+
+EXECUTION = Group(
+    "execution",
+    "what changes memory and speed and, except for rounding, no result",
+    {
+        "parallel": Key(
+            "data",
+            "how several devices share the work",
+            choices={"data": "each has a copy of the model", "tensor": "the model is split over all; LoRA only"},
+        ),
+        "micro_batch_size": Key(
+            32, "most sequences on a device at a time, others wait their turn; 0 or auto: search", 0
+        ),
+        "remat": Key(
+            "none",
+            "what the backward pass computes again instead of keeping it",
+            choices={"none": "nothing", "dots": "all but matrix products", "block": "everything", "auto": "search"},
+        ),
+        "attention": Key(
+            "auto",
+            "the attention of training",
+            choices={
+                "auto": "by the device",
+                "plain": "",
+                "chunked": "5/8 of the pairs",
+                "chunked_vjp": "chunked, with a backward pass that moves less memory",
+                "chunked_vjp_recompute": "chunked_vjp that keeps no weights",
+                "flash": "one fused kernel of cuDNN, from sm_80 on; not deterministic",
+            },
+        ),
+        "loss_chunk_tokens": Key(2048, "tokens whose logits are in memory at one time; 0: all", low=0),
+        "deterministic": Key(
+            True,
+            "GPUs: a resumed run has the same bits as one that never stopped; without, XLA may choose faster algorithms",
+        ),
+    },
+)
+
+EVAL = Group(
+    "eval",
+    "the validation loss",
+    {
+        "every_steps": Key(100, "steps between two evaluations", low=1),
+        "batches": Key(20, "global batches of validation text, spread evenly over it (all of it when it has fewer)", 1),
+    },
+)
+
+SAMPLE = Group(
+    "sample",
+    "text that the model writes during training",
+    {
+        "every_steps": Key(500, "steps between two samples; 0: only at the end", low=0),
+        "prompt": Key("", "'': start a new document; with data.format='chat' it is what the user says"),
+        "num_samples": Key(2, "texts each time", low=0),
+        "max_new_tokens": Key(200, "most tokens of a text", low=1),
+        "temperature": Key(0.8, "0: always the likeliest token; 1: the model's own distribution", 0, 100),
+        "top_k": Key(50, "draw from the k likeliest tokens only; 0: from all", low=0),
+        "top_p": Key(1.0, "draw from the fewest likeliest tokens that add up to this; 1: from all", 1e-6, 1),
+        "min_p": Key(0.0, "draw from tokens at least this share as likely as the likeliest; 0: from all", 0, 1),
+    },
+)
+
+CHECKPOINT = Group(
+    "checkpoint",
+    "what is saved, when, and what a second start does",
+    {
+        "every_steps": Key(500, "steps between two checkpoints", low=1),
+        "every_minutes": Key(20.0, "also after so many minutes; 0: by steps alone", low=0),
+        "keep_last": Key(2, "newest checkpoints to keep", low=1),
+        "keep_best": Key(True, "also keep the one with the lowest validation loss"),
+        "disk_gb": Key(0.0, "GB (1e9 bytes) that the run directory may hold; 0: what is free", low=0),
+        "upload": Key("", "also send the newest to 'hub:OWNER/NAME' or 'dataset:OWNER/SLUG'; '': nowhere"),
+        "upload_every_minutes": Key(60.0, "at least so long between uploads, each a new version; one at the end", 0),
+        "resume": Key(
+            "auto",
+            "what to do when out_dir holds a run",
+            choices={
+                "auto": "resume if there is a run, else start one",
+                "must": "refuse to start a new run",
+                "never": "refuse to resume",
+            },
+        ),
+    },
+)
+
+EXPORT = Group(
+    "export",
+    "what other tools must be able to read",
+    {"require": Key(False, "refuse, before training, a model that no Hugging Face architecture can hold")},
+)
+
+GROUPS = (RUN, DATA, TOKENIZER, MODEL, ROPE_SCALING, LORA, PRECISION, OPTIMIZER, BATCH, EXECUTION, EVAL, SAMPLE)
+GROUPS += (CHECKPOINT, EXPORT)
+
+KEYS = {f"{group.name}.{name}".lstrip("."): key for group in GROUPS for name, key in group.keys.items()}
+
+
 def default_config() -> ConfigDict:
     """Return the locked config that every file in `configs/` starts from: a small modern GPT on Python's own source."""
-    config = ConfigDict()
-    config.seed = 1337  # initial parameters, order of the blocks, dropout, samples
-    config.out_dir = "runs/default"  # the run directory: everything that this run writes, and where it resumes from
-    config.init_from = ""  # begin from this model: a Hugging Face directory or Hub name, or a run directory
-    config.log_every_steps = 10
-    config.deadline_hours = 0.0  # stop, save and exit in time for a machine that is taken away; 0: no deadline
+    from ml_collections import ConfigDict  # here: --help needs only the table, and loads faster without it
 
-    config.data = data = ConfigDict()
-    data.text_glob = standard_library_glob()  # a glob (** goes down), a directory, or several with commas between
-    data.format = "text"  # "text"; "chat": .jsonl whose lines have "messages", of which the assistant's are learned
-    data.text_field = "text"  # the field that holds the text in .jsonl and .parquet
-    data.cache_dir = ""  # the token directory; "": tokens/ in the run directory
-    data.val_fraction = 0.1  # share of the documents (of the tokens when there are few documents) held out
-    data.encoding_errors = "strict"  # bytes that are not UTF-8: "strict" refuses, "replace" puts U+FFFD and counts
-
-    config.tokenizer = tokenizer = ConfigDict()
-    tokenizer.kind = "bpe"  # "char", "bpe" (byte-level, trained on the corpus), "hf" (pretrained)
-    tokenizer.vocab_size = 4096  # bpe: ids in all, special tokens included
-    tokenizer.training_megabytes = 64  # bpe: text to learn merges from, spread over the corpus (its counts sit in RAM)
-    tokenizer.pretrained = ""  # hf: a local directory, or a name on the Hugging Face Hub
-    tokenizer.chat_template = ""  # a Jinja file that turns messages into text; "": the pretrained tokenizer's own
-
-    config.model = model = ConfigDict()  # with init_from, all but dropout are that model's
-    model.n_layers = 6
-    model.n_heads = 6
-    model.n_kv_heads = 0  # grouped-query attention: key/value heads; 0: as many as n_heads
-    model.d_model = 384  # width of the residual stream
-    model.d_head = 0  # width of one head; 0: d_model / n_heads
-    model.d_ff = 0  # hidden width of the MLP; 0: 4 d_model, or 8/3 d_model rounded up to 64 for swiglu
-    model.context_length = 256  # tokens
-    model.vocab_size = 0  # rows of the embedding; 0: the tokenizer's, rounded up to vocab_multiple_of
-    model.vocab_multiple_of = 64  # GPUs multiply matrices faster when their sides are multiples of 64
-    model.dropout = 0.0
-    model.position = "rope"  # "learned" (GPT-2), "rope"
-    model.norm = "rmsnorm"  # "layernorm" (GPT-2), "rmsnorm"
-    model.mlp = "swiglu"  # "gelu" (GPT-2's tanh form), "swiglu"
-    model.bias = False  # biases in every linear layer and in LayerNorm
-    model.qkv_bias = False  # biases in the query, key and value layers alone (Qwen2); implied by bias
-    model.qk_norm = False  # RMSNorm on each query and key head (Qwen3)
-    model.tie_embeddings = True  # the output layer is the token embedding, transposed
-    model.rope_theta = 10_000.0
-    model.rope_scaling = rope_scaling = ConfigDict()  # how a pretrained model was stretched over a longer context
-    rope_scaling.kind = "none"  # "none", "linear", "llama3", "yarn"
-    rope_scaling.factor = 1.0
-    rope_scaling.original_context_length = 0  # tokens, before it was stretched
-    rope_scaling.low_freq_factor = 1.0  # llama3
-    rope_scaling.high_freq_factor = 4.0  # llama3
-    rope_scaling.beta_fast = 32.0  # yarn
-    rope_scaling.beta_slow = 1.0  # yarn
-    rope_scaling.attention_factor = 0.0  # yarn: of cosine and sine; 0: 0.1 ln(factor) + 1
-    model.norm_eps = 1e-5
-
-    config.lora = lora = ConfigDict()  # train small matrices beside the frozen ones of init_from
-    lora.rank = 0  # columns of an adapter; 0: train all parameters
-    lora.alpha = 16.0  # the adapters' output is scaled by alpha / rank
-    lora.dropout = 0.0  # on the adapters' input
-    lora.targets = "qkv,proj,gate_up,up,down"  # the layers of a block that have adapters, of these; commas between
-
-    config.precision = precision = ConfigDict()
-    precision.compute = "auto"  # "fp32", "fp16", "bf16"; auto: fp32 on CPU, fp16 on GPUs below sm_80, bf16 from sm_80
-    precision.params = "fp32"  # dtype of the stored parameters; half precision loses small Adam updates
-    precision.gradient_average = "fp32"  # what devices send each other; "fp16", half of it, where compute is fp16
-    precision.loss_scale = 32_768.0  # fp16 only: the first loss scale
-    precision.loss_scale_growth_steps = 1000  # fp16 only: doubled after so many steps without overflow
-
-    config.optimizer = optimizer = ConfigDict()
-    optimizer.total_steps = 1000  # optimizer steps
-    optimizer.warmup_steps = 100
-    optimizer.learning_rate = 1e-3  # the peak, after warmup
-    optimizer.min_learning_rate = 1e-4  # at the end of the cosine
-    optimizer.beta1 = 0.9
-    optimizer.beta2 = 0.99
-    optimizer.eps = 1e-8
-    optimizer.weight_decay = 0.1  # on matrices, not on norms and biases
-    optimizer.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
-
-    config.batch = batch = ConfigDict()
-    batch.global_batch_size = 32  # sequences an optimizer step, on all devices together
-    batch.sequence_length = 0  # tokens of a training sequence; 0: model.context_length
-
-    config.execution = execution = ConfigDict()  # what changes memory and speed and, but for rounding, no result
-    execution.parallel = "data"  # several devices: "data" copies the model to each, "tensor" splits it over all (lora)
-    execution.micro_batch_size = (
-        32  # sequences on one device at a time, at most; the rest is accumulated; 0, auto: search
-    )
-    execution.remat = "none"  # recomputed in the backward pass: "none", "dots" (all but matmuls), "block" (all), "auto"
-    execution.attention = (
-        "auto"  # of training: "plain", "chunked" (5/8 of the pairs), "chunked_vjp" (so, with a backward pass that moves
-        # less memory), "chunked_vjp_recompute" (the same, keeping no weights), "flash" (fused); auto: by the device
-    )
-    execution.loss_chunk_tokens = 2048  # tokens whose logits are in memory at one time; 0: all
-
-    config.eval = evaluation = ConfigDict()
-    evaluation.every_steps = 100
-    evaluation.batches = 20  # global batches of validation text, spread evenly over it (all of it when there are fewer)
-
-    config.sample = sample = ConfigDict()
-    sample.every_steps = 500  # 0: only at the end
-    sample.prompt = ""  # "": begin a new document; of conversations it is what the user says
-    sample.num_samples = 2
-    sample.max_new_tokens = 200
-    sample.temperature = 0.8
-    sample.top_k = 50  # 0: all
-    sample.top_p = 1.0
-    sample.min_p = 0.0
-
-    config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every_steps = 500
-    checkpoint.every_minutes = 20.0  # as well; 0: by steps alone
-    checkpoint.keep_last = 2
-    checkpoint.keep_best = True  # also keep the one with the lowest validation loss
-    checkpoint.disk_gb = 0.0  # GB (1e9 bytes) that the run directory may hold; 0: what is free
-    checkpoint.upload = ""  # also send the newest to "hub:OWNER/NAME", "dataset:OWNER/SLUG"; "": nowhere
-    checkpoint.upload_every_minutes = 60.0  # at most so often, as each is a new version there, and once at the end
-    checkpoint.resume = (
-        "auto"  # "auto": go on if out_dir holds a run; "must": refuse to start anew; "never": refuse to go on
-    )
-
-    config.export = export = ConfigDict()
-    export.require = False  # refuse, before training, a model that no Hugging Face architecture can hold
-    return config.lock()
+    values: dict[str, Any] = {}
+    for group in GROUPS:
+        place = values
+        for part in filter(None, group.name.split(".")):
+            place = place.setdefault(part, {})
+        place.update({name: key.value for name, key in group.keys.items()})
+    return ConfigDict(values).lock()
 
 
-LORA_TARGETS = ("qkv", "proj", "gate_up", "up", "down")  # the linear layers of a block, by their names
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
     """Return a nested config as {"group.key": value}.
 
     >>> flatten({"seed": 1, "model": {"n_layers": 2}})
@@ -155,7 +297,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     flat = {}
     for key, value in config.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping | ConfigDict) else {f"{prefix}{key}": value}
-        )
+        is_group = hasattr(value, "items")
+        flat |= flatten(value, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": value}
     return flat

@@ -1,8 +1,8 @@
-"""Tokens to batches: the last step of the data path before the model, a pure function of (seed, step).
+"""Make batches of tokens: a pure function of (seed, step).
 
-An epoch is a no-repeat shuffled order of blocks of tokens, or of rows of whole conversations; resuming needs no state
-but the step, and the order does not depend on how many devices share a batch. Before: `token_files.py` and
-`packing.py`; after: `step/`.
+An epoch visits every block of tokens once, or every row of whole conversations, in a shuffled order. Resuming needs
+only the step, and the order does not depend on how many devices share a batch. In the data path: after
+`token_files.py` and `packing.py`, before `step/`.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from jgpt.errors import UserError
 
 
 class Batch(NamedTuple):
-    """Sequences of tokens, each predicting the next; numpy's arrays or JAX's, with any leading dimensions."""
+    """Sequences in which each token predicts the next; arrays of numpy or JAX, with any leading dimensions."""
 
     tokens: Any  # int32 [..., T+1]: inputs [..., :-1], targets [..., 1:]
     weights: Any = None  # fp32 [..., T], of the targets' losses; None: all 1
-    segments: Any = None  # int32 [..., T], numbers the texts that share a row, none of which sees another; None: one
+    segments: Any = None  # int32 [..., T], the number of the text that an input belongs to; None: one text a row
 
 
 def _random(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -39,47 +39,40 @@ def block_order(seed: int, epoch: int, n_blocks: int) -> np.ndarray:
     (False, [0, 1, 2, 3, 4, 5])
     """
     order = np.argsort(_random(seed, epoch, n_blocks + 1)[1:], kind="stable")
-    order.flags.writeable = False  # the cache hands out the array itself
+    order.flags.writeable = False  # every caller gets the cached array itself
     return order
 
 
 @lru_cache(maxsize=2)
-def block_offset(seed: int, epoch: int, context_length: int) -> int:
-    """Return where an epoch's first block begins, in [0, context_length): each epoch sees other windows of the text."""
-    return int(_random(seed, epoch, 1)[0] % np.uint64(context_length))
+def block_offset(seed: int, epoch: int, sequence_length: int) -> int:
+    """Return the first token of an epoch's first block, in [0, sequence_length): each epoch cuts the text elsewhere."""
+    return int(_random(seed, epoch, 1)[0] % np.uint64(sequence_length))
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The training batches over a 1-D array of tokens (T = context_length, G = global_batch_size)."""
+    """The training batches of a text (T = sequence_length, G = global_batch_size). `tokens` [n], n at least 2 T."""
 
     tokens: np.ndarray
     seed: int
     global_batch_size: int
-    context_length: int
+    sequence_length: int
     vocab_size: int
-
-    def __post_init__(self) -> None:
-        if self.n_blocks < 1:
-            raise UserError(
-                f"model.context_length is {self.context_length} and the training text has {len(self.tokens):,} tokens. "
-                f"At least {2 * self.context_length:,} are needed. Shorten the context, or give more text."
-            )
 
     @property
     def n_blocks(self) -> int:
-        """Blocks in an epoch; one context is held back, as the epochs' offsets need room."""
-        return (len(self.tokens) - self.context_length) // self.context_length
+        """Blocks in an epoch. One sequence less than the tokens hold, because an epoch's first block has an offset."""
+        return len(self.tokens) // self.sequence_length - 1
 
     @property
     def tokens_per_epoch(self) -> int:
         """Tokens that an epoch predicts."""
-        return self.n_blocks * self.context_length
+        return self.n_blocks * self.sequence_length
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step: tokens int32 [G, T+1].
 
-        Raises UserError when the tokens hold an id past the vocabulary.
+        Raises UserError when an id is not in the vocabulary.
         """
         first = step * self.global_batch_size
         batch = np.stack([self._block(index) for index in range(first, first + self.global_batch_size)])
@@ -89,13 +82,13 @@ class Batches:
     def _block(self, index: int) -> np.ndarray:
         epoch, position = divmod(index, self.n_blocks)
         block = block_order(self.seed, epoch, self.n_blocks)[position]
-        start = block_offset(self.seed, epoch, self.context_length) + block * self.context_length
-        return self.tokens[start : start + self.context_length + 1]
+        start = block_offset(self.seed, epoch, self.sequence_length) + block * self.sequence_length
+        return self.tokens[start : start + self.sequence_length + 1]
 
 
 @dataclass(frozen=True)
 class ChatBatches:
-    """The training batches over rows of conversations, of which the answers are learned; else as `Batches`."""
+    """The training batches of conversations: packed rows, of which the assistant's answers are learned."""
 
     rows: Rows
     seed: int
@@ -109,14 +102,14 @@ class ChatBatches:
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Targets in an epoch's rows, those that are not learned included."""
+        """Targets in an epoch's rows, with those that are not learned."""
         return self.n_blocks * (self.rows.capacity - 1)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step: tokens int32 [G, T+1], weights fp32 [G, T], segments int32 [G, T].
 
-        The weights have mean 1, so that the mean of weighted losses, however the batch is shared out, is that of the
-        learned targets. Raises UserError when the tokens hold an id past the vocabulary.
+        The weights have mean 1. So the mean of the weighted losses is the mean over the learned targets, however the
+        batch is divided among devices and micro-batches. Raises UserError when an id is not in the vocabulary.
         """
         first = step * self.global_batch_size
         rows = [self._row(index) for index in range(first, first + self.global_batch_size)]
@@ -131,52 +124,63 @@ class ChatBatches:
 
 
 def chat_row(rows: Rows, index: int) -> Batch:
-    """Return a packed row as one sequence, its weights 1 where a target is learned and 0 elsewhere."""
+    """Return a packed row as one sequence: tokens int32 [T+1], weights fp32 [T], segments int32 [T].
+
+    A weight is 1 where the target is learned, else 0.
+    """
     words, numbers = rows.row(index)
-    learned = (words & (LEARNED | BEGINS)) == LEARNED  # nothing before it leads to a conversation's first token
+    learned = (words & (LEARNED | BEGINS)) == LEARNED  # a conversation's first token has no input
     return Batch((words & IDS).astype(np.int32), learned[1:].astype(np.float32), numbers[:-1])
 
 
 def _check_ids(tokens: np.ndarray, vocab_size: int) -> None:
-    if (highest := int(tokens.max())) >= vocab_size:  # on a device it would be clamped, and train on silently
+    if (highest := int(tokens.max())) >= vocab_size:  # a device would clamp it without an error
         raise UserError(
-            f"the training tokens hold the id {highest}, and the vocabulary ends at {vocab_size - 1}. They "
-            "are damaged or of another tokenizer. Delete the token directory; the next run makes it anew."
+            f"the training tokens hold the id {highest}. Allowed: 0 to {vocab_size - 1}. They are damaged, or of "
+            "another tokenizer. Delete the token directory; the next run makes a new one."
         )
 
 
 def make_batches(
-    data: TokenData, seed: int, global_batch_size: int, context_length: int, vocab_size: int
+    data: TokenData, seed: int, global_batch_size: int, sequence_length: int, vocab_size: int, *, length_key: str
 ) -> Batches | ChatBatches:
-    """Return the training batches over a token directory, in its own format.
+    """Return the training batches of a token directory: of its text, or of its conversations.
 
-    Raises UserError when there is not even one sequence.
+    `length_key` is the config key that `sequence_length` comes from. Raises UserError, with this key, when the tokens
+    are too few for one sequence.
     """
     if data.is_chat:
-        rows = pack_rows(data.train, context_length + 1, "training")
+        rows = pack_rows(data.train, sequence_length + 1, "training", length_key)
         return ChatBatches(rows, seed, global_batch_size, vocab_size)
-    return Batches(data.train, seed, global_batch_size, context_length, vocab_size)
+    if len(data.train) < 2 * sequence_length:
+        raise UserError(
+            f"{length_key} is {sequence_length}, and the training text has {len(data.train):,} tokens. At least "
+            f"{2 * sequence_length:,} are needed. Set a smaller {length_key}, or give more text."
+        )
+    return Batches(data.train, seed, global_batch_size, sequence_length, vocab_size)
 
 
-def validation_blocks(data: TokenData, context_length: int, max_sequences: int) -> list[Batch]:
-    """Return at most `max_sequences` sequences, spread evenly over the validation tokens: each one row of a batch.
+def validation_blocks(data: TokenData, sequence_length: int, max_sequences: int, *, length_key: str) -> list[Batch]:
+    """Return at most `max_sequences` sequences, spread evenly over the validation tokens; each is one row of a batch.
 
-    Their weights, where they have any, are 1 and 0. Raises UserError when there is not even one.
+    Of conversations the weights are 1 and 0; a text has none. `length_key` is the config key that `sequence_length`
+    comes from. Raises UserError, with this key, when the tokens are too few for one sequence.
     """
     if data.is_chat:
-        rows = pack_rows(data.val, context_length + 1, "validation")
-        return [chat_row(rows, index) for index in _spread(len(rows), max_sequences)]
-    n_blocks = (len(data.val) - 1) // context_length
+        rows = pack_rows(data.val, sequence_length + 1, "validation", length_key)
+        return [chat_row(rows, index) for index in _evenly(len(rows), max_sequences)]
+    n_blocks = (len(data.val) - 1) // sequence_length
     if n_blocks < 1:
         raise UserError(
-            f"model.context_length is {context_length} and the validation text has {len(data.val):,} tokens. At least "
-            f"{context_length + 1:,} are needed. Shorten the context, raise data.val_fraction, or give more text."
+            f"{length_key} is {sequence_length}, and the validation text has {len(data.val):,} tokens. At least "
+            f"{sequence_length + 1:,} are needed. Set a smaller {length_key} or a larger data.val_fraction, or give "
+            "more text."
         )
-    starts = _spread(n_blocks, max_sequences) * context_length
-    return [Batch(data.val[start : start + context_length + 1].astype(np.int32)) for start in starts]
+    starts = _evenly(n_blocks, max_sequences) * sequence_length
+    return [Batch(data.val[start : start + sequence_length + 1].astype(np.int32)) for start in starts]
 
 
-def _spread(n: int, at_most: int) -> np.ndarray:
-    """Choose at most so many of range(n), evenly."""
+def _evenly(n: int, at_most: int) -> np.ndarray:
+    """Choose at most `at_most` numbers of range(n), evenly spaced."""
     chosen = min(n, at_most)
     return np.arange(chosen) * n // chosen

@@ -1,4 +1,4 @@
-"""Text and ids cut into blocks for evaluation.
+"""Cut a stream of ids into blocks, for evaluation.
 
 In the data path: beside `batches.py`, for text that is read once and in order.
 """
@@ -13,7 +13,10 @@ from jgpt.data.tokenizer import Tokenizer
 
 
 class TokenStream:
-    """The ids of a corpus, piece by piece, an end-of-text id behind each document; counts the bytes passed."""
+    """The ids of a corpus: iterate over arrays of uint32, with an end-of-text id after each document.
+
+    `n_bytes` counts the text read so far, as UTF-8.
+    """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer) -> None:
         self.corpus, self.tokenizer, self.n_bytes = corpus, tokenizer, 0
@@ -25,14 +28,17 @@ class TokenStream:
             yield np.append(ids, np.uint32(self.tokenizer.eot_id)) if piece.ends_document else ids
 
 
-def blocks(pieces: Iterable[np.ndarray], context_length: int) -> Iterator[Batch]:
-    """Cut a stream of ids into blocks of context_length + 1, neighbours sharing one id; the last may be shorter."""
+def blocks(pieces: Iterable[np.ndarray], sequence_length: int) -> Iterator[Batch]:
+    """Cut a stream of ids into blocks of sequence_length + 1; the last may be shorter.
+
+    A block begins with the last id of the block before it, so that every id but the first is predicted once.
+    """
     rest = np.zeros(0, np.int64)
     for piece in pieces:
-        for start in range(0, len(piece), 1 << 20):  # a memmap is read a part at a time
+        for start in range(0, len(piece), 1 << 20):  # a part at a time, as a memmap may be larger than memory
             rest = np.concatenate([rest, piece[start : start + (1 << 20)]])
-            while len(rest) > context_length:
-                yield Batch(rest[: context_length + 1])
-                rest = rest[context_length:]
+            while len(rest) > sequence_length:
+                yield Batch(rest[: sequence_length + 1])
+                rest = rest[sequence_length:]
     if len(rest) > 1:
         yield Batch(rest)

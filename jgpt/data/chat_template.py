@@ -1,4 +1,4 @@
-"""Chat templates: messages to text, and which parts of it the assistant wrote.
+"""Render messages as text by a chat template, and tell which parts the assistant wrote.
 
 In the data path: before the tokenizer, for conversations (`conversations.py`) and for prompts in a chat.
 """
@@ -18,13 +18,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jgpt.errors import UserError
 
-Message = Mapping[str, str]  # role: system, user or assistant; content
+Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": TEXT}
 
 
 def render(template: str, settings: Mapping[str, Any], messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    """Turn messages into text by a Jinja template, exactly as transformers' `apply_chat_template` does.
+    """Render messages as text by a Jinja template, exactly as transformers' `apply_chat_template` does.
 
-    `settings` are the tokenizer's, whose special tokens templates name. With `add_generation_prompt` the text ends
+    `settings` are the tokenizer's; a template may use its special tokens. With `add_generation_prompt` the text ends
     where the assistant's answer begins. Raises UserError when the template is broken or refuses the messages.
 
     >>> render("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}",
@@ -36,21 +36,24 @@ def render(template: str, settings: Mapping[str, Any], messages: Sequence[Messag
         return _compile(template).render(
             messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **special
         )
-    except Exception as error:  # a template is a program: it raises whatever it likes
+    except Exception as error:  # a template is a program, which may raise any error
         raise UserError(
-            f"the chat template does not render these messages ({type(error).__name__}: {error}). Templates may insist "
-            "on an order of roles, or on no system message. Change the messages, or name another template by "
-            "--config.tokenizer.chat_template=FILE."
+            f"the chat template does not render these messages ({type(error).__name__}: {error}). A template may "
+            "require an order of roles, or refuse a system message. Change the messages, or set "
+            "tokenizer.chat_template to another file."
         ) from error
 
 
 def answers(template: str, settings: Mapping[str, Any], messages: Sequence[Message]) -> list[list[str]]:
-    """Render a conversation for training: texts in parts, by turns what the assistant is shown and what it answers.
+    """Render a conversation for training: texts, each a list of parts; every second part is an answer to learn.
 
-    An answer is what the template adds to the prompt when it is there: with its end of turn, as it will be generated.
-    One text is all there is, unless the template rewrites earlier turns (Qwen3 drops their thoughts): then each answer
-    that such a prompt leads to begins a text, so that every answer is learned behind the prompt that it will have.
-    What follows the last answer is left out, and an assistant's message that opens the conversation is shown alone.
+    The parts take turns: a prompt, the assistant's answer, the next prompt, and so on. An answer is what the template
+    adds to the prompt for it, with the end of turn, as the model will generate it. What follows the last answer is left
+    out. An assistant's message that opens the conversation is part of the first prompt.
+
+    Most templates only append, and give one text. Some rewrite earlier turns (Qwen3's removes their thoughts). Then an
+    answer whose prompt does not continue the text so far begins a new text, so that each answer is learned after the
+    prompt that the model will see. Raises UserError when a template does not put an answer after its prompt.
 
     >>> qa = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\\n{% endfor %}"
     >>> qa += "{{ 'a: ' if add_generation_prompt else '' }}"
@@ -66,9 +69,9 @@ def answers(template: str, settings: Mapping[str, Any], messages: Sequence[Messa
         whole = render(template, settings, messages[: i + 1], False)
         if not whole.startswith(prompt) or whole == prompt:
             raise UserError(
-                f"the chat template puts message {i + 1} elsewhere than behind its prompt, which ends in "
-                f"{prompt[-40:]!r}, so that what the assistant wrote cannot be told apart. A template must append. "
-                "Name another one by --config.tokenizer.chat_template=FILE."
+                f"the chat template does not put message {i + 1} after its prompt, which ends in {prompt[-40:]!r}, so "
+                "the assistant's words cannot be separated from the rest. A template must append an answer to its "
+                "prompt. Set tokenizer.chat_template to another file."
             )
         if not texts or not prompt.startswith(before):
             texts.append([])
@@ -79,18 +82,18 @@ def answers(template: str, settings: Mapping[str, Any], messages: Sequence[Messa
 
 
 def read_template(name: str) -> str:
-    """Read the file that tokenizer.chat_template names; raise UserError when it cannot be read."""
+    """Read the template that tokenizer.chat_template names; raise UserError when it cannot be read."""
     try:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"tokenizer.chat_template: {name!r} cannot be read ({error}). It must be a file with a Jinja template. "
-            "Mend the name, or leave it empty for the pretrained tokenizer's own."
+            "Correct the name, or leave it empty for the pretrained tokenizer's own."
         ) from error
 
 
 class _Generation(Extension):
-    """{% generation %}, by which some templates mark what the assistant wrote: to the text it adds nothing."""
+    """Support {% generation %}, with which some templates mark the assistant's words; it adds nothing to the text."""
 
     tags = {"generation"}
 
@@ -101,7 +104,7 @@ class _Generation(Extension):
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    # These settings are transformers', and templates are written for them.
+    # The settings of transformers, for which templates are written.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )

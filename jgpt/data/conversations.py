@@ -1,11 +1,11 @@
-"""Conversations to words: .jsonl lines of messages in, ids that know what is learned out.
+"""Read conversations and turn them into words: token ids with marks for what is learned.
 
-A line is {"messages": [{"role": "system", "user" or "assistant", "content": TEXT}, ...]}; other fields are not read.
-Before in the data path: `corpus.py`, `chat.py` and `tokenizer.py`; after: `token_files.py`, which keeps the words, and
-`packing.py`.
+A line of .jsonl is {"messages": [{"role": "system", "user" or "assistant", "content": TEXT}, ...]}; other fields are
+ignored. In the data path: after `corpus.py`, `chat_template.py` and `tokenizer.py`; before `token_files.py`, which
+opens the files of words, and `packing.py`.
 
-A word is a uint32: the id in its low 30 bits, bit 31 where the token is learned (the assistant wrote it, its end of
-turn included), bit 30 where a conversation begins. Conversations follow one another without a gap.
+A word is a uint32: the id in bits 0 to 29; bit 31 where the token is learned, which is what the assistant wrote with
+its end of turn; bit 30 where a conversation begins. Conversations follow one another without a gap.
 """
 
 import logging
@@ -17,31 +17,34 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from jgpt.data.chat_template import Message, answers
-from jgpt.data.corpus import Corpus, Piece
+from jgpt.data.corpus import Corpus, Piece, batched_by_characters
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.errors import UserError
 
 LEARNED, BEGINS = np.uint32(1 << 31), np.uint32(1 << 30)
 IDS = np.uint32(BEGINS - 1)
 ROLES = ("system", "user", "assistant")
-BATCH_CHARACTERS = 1 << 22  # text that is tokenized at a time: enough for all cores, little memory
 log = logging.getLogger("jgpt")
 
 
 class Conversation(NamedTuple):
-    """One line, rendered: see `chat.answers` for `texts`."""
+    """One conversation, rendered as text."""
 
-    texts: list[list[str]]
+    texts: list[list[str]]  # see `chat_template.answers`
     n_bytes: int  # of the assistant's messages that are learned, as UTF-8
+
+    def n_characters(self) -> int:
+        """Count the characters of all texts."""
+        return sum(len(part) for parts in self.texts for part in parts)
 
 
 @dataclass
 class ChatCorpus(Corpus):
-    """The conversations of .jsonl files; as documents, where a tokenizer is trained on them, they are rendered text."""
+    """The conversations of .jsonl files. `pieces()` yields each as rendered text, to train a tokenizer on."""
 
     template: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)  # the tokenizer's, see `chat.render`
-    unanswered: int = field(default=0, init=False)  # left out by the last `conversations()`: nothing to learn in them
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the tokenizer's, see `chat_template.render`
+    unanswered: int = field(default=0, init=False)  # that the last `conversations()` left out: nothing to learn
 
     def pieces(self, progress: str = "") -> Iterator[Piece]:
         for conversation in self.conversations(progress):
@@ -49,9 +52,9 @@ class ChatCorpus(Corpus):
                 yield Piece("".join(parts), ends_document=True)
 
     def conversations(self, progress: str = "") -> Iterator[Conversation]:
-        """Stream all conversations that have an answer, under a bar on a terminal when `progress` names what is done.
+        """Yield all conversations that have an answer; with `progress` as its label, a terminal shows a bar.
 
-        Raises UserError, naming file and line, on what is no conversation and on what the template refuses.
+        Raises UserError, with file and line, when a line is not a conversation or the template refuses it.
         """
         self.unanswered = 0
         for place, record in self._read(self._jsonl_records, progress):
@@ -76,38 +79,38 @@ class ChatCorpus(Corpus):
 
     def _message(self, message: Any, place: str) -> Message:
         if not isinstance(message, dict):
-            raise UserError(f"{place} is {str(message)[:40]!r}, which is no object. {_LINE}")
+            raise UserError(f"{place} is {str(message)[:40]!r}, which is not an object. {_LINE}")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise UserError(f"{place} has the role {role!r}. Allowed: {', '.join(ROLES)}. {_LINE}")
         if not isinstance(content, str):
-            raise UserError(f"{place} has the content {str(content)[:40]!r}, which is no text. {_LINE}")
+            raise UserError(f"{place} has the content {str(content)[:40]!r}, which is not text. {_LINE}")
         if role == "assistant" and not content.strip():
             raise UserError(
                 f"{place} is an empty answer, which would teach the model to say nothing. Answers must hold text. "
-                "Fill it in, or take the line out."
+                "Fill it in, or remove the line."
             )
         return {"role": role, "content": self._well_formed(content, place)}
 
 
-_LINE = 'A line must be {"messages": [{"role": "user", "content": "..."}, ...]}. Mend it, or take it out.'
+_LINE = 'A line must be {"messages": [{"role": "user", "content": "..."}, ...]}. Correct it, or remove it.'
 
 
 def write_conversations(
     train: BinaryIO, val: BinaryIO, corpus: ChatCorpus, tokenizer: Tokenizer, val_fraction: float
 ) -> dict[str, Any]:
-    """Tokenize conversations into two files of words; return what meta.json says of them.
+    """Tokenize conversations into two open files of words; return their entries of meta.json.
 
-    Raises UserError when there are not enough to have both.
+    Raises UserError when there are fewer than two conversations with an answer.
     """
     started = time.monotonic()
     period, files = max(2, round(1 / val_fraction)), (train, val)
     n_conversations, text_bytes = 0, 0
     n_words, n_targets, n_bytes = [0, 0], [0, 0], [0, 0]
-    for batch in _batches(corpus.conversations("tokens")):
+    for batch in batched_by_characters(corpus.conversations("tokens"), Conversation.n_characters):
         encoded = iter(tokenizer.encode_parts([parts for conversation in batch for parts in conversation.texts]))
         for conversation in batch:
-            split = int(n_conversations % period == 1)  # from the second on, one of so many is held out
+            split = int(n_conversations % period == 1)  # the second conversation is held out, then one in each `period`
             n_conversations += 1
             n_bytes[split] += conversation.n_bytes
             for parts in conversation.texts:
@@ -120,8 +123,8 @@ def write_conversations(
     if n_conversations < 2:
         raise UserError(
             f"the {len(corpus.files)} files that data.text_glob matches hold {n_conversations} conversations with an "
-            f"answer of the assistant, and {corpus.unanswered} without. At least two with one are needed, as one is "
-            "held out. Pass --config.data.text_glob=GLOB with more."
+            f"answer of the assistant, and {corpus.unanswered} without. At least two with an answer are needed: one is "
+            "held out for validation. Give more conversations, or set data.text_glob to other files."
         )
     seconds = time.monotonic() - started
     log.info(
@@ -131,7 +134,7 @@ def write_conversations(
         f", {corpus.replaced:,} characters replaced" if corpus.replaced else "",
     )
     if corpus.unanswered:
-        log.warning("%s conversations hold no answer of the assistant: left out", f"{corpus.unanswered:,}")
+        log.warning("%s conversations are left out: they hold no answer of the assistant", f"{corpus.unanswered:,}")
     return {
         "format": "chat",
         "word": "uint32: id in bits 0 to 29, bit 30: a conversation begins, bit 31: the token is learned",
@@ -140,7 +143,7 @@ def write_conversations(
         "val_tokens": n_words[1],
         "train_targets": n_targets[0],  # learned tokens
         "val_targets": n_targets[1],
-        "train_bytes": n_bytes[0],  # of the assistant's messages as UTF-8: what bits per byte counts by
+        "train_bytes": n_bytes[0],  # of the assistant's messages as UTF-8, for bits per byte
         "val_bytes": n_bytes[1],
         "n_documents": n_conversations,
         "unanswered_conversations": corpus.unanswered,
@@ -150,7 +153,7 @@ def write_conversations(
 
 
 def to_words(parts: list[np.ndarray]) -> np.ndarray:
-    """Join the ids of a text's parts, of which every second is learned.
+    """Join the ids of a text's parts to words, uint32; every second part is learned.
 
     >>> [hex(word) for word in to_words([np.uint32([1, 2]), np.uint32([3])])]
     ['0x40000001', '0x2', '0x80000003']
@@ -158,15 +161,3 @@ def to_words(parts: list[np.ndarray]) -> np.ndarray:
     words = np.concatenate([ids | LEARNED if i % 2 else ids for i, ids in enumerate(parts)])
     words[0] |= BEGINS
     return words
-
-
-def _batches(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:
-    batch: list[Conversation] = []
-    n_characters = 0
-    for conversation in conversations:
-        batch.append(conversation)
-        n_characters += sum(len(part) for parts in conversation.texts for part in parts)
-        if n_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, n_characters = [], 0
-    yield batch

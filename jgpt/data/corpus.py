@@ -1,8 +1,7 @@
-"""Files to documents, in bounded memory.
+"""Read files as documents, in bounded memory.
 
-A document travels as pieces of at most `PIECE_CHARACTERS`, so a text file of any size streams through. Text is exact:
-no newline is translated, nothing is stripped but a byte order mark. Before in the data path: `find_files.py`; after:
-`tokenizer.py`.
+A document is read in pieces of at most `PIECE_CHARACTERS`, so a text file may have any size. Text is exact: no newline
+is translated, and only a byte order mark is removed. In the data path: after `find_files.py`, before `tokenizer.py`.
 """
 
 import codecs
@@ -18,9 +17,10 @@ from tqdm import tqdm
 from jgpt.data.find_files import CORRUPT, decompress
 from jgpt.errors import UserError
 
-PIECE_CHARACTERS = 1 << 18  # small, as tokenizers need some 100 bytes a token while they work
-Read = TypeVar("Read")
-REPLACE_HINT = "pass --config.data.encoding_errors=replace to read what cannot be decoded as U+FFFD"
+PIECE_CHARACTERS = 1 << 18  # small, because tokenizers need about 100 bytes a token while they work
+BATCH_CHARACTERS = 1 << 22  # text that is tokenized at a time: enough for all cores, little memory
+Item = TypeVar("Item")
+REPLACE_HINT = "set data.encoding_errors='replace' to read what cannot be decoded as U+FFFD"
 
 
 class Piece(NamedTuple):
@@ -37,24 +37,24 @@ class Corpus:
     files: list[Path]
     text_field: str = "text"
     encoding_errors: str = "strict"  # or "replace": U+FFFD in the place of what is not UTF-8
-    replaced: int = field(default=0, init=False)  # characters put so, in the last `pieces()`
-    bytes_read: int = field(default=0, init=False)  # of `n_bytes`, by the last `pieces()`: drives a progress bar
+    replaced: int = field(default=0, init=False)  # characters that the last `pieces()` replaced
+    bytes_read: int = field(default=0, init=False)  # of `n_bytes`, by the last `pieces()`: for the progress bar
 
     @property
     def n_bytes(self) -> int:
-        """Size of the files on disk, compressed as they are."""
+        """Bytes of the files on disk, where some may be compressed."""
         return sum(file.stat().st_size for file in self.files)
 
     def pieces(self, progress: str = "") -> Iterator[Piece]:
-        """Stream all documents that hold text, under a bar on a terminal when `progress` names what is done.
+        """Yield all documents that are not empty, in pieces; with `progress` as its label, a terminal shows a bar.
 
-        Raises UserError, naming the file, on what cannot be read.
+        Raises UserError, with the file's name, when a file cannot be read or is not UTF-8.
         """
         return self._read(lambda file: chain.from_iterable(map(cut, self._documents(file))), progress)
 
-    def _read(self, read: Callable[[Path], Iterator[Read]], progress: str) -> Iterator[Read]:
+    def _read(self, read: Callable[[Path], Iterator[Item]], progress: str) -> Iterator[Item]:
         self.replaced = self.bytes_read = done = 0
-        hidden = None if progress else True  # None: tqdm shows it on terminals alone
+        hidden = None if progress else True  # None: tqdm shows the bar on terminals only
         with tqdm(total=self.n_bytes, desc=progress, unit="B", unit_scale=True, disable=hidden) as bar:
             for file in self.files:
                 try:
@@ -65,7 +65,7 @@ class Corpus:
                 except CORRUPT as error:
                     raise UserError(
                         f"{file} cannot be read: {error}. Files must be whole and readable. "
-                        "Mend this one, or leave it out of data.text_glob."
+                        "Replace this one, or leave it out of data.text_glob."
                     ) from error
 
     def _documents(self, file: Path) -> Iterator[Iterable[str]]:
@@ -78,7 +78,7 @@ class Corpus:
             yield chain([next(texts, "").removeprefix("\ufeff")], texts)
 
     def _jsonl_records(self, file: Path) -> Iterator[tuple[str, Any]]:
-        """Yield what each line holds, and where it stands: "FILE, line N"."""
+        """Yield each line that is not empty: its place ("FILE, line N"), and its JSON value."""
         offset = 0
         for number, line in enumerate(_lines(self._blocks(file)), start=1):
             place = f"{file}, line {number}"
@@ -98,7 +98,7 @@ class Corpus:
                 have = f"has the fields {sorted(record)}" if isinstance(record, dict) else f"is {str(record)[:40]!r}"
                 raise UserError(
                     f"{place} has no text in the field {self.text_field!r}: it {have}. "
-                    "Each line must be an object with a string there. Name the field by --config.data.text_field=NAME."
+                    "Each line must be an object with a string there. Set data.text_field to the field's name."
                 )
             yield [self._well_formed(record[self.text_field], place)]
 
@@ -117,7 +117,7 @@ class Corpus:
                     have = ", ".join(f"{column.name} ({column.type})" for column in schema)
                     raise UserError(
                         f"{file} has no text in the column {self.text_field!r}: it has {have}. "
-                        "A column of strings is needed. Name it by --config.data.text_field=NAME."
+                        "A column of strings is needed. Set data.text_field to its name."
                     )
                 for batch in table.iter_batches(batch_size=256, columns=[self.text_field]):
                     for value in batch.column(0).cast(pyarrow.large_binary()):
@@ -126,7 +126,7 @@ class Corpus:
                         row += 1
                     self.bytes_read = before + size * row // table.metadata.num_rows
         except pyarrow.ArrowInvalid as error:
-            raise OSError(f"it is not a whole Parquet file ({error})") from error
+            raise OSError(f"it is not a complete Parquet file ({error})") from error
 
     def _blocks(self, file: Path) -> Iterator[bytes]:
         before = self.bytes_read
@@ -138,7 +138,7 @@ class Corpus:
     def _decode(self, blocks: Iterable[bytes], offset: int, place: str) -> Iterator[str]:
         """Decode UTF-8 that arrives in blocks, cut anywhere; errors name `place` and count bytes from `offset`."""
         pending = b""
-        for block in chain(blocks, [b""]):  # blocks are never empty: this one says that the end is reached
+        for block in chain(blocks, [b""]):  # blocks are never empty: an empty one marks the end
             data = pending + block
             try:
                 text, n_decoded = codecs.utf_8_decode(data, self.encoding_errors, not block)
@@ -147,21 +147,21 @@ class Corpus:
                     f"{place} is not UTF-8: byte 0x{data[error.start]:02x} at byte offset {offset + error.start} "
                     f"({error.reason}). Text must be UTF-8. Convert it (iconv -t utf-8), or {REPLACE_HINT}."
                 ) from error
-            if self.encoding_errors == "replace":  # a U+FFFD that the file itself holds is no replacement
+            if self.encoding_errors == "replace":  # do not count a U+FFFD that is in the file
                 self.replaced += text.count("\ufffd") - data[:n_decoded].count(b"\xef\xbf\xbd")
             pending, offset = data[n_decoded:], offset + n_decoded
             if text:
                 yield text
 
     def _well_formed(self, text: str, place: str) -> str:
-        """Refuse or replace half a surrogate pair: JSON can write it (\\ud800), UTF-8 cannot."""
+        """Refuse or replace half a surrogate pair: JSON can spell it (\\ud800), and UTF-8 cannot hold it."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             if self.encoding_errors == "strict":
                 raise UserError(
-                    f"{place} holds half a surrogate pair (U+{ord(text[error.start]):X}), which is no character. "
-                    f"Mend the line, or {REPLACE_HINT}."
+                    f"{place} holds half a surrogate pair (U+{ord(text[error.start]):X}), which is not a character. "
+                    f"Correct the line, or {REPLACE_HINT}."
                 ) from error
             self.replaced += sum("\ud800" <= character <= "\udfff" for character in text)
             return without_surrogates(text)
@@ -169,7 +169,7 @@ class Corpus:
 
 
 def without_surrogates(text: str) -> str:
-    r"""Put U+FFFD for each half of a surrogate pair.
+    r"""Replace each half of a surrogate pair by U+FFFD.
 
     >>> without_surrogates("a\ud800b") == "a\ufffdb"
     True
@@ -178,7 +178,7 @@ def without_surrogates(text: str) -> str:
 
 
 def cut(texts: Iterable[str]) -> Iterator[Piece]:
-    """Cut a document, which arrives as texts of any length, into pieces; an empty document gives none."""
+    """Cut one document, given as texts of any length, into pieces; an empty document has none."""
     rest = ""
     for text in texts:
         rest, start = rest + text, 0
@@ -192,10 +192,10 @@ def cut(texts: Iterable[str]) -> Iterator[Piece]:
 
 
 def _cut_before(text: str, start: int, end: int) -> int:
-    """Find the place to cut `text[start:end]` short, start < place <= end, that tokenizers notice least.
+    """Find a place to cut, start < place <= end, that changes the ids as little as possible.
 
-    Between a letter or digit and a newline or space the usual byte-level pre-tokenizers (GPT-2, GPT-4, Llama 3, Qwen)
-    split anyway: the ids of the pieces are the ids of the document. Failing that: before a newline, at last anywhere.
+    The usual byte-level pre-tokenizers (GPT-2, GPT-4, Llama 3, Qwen) split between a letter or digit and a newline or
+    space, so a cut there leaves the document's ids unchanged. If there is none, cut before a newline; else at the end.
     """
     low = max(start, end - (1 << 14))
     for mark, after_word in (("\n", True), (" ", True), ("\n", False)):
@@ -214,3 +214,17 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         *lines, rest = (rest + block).split(b"\n")
         yield from lines
     yield rest
+
+
+def batched_by_characters(items: Iterable[Item], count: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Group items, in order, into lists of `BATCH_CHARACTERS` or a little more; `count` gives an item's characters."""
+    batch: list[Item] = []
+    n_characters = 0
+    for item in items:
+        batch.append(item)
+        n_characters += count(item)
+        if n_characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, n_characters = [], 0
+    if batch:
+        yield batch

@@ -1,4 +1,7 @@
-"""Globs to files, files to blocks of bytes: what the data path begins with. Next: `corpus.py`."""
+"""Find the files that globs name, and read them as blocks of bytes.
+
+In the data path: the beginning; next is `corpus.py`.
+"""
 
 import functools
 import glob
@@ -28,22 +31,23 @@ SUPPORTED = {
     "text": f"{', '.join(TEXT_SUFFIXES)}, each also with .gz or .zst, and .parquet",
     "chat": ".jsonl, also with .gz or .zst, as data.format is 'chat'",
 }
+PACKED_SUFFIXES = (".gz", ".zst", ".parquet")  # compressed: their size says little of the text's
 BLOCK_BYTES = 1 << 18
-RUN_FILES = ("config.json", "versions.json", "metrics.jsonl")  # what lies at the top of every run directory
+RUN_FILES = ("config.json", "versions.json", "metrics.jsonl")  # at the top of every run directory
 
 
 def find_files(text_glob: str, format: str = "text") -> list[Path]:
-    """List the files that comma-separated globs or directories name: absolute, sorted, each once.
+    """List the files that comma-separated globs or directories name: absolute paths, sorted, each once.
 
-    `format` is data.format: chat takes .jsonl alone. What a run wrote (samples.txt) is no text to train on, and is left
-    out, unless the name leads into its run directory. Raises UserError when one of them names nothing that can be read.
+    `format` is data.format; "chat" takes only .jsonl. Files that a run wrote (samples.txt) are left out, unless the
+    name leads into the run directory. Raises UserError when a glob matches no file of a supported kind.
     """
-    found: set[str] = set()
+    files: set[str] = set()
     is_run = functools.cache(holds_run)
     for part in filter(None, (part.strip() for part in text_glob.split(","))):
         path = os.path.expanduser(part)
         pattern = os.path.join(glob.escape(path), "**", "*") if os.path.isdir(path) else path
-        # A name that exists is itself, even when it holds a [ that a glob would read as its own.
+        # The name of an existing file is not a glob, even when it has a "[" in it.
         names = [path] if os.path.isfile(path) else glob.iglob(pattern, recursive=True)
         matches = list(names)
         readable = [match for match in matches if match.endswith(SUFFIXES[format]) and os.path.isfile(match)]
@@ -51,28 +55,28 @@ def find_files(text_glob: str, format: str = "text") -> list[Path]:
         if not supported:
             others = sorted({"".join(Path(match).suffixes[-2:]) or "without a suffix" for match in matches})
             kind = "text" if format == "text" else ".jsonl"
-            what = f"only what is no {kind} file ({', '.join(others[:8])})" if others else "no file"
-            what = f"only what a run of jgpt wrote ({readable[0]})" if readable else what
+            what = f"only files that are not {kind} ({', '.join(others[:8])})" if others else "no file"
+            what = f"only files that a run of jgpt wrote ({readable[0]})" if readable else what
             raise UserError(
                 f"data.text_glob: {part!r} matches {what} (current folder: {os.getcwd()}). Supported are "
-                f"{SUPPORTED[format]}. "
-                "Pass --config.data.text_glob=GLOB with an existing folder, or a glob like 'folder/**/*.txt'."
+                f"{SUPPORTED[format]}. Set data.text_glob to a folder, or to a glob such as 'folder/**/*.txt'."
             )
-        found.update(map(os.path.abspath, supported))
-    if not found:
+        files.update(map(os.path.abspath, supported))
+    if not files:
         raise UserError(
-            "data.text_glob is empty. Pass --config.data.text_glob=GLOB, a folder or like 'folder/**/*.txt'."
+            "data.text_glob is empty. It must name files with text. Set it to a folder, or to a glob such as "
+            "'folder/**/*.txt'."
         )
-    return sorted(map(Path, found))
+    return sorted(map(Path, files))
 
 
 def holds_run(folder: str | Path) -> bool:
-    """Tell whether a folder is a run directory: its files say so, wherever it was moved to and however packed."""
+    """Return whether a folder is a run directory, as its files show, even one that was moved or unpacked."""
     return all(os.path.isfile(os.path.join(folder, name)) for name in RUN_FILES)
 
 
 def _folders_between(pattern: str, match: str) -> list[str]:
-    """List the folders of `match` that the user did not name: those below the part of `pattern` that is no glob.
+    """List the folders of `match` that the user did not name: those below the part of `pattern` without a glob.
 
     >>> _folders_between("/input/**/*.txt", "/input/mine/texts/a.txt"), _folders_between("/a/b.txt", "/a/b.txt")
     (['/input/mine/texts', '/input/mine'], [])
@@ -88,7 +92,10 @@ def _folders_between(pattern: str, match: str) -> list[str]:
 
 
 def decompress(file: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """Read an open file in blocks, never empty, decompressed as its name tells; a damaged one raises one of CORRUPT."""
+    """Yield an open file in blocks, never empty, decompressed according to its suffix.
+
+    Raises one of CORRUPT when the file is damaged, and UserError when a package to read it is missing.
+    """
     stream = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
     if file.suffix == ".zst":
         if sys.version_info >= (3, 14):
@@ -101,7 +108,7 @@ def decompress(file: Path, raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _decompress_zstd(file: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """Decompress by hand, as zstandard's own stream reader takes a truncated file for a whole one."""
+    """Decompress frame by frame, because zstandard's own stream reader accepts a truncated file."""
     try:
         import zstandard
     except ImportError as error:
@@ -112,7 +119,7 @@ def _decompress_zstd(file: Path, raw: BinaryIO) -> Iterator[bytes]:
         try:
             block = frame.decompress(data)
         except zstandard.ZstdError as error:
-            raise OSError(f"it is not a whole .zst file ({error})") from error
+            raise OSError(f"it is not a complete .zst file ({error})") from error
         if block:
             yield block
         ended, data = frame.eof, frame.unused_data

@@ -1,6 +1,6 @@
-"""Conversations of a token file to rows of one length: whole, side by side, as few rows as can be.
+"""Pack the conversations of a token file into rows of one length, each conversation whole, in few rows.
 
-Before in the data path: the words of `conversations.py`; after: `batches.py`, which shuffles the rows.
+In the data path: after `conversations.py`, whose words it reads; before `batches.py`, which shuffles the rows.
 """
 
 import logging
@@ -11,22 +11,23 @@ import numpy as np
 from jgpt.data.conversations import BEGINS, LEARNED
 from jgpt.errors import UserError
 
-SCAN_WORDS = 1 << 22  # of a token file at a time
+SCAN_WORDS = 1 << 22  # words of a token file that are read at a time
 log = logging.getLogger("jgpt")
 
 
 def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Share out items over rows that hold `capacity`, the longest first, each to the fullest row with room for it.
+    """Put items into rows of `capacity`: the longest item first, each into the fullest row that has room for it.
 
-    That is best-fit decreasing: never much more than 11/9 of the fewest rows possible (Johnson et al. 1974). Returns
-    the items in the order of their rows, and where each row begins among them (one more: the end).
+    This is best-fit decreasing, which takes at most about 11/9 of the fewest rows possible (Johnson et al. 1974).
+    Returns the items in the order of their rows, and the place of each row's first item among them, with the number of
+    items as a last entry; both int64.
 
     >>> pack(np.array([3, 5, 2, 4]), 7)
     (array([1, 2, 0, 3]), array([0, 2, 4]))
     """
     row_of = np.zeros(len(lengths), np.int64)
     rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit r is set when some row has room for r: finding the least room that is enough takes no search
+    rooms = 0  # bit r is set when some row has room for r: the smallest room that is enough is one bit operation
     n_rows = 0
     longest_first = np.argsort(-lengths, kind="stable")
     for item, length in zip(longest_first.tolist(), lengths[longest_first].tolist(), strict=True):
@@ -46,21 +47,21 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows of `capacity` words: which conversations, by their place in a token file, lie in each."""
+    """Packed rows: which conversations of a token file each row holds."""
 
     words: np.ndarray  # uint32, the token file
-    capacity: int
-    begins: np.ndarray  # of the conversations in `words`, row by row
-    lengths: np.ndarray  # of the same, cut to the capacity
-    first: np.ndarray  # the place of each row's first conversation in these two, and their length
+    capacity: int  # words of a row
+    begins: np.ndarray  # int64: where in `words` each conversation begins, in the order of the rows
+    lengths: np.ndarray  # int64: its words, at most `capacity`
+    first: np.ndarray  # int64: the index in `begins` of each row's first conversation, then the length of `begins`
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a row's words, uint32 [capacity] with zeros behind, and the number of the conversation of each.
+        """Return a row's words, uint32 [capacity], and the number of each word's conversation, int32 [capacity].
 
-        The zeros are numbered as one more conversation.
+        Zeros fill the row up; they are numbered as one more conversation.
         """
         words, numbers = np.zeros(self.capacity, np.uint32), np.zeros(self.capacity, np.int32)
         end = 0
@@ -71,10 +72,12 @@ class Rows:
         return words, numbers
 
 
-def pack_rows(words: np.ndarray, capacity: int, split: str) -> Rows:
-    """Pack the conversations of a token file, each cut to `capacity`, and say how it went.
+def pack_rows(words: np.ndarray, capacity: int, split: str, length_key: str) -> Rows:
+    """Pack the conversations of a token file into rows of `capacity` words, and log how full the rows are.
 
-    Those whose first answer lies behind the cut are left out. Raises UserError when none remains.
+    A longer conversation is cut; one without an answer before the cut is left out. `split` ("training", "validation")
+    and `length_key`, the config key that sets the capacity, are for messages. Raises UserError when no conversation
+    remains.
     """
     begins = _begins(words)
     lengths = np.diff(np.append(begins, len(words)))
@@ -86,23 +89,23 @@ def pack_rows(words: np.ndarray, capacity: int, split: str) -> Rows:
     begins, lengths = begins[keep], np.minimum(lengths[keep], capacity)
     if not len(begins):
         raise UserError(
-            f"none of the {len(keep):,} {split} conversations has an answer within its first {capacity - 1:,} tokens, "
-            "which is all that a sequence holds. Set a larger --config.batch.sequence_length or model.context_length."
+            f"{length_key} is {capacity - 1}, and none of the {len(keep):,} {split} conversations has an answer within "
+            f"its first {capacity - 1} tokens. At least one must have. Set a larger {length_key}."
         )
     order, first = pack(lengths, capacity)
     full = 100 * lengths.sum() / (capacity * (len(first) - 1))
     log.info("%s: %s conversations in %s rows, %.0f%% full", split, f"{len(begins):,}", f"{len(first) - 1:,}", full)
     if len(long):
         log.warning(
-            "%s: %s conversations are longer than a sequence of %s tokens: %s are cut there, and %s, whose first answer"
-            " lies behind that, left out", split, f"{len(long):,}", f"{capacity - 1:,}",
+            "%s: %s conversations are longer than a sequence of %s tokens: %s are cut there, and %s are left out,"
+            " because their first answer comes after the cut", split, f"{len(long):,}", f"{capacity - 1:,}",
             f"{len(long) - len(unanswered):,}", f"{len(unanswered):,}",
         )  # fmt: skip
     return Rows(words, capacity, begins[order], lengths[order], first)
 
 
 def _begins(words: np.ndarray) -> np.ndarray:
-    found = [
+    parts = [
         start + np.flatnonzero(words[start : start + SCAN_WORDS] & BEGINS) for start in range(0, len(words), SCAN_WORDS)
     ]
-    return np.concatenate([np.zeros(0, np.int64), *found])
+    return np.concatenate([np.zeros(0, np.int64), *parts])

@@ -1,4 +1,4 @@
-"""The next steps' batches, made in a background thread.
+"""Make the batches of the next steps in a background thread.
 
 In the data path: between `batches.py` and the step.
 """
@@ -8,34 +8,34 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-Made = TypeVar("Made")
+Item = TypeVar("Item")  # a batch, on the devices
 
 
-class Prefetcher(Generic[Made]):
-    """Make the next steps' batches in a background thread, while the device computes; holds nothing to resume."""
+class Prefetcher(Generic[Item]):
+    """Make the batches of the next steps while the device computes. It has no state that a checkpoint must hold."""
 
-    def __init__(self, make: Callable[[int], Made], first_step: int, depth: int = 2):
-        """`make` builds a step's batch and puts it on the devices; `depth` of them are ready or in the making."""
+    def __init__(self, make: Callable[[int], Item], first_step: int, depth: int = 2):
+        """Start with `first_step`: `make(step)` builds a batch and puts it on the devices, `depth` steps ahead."""
         self._make = make
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._step = first_step  # the next one to hand out
-        self._ahead: deque[Future[Made]] = deque()
+        self._step = first_step  # that `next` returns
+        self._ahead: deque[Future[Item]] = deque()
         for step in range(first_step, first_step + depth):
             self._ahead.append(self._thread.submit(make, step))
 
-    def next(self, step: int) -> Made:
-        """Return make(step); steps are asked for in order. Raises what `make` raised."""
-        assert step == self._step, f"step {step} asked for, {self._step} is next"
-        made = self._ahead.popleft().result()
+    def next(self, step: int) -> Item:
+        """Return make(step), each step in its order. Raises what `make` raised."""
+        assert step == self._step, f"step {step} was requested, {self._step} is next"
+        item = self._ahead.popleft().result()
         self._step += 1
         self._ahead.append(self._thread.submit(self._make, step + len(self._ahead) + 1))
-        return made
+        return item
 
     def close(self) -> None:
-        """Stop the thread, after the batch that it is making."""
+        """Wait for the batch in progress, then stop the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def __enter__(self) -> "Prefetcher[Made]":
+    def __enter__(self) -> "Prefetcher[Item]":
         return self
 
     def __exit__(self, *_: object) -> None:

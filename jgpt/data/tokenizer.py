@@ -1,8 +1,8 @@
-"""Text to ids and back.
+"""Turn text into ids and back.
 
-One class for the three kinds (char, bpe, hf) over the `tokenizers` library's own file format: the saved directory
-opens in `transformers.AutoTokenizer` and gives the same ids there. Before in the data path:
-`corpus.py`; after: `write_tokens.py`.
+One class for the three kinds (char, bpe, hf), over the file format of the `tokenizers` library: the saved directory
+opens in `transformers.AutoTokenizer` and gives the same ids there. In the data path: after `corpus.py`, before
+`write_tokens.py`.
 """
 
 import hashlib
@@ -29,26 +29,26 @@ MIN_BPE_VOCABULARY = 257  # all bytes and the end-of-text token
 
 
 class Tokenizer:
-    """A vocabulary and its rules, held as the text of a tokenizer.json: the file is the identity, whoever reads it.
+    """A vocabulary and its rules, kept as the text of a tokenizer.json, whose hash identifies the tokenizer.
 
-    Literal text of a special token inside a document becomes that token, as AutoTokenizer has it.
+    Where a document holds the text of a special token, it becomes that token, as in AutoTokenizer.
     """
 
     def __init__(self, tokenizer_json: str, settings: dict[str, Any]):
-        """Open the text of tokenizer.json; `settings` are tokenizer_config.json's: at least `eos_token`.
+        """Open the text of a tokenizer.json; `settings` are those of tokenizer_config.json.
 
-        `chat_template` among them is what `chat_template.py` turns messages into text by.
+        They have at least `eos_token`, and for a chat model `chat_template`, see `chat_template.py`.
         """
         self.tokenizer_json = tokenizer_json
         self.settings = settings
         self.backend = tokenizers.Tokenizer.from_str(tokenizer_json)
         self.backend.no_truncation()
         self.backend.no_padding()
-        # What it puts before a text, as Llama's <s>; `encode` does not.
+        # The ids that it puts before a text, such as Llama's <s>; `encode` does not add them.
         start = self.backend.encode("").ids
-        self.backend.post_processor = None  # it adds special tokens, which is never asked for, and trims offsets
+        self.backend.post_processor = None  # it adds special tokens, which nobody here wants, and trims offsets
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1  # as many as the ids, though a vocabulary may leave some out
+        self.vocab_size = max(vocabulary.values()) + 1  # the number of ids, though a vocabulary may skip some
         self.eot_id: int = vocabulary[settings["eos_token"]]
         self.start_ids = [i for i in start if i != self.eot_id]
         self.sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
@@ -56,38 +56,38 @@ class Tokenizer:
         self._specials = re.compile(f"({re.escape(UNKNOWN)}|{re.escape(END_OF_TEXT)})")
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text, uint32; nothing is added at its ends."""
+        """Return the ids of a text, uint32 [n]; no special tokens are added."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of many texts, on all cores."""
+        """Return the ids of many texts, each uint32 [n], encoded on all cores."""
         if self._character_ids is not None:
             return [self._encode_characters(text) for text in texts]
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except TypeError:  # Rust holds no lone surrogates; they come from a terminal's prompt, never from a corpus
+        except TypeError:  # Rust has no lone surrogates; they come from a terminal's prompt, never from a corpus
             texts = [without_surrogates(text) for text in texts]
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def encode_parts(self, texts: Sequence[Sequence[str]]) -> list[list[np.ndarray]]:
-        """Return the ids of many texts that come in parts, each part's own; together they are the whole text's ids.
+        """Return the ids of each part of many texts, uint32; the parts' ids together are those of the whole text.
 
-        Where a token would reach over a border, the parts of that text are encoded by themselves.
+        Where a token would cross the border of two parts, the parts of that text are encoded separately.
         """
         if self._character_ids is not None:
             return [self.encode_batch(parts) for parts in texts]
-        # Parts by themselves would be no text that the model has seen: Llama 2's tokenizer puts a space before each.
-        found = []
+        # Parts encoded separately differ from the whole text: Llama 2's tokenizer puts a space before each.
+        ids_of_parts = []
         encodings = self.backend.encode_batch(["".join(parts) for parts in texts], add_special_tokens=False)
         for parts, encoding in zip(texts, encodings, strict=True):
             cuts = _tokens_at(encoding, list(accumulate(map(len, parts[:-1]))))
             ids = np.array(encoding.ids, np.uint32)
-            found.append(self.encode_batch(parts) if cuts is None else np.split(ids, cuts))
-        return found
+            ids_of_parts.append(self.encode_batch(parts) if cuts is None else np.split(ids, cuts))
+        return ids_of_parts
 
     def _encode_characters(self, text: str) -> np.ndarray:
-        """Look every character up in one table: some fifty times faster than a general tokenizer."""
+        """Encode with one table of all characters: about fifty times faster than a general tokenizer."""
         assert self._character_ids is not None
         ids = []
         for part in self._specials.split(text) if UNKNOWN in text or END_OF_TEXT in text else [text]:
@@ -98,7 +98,7 @@ class Tokenizer:
         return np.concatenate(ids)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Return the text of ids, special tokens spelled out."""
+        """Return the text of ids, with special tokens as text."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, directory: Path, context_length: int) -> None:
@@ -106,7 +106,7 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         settings = {
             **self.settings,
-            "tokenizer_class": "PreTrainedTokenizerFast",  # the one name that transformers 4 and 5 both take
+            "tokenizer_class": "PreTrainedTokenizerFast",  # a name that both transformers 4 and 5 know
             "clean_up_tokenization_spaces": False,  # else decoding is not exact
             "model_max_length": context_length,
         }
@@ -115,16 +115,16 @@ class Tokenizer:
 
 
 def make_tokenizer(options: ConfigDict, corpus: Corpus) -> Tokenizer:
-    """Train or load the tokenizer that config.tokenizer asks for; char reads the corpus once, bpe too."""
+    """Train or load the tokenizer that config.tokenizer describes; training reads the corpus once."""
     if options.kind == "hf":
         return load_pretrained(options.pretrained)
     if options.kind == "char":
         return train_char(piece.text for piece in corpus.pieces("characters"))
-    return train_bpe(_spread(corpus, options.training_megabytes * 1e6), options.vocab_size)
+    return train_bpe(_sample(corpus, options.training_megabytes * 1e6), options.vocab_size)
 
 
-def _spread(corpus: Corpus, budget: float) -> Iterator[str]:
-    """Pick `budget` characters of text spread evenly over a corpus, whether it is compressed or not."""
+def _sample(corpus: Corpus, budget: float) -> Iterator[str]:
+    """Yield about `budget` characters of text, spread evenly over a corpus, whether it is compressed or not."""
     taken, share = 0, budget / max(corpus.n_bytes, 1)
     for piece in corpus.pieces("tokenizer"):
         if taken <= corpus.bytes_read * share:
@@ -133,20 +133,20 @@ def _spread(corpus: Corpus, budget: float) -> Iterator[str]:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Open what `Tokenizer.save` wrote; raise UserError when it is not whole."""
+    """Open a directory that `Tokenizer.save` wrote; raise UserError when it is damaged."""
     try:
         settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
         with (directory / "tokenizer.json").open(encoding="utf-8", newline="") as file:
             return Tokenizer(file.read(), settings)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(
-            f"{directory} holds no whole tokenizer ({type(error).__name__}: {error}). It needs tokenizer.json and "
-            "tokenizer_config.json as a run wrote them. Restore them, or delete the directory that holds them."
+            f"{directory} holds no complete tokenizer ({type(error).__name__}: {error}). It must have tokenizer.json "
+            "and tokenizer_config.json as a run wrote them. Restore them, or delete the directory that holds them."
         ) from error
 
 
 def train_char(texts: Iterable[str]) -> Tokenizer:
-    """Make a tokenizer whose ids are the sorted characters of some texts, then unknown and end of text.
+    """Make a tokenizer whose ids are the sorted characters of some texts, then <unk> and <|endoftext|>.
 
     >>> char = train_char(["hello"])
     >>> char.encode("hello").tolist(), char.decode(char.encode("hole?"))
@@ -165,14 +165,15 @@ def train_char(texts: Iterable[str]) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE with GPT-2's pre-tokenizer (Radford et al. 2019).
+    """Train a byte-level BPE tokenizer with GPT-2's pre-tokenizer (Radford et al. 2019).
 
-    Every byte has an id, so that any text makes the round trip exactly. Little text gives fewer ids than `vocab_size`.
+    Every byte has an id, so any text is encoded and decoded exactly. A small corpus gives fewer ids than `vocab_size`.
+    Raises UserError when `vocab_size` is too small for the bytes.
     """
     if vocab_size < MIN_BPE_VOCABULARY:
         raise UserError(
             f"tokenizer.vocab_size is {vocab_size}. bpe needs at least {MIN_BPE_VOCABULARY}: 256 bytes and "
-            f"{END_OF_TEXT}. Pass --config.tokenizer.vocab_size=4096, or more for much text."
+            f"{END_OF_TEXT}. Set it to 4096, or higher for a large corpus."
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # type: ignore[assignment]
@@ -188,36 +189,39 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_pretrained(name: str) -> Tokenizer:
-    """Open any fast tokenizer through transformers: a directory (offline), or a name on the Hugging Face Hub."""
+    """Open any fast tokenizer through transformers: a directory (offline), or a name on the Hugging Face Hub.
+
+    Raises UserError when there is none, or it has no end-of-text token.
+    """
     directory = os.path.expanduser(name)
     if not name or (not os.path.isdir(directory) and name.startswith((".", "/", "~"))):
         raise UserError(
-            f"tokenizer.pretrained is {name!r}, which is no directory. kind=hf needs a local tokenizer directory, or a "
-            "name on the Hugging Face Hub. Pass --config.tokenizer.pretrained=gpt2, say."
+            f"tokenizer.pretrained is {name!r}, which is not a directory. tokenizer.kind='hf' needs a tokenizer's "
+            "directory, or a name on the Hugging Face Hub. Set tokenizer.pretrained to one, such as 'gpt2'."
         )
     os.environ.setdefault("USE_TF", "0")  # TensorFlow in the process breaks NCCL
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no news here
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # such as "PyTorch was not found"
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     is_directory = os.path.isdir(directory)
     try:
-        found = AutoTokenizer.from_pretrained(
+        pretrained = AutoTokenizer.from_pretrained(
             directory if is_directory else name, local_files_only=is_directory, trust_remote_code=False
         )
-    except Exception as error:  # transformers and the Hub raise whatever they like
+    except Exception as error:  # transformers and the Hub may raise any error
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"tokenizer.pretrained: {name!r} does not open in transformers ({type(error).__name__}: {reason}). Needed "
-            "is a directory with tokenizer.json, or the name of a public model, which needs internet. Check the name, "
-            "or download it and pass the directory. Tokenizers that bring their own code are never run."
+            f"tokenizer.pretrained: {name!r} does not open in transformers ({type(error).__name__}: {reason}). It "
+            "must be a directory with tokenizer.json, or the name of a public model, which needs internet. Check the "
+            "name, or download it and name the directory. Tokenizers with code of their own are never run."
         ) from error
-    if not isinstance(found, PreTrainedTokenizerFast):
+    if not isinstance(pretrained, PreTrainedTokenizerFast):
         raise UserError(
-            f"tokenizer.pretrained: {name!r} is a {type(found).__name__}, which has no tokenizer.json. "
+            f"tokenizer.pretrained: {name!r} is a {type(pretrained).__name__}, which has no tokenizer.json. "
             "A fast tokenizer is needed. Choose another, such as gpt2."
         )
-    settings: dict[str, Any] = {key: str(token) for key, token in found.special_tokens_map.items() if str(token)}
-    template = found.chat_template  # from tokenizer_config.json, or chat_template.jinja beside it
+    settings: dict[str, Any] = {key: str(token) for key, token in pretrained.special_tokens_map.items() if str(token)}
+    template = pretrained.chat_template  # from tokenizer_config.json, or chat_template.jinja beside it
     if isinstance(template, dict):  # several, by name; the others are for tools and retrieval
         template = template.get("default")
     if template:
@@ -227,19 +231,19 @@ def load_pretrained(name: str) -> Tokenizer:
             f"tokenizer.pretrained: {name!r} has no eos_token, which must end every document. Choose another, "
             "or name its end-of-text token as eos_token in the directory's tokenizer_config.json."
         )
-    return Tokenizer(found.backend_tokenizer.to_str(pretty=True), settings)
+    return Tokenizer(pretrained.backend_tokenizer.to_str(pretty=True), settings)
 
 
 def _tokens_at(encoding: tokenizers.Encoding, places: Sequence[int]) -> list[int] | None:
-    """Find the tokens that begin at these places, counted in characters; None when at one of them there is none."""
-    found = []
+    """Find the tokens that begin at these characters; None when no token begins at one of them."""
+    tokens = []
     for place in places:
         token = encoding.char_to_token(place)
         characters = None if token is None else encoding.token_to_chars(token)
         if token is None or characters is None or characters[0] != place:
             return None
-        found.append(token)
-    return found
+        tokens.append(token)
+    return tokens
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -247,7 +251,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _character_ids(tokenizer_json: str, vocabulary: dict[str, int]) -> np.ndarray | None:
-    """Return the id of every code point when that is all there is to this tokenizer (kind char), else None."""
+    """Return the id of every code point, uint32, for a tokenizer of kind char; None for any other."""
     model = json.loads(tokenizer_json)["model"]
     if model.get("merges") != [] or model.get("unk_token") != UNKNOWN or END_OF_TEXT not in vocabulary:
         return None

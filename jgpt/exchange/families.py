@@ -1,7 +1,7 @@
-"""The architectures of others that this GPT computes: GPT-2, Llama, Mistral, Qwen2 and Qwen3.
+"""The Hugging Face architectures that this GPT computes: GPT-2, Llama, Mistral, Qwen2 and Qwen3.
 
-Beside the data path: `pretrained.py` reads and writes a Hugging Face config.json by this; `tensors.py` has the names of
-the weights. Keys, defaults and meanings are those of transformers' configuration_*.py and modeling_*.py.
+Beside the data path: `pretrained.py` reads and writes a config.json with this; `tensors.py` has the names of the
+weights. Keys, defaults and meanings are those of transformers' configuration_*.py and modeling_*.py.
 """
 
 import logging
@@ -27,7 +27,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
-# What transformers takes where config.json lacks a key, when that is not simply None or False.
+# The values that transformers uses for keys missing in config.json, where they are not None or False.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {"tie_word_embeddings": True, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
     "llama": {},
@@ -39,7 +39,7 @@ LLAMA_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_0
 
 
 def read_config(given: Mapping[str, Any]) -> tuple[str, ConfigDict]:
-    """Return the family of a config.json, a key of ARCHITECTURES, and the values of config.model that build its model.
+    """Return the family of a config.json (a key of ARCHITECTURES), and the values of config.model for its model.
 
     Every value is filled in. Raises UserError where this GPT does not compute the same function.
     """
@@ -47,14 +47,14 @@ def read_config(given: Mapping[str, Any]) -> tuple[str, ConfigDict]:
     if given.get("quantization_config"):
         raise UserError(
             "its weights are quantized (config.json has quantization_config). Allowed: weights in fp32, fp16 or bf16."
-            " Take the model that was quantized: its name is mostly this one's without GPTQ, AWQ, FP8 or bnb."
+            " Take the original model: its name is usually this one without GPTQ, AWQ, FP8 or bnb."
         )
     keys = Keys({**(LLAMA_DEFAULTS if family != "gpt2" else {}), **DEFAULTS[family], **given})
     full = default_config()
     full.model.update(_read_gpt2(keys) if family == "gpt2" else _read_llama(keys, family))
-    if found := problems(full):
+    if wrong := problems(full):
         raise UserError(
-            f"its config.json describes no model that can be built: {'; '.join(found)}. Compare it with the original."
+            f"its config.json describes a model that cannot be built: {'; '.join(wrong)}. Compare it with the original."
         )
     full.model.vocab_size = keys.count("vocab_size")
     full.model.tie_embeddings = keys.flag("tie_word_embeddings")
@@ -65,24 +65,25 @@ def _family(given: Mapping[str, Any]) -> str:
     named = given.get("architectures") or []
     by_name = [family for family, architecture in ARCHITECTURES.items() if architecture in named]
     family = given.get("model_type") or (by_name[0] if by_name else None)
-    bare = [name for name in named if name.endswith("Model") and not name.endswith("LMHeadModel")]  # tied, it is enough
+    # The model without its output layer, which is enough where that layer is the embedding.
+    bare = [name for name in named if name.endswith("Model") and not name.endswith("LMHeadModel")]
     if family not in ARCHITECTURES or (named and not by_name and not bare):
         raise UserError(
             f"its config.json names model_type {family!r}, architectures {named!r}. Supported are GPT-2, Llama"
-            f" (SmolLM2, TinyLlama), Mistral, Qwen2, Qwen2.5 and Qwen3 ({', '.join(ARCHITECTURES.values())}). Take a"
-            " model of these; code that a model brings along is never run."
+            f" (SmolLM2, TinyLlama), Mistral, Qwen2, Qwen2.5 and Qwen3 ({', '.join(ARCHITECTURES.values())}). Take one"
+            " of these; code in a model's repository is never run."
         )
     return family
 
 
 class Keys:
-    """The keys of a JSON object, each read as what it must be, or a UserError."""
+    """Read the keys of a JSON object; every method raises UserError for a value of the wrong kind."""
 
     def __init__(self, given: Mapping[str, Any]):
         self.given = given
 
     def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """Read a whole number."""
+        """Read a whole number of at least `least`."""
         value = self.given.get(key)
         value = default if value is None else value
         if type(value) is not int or value < least:
@@ -98,14 +99,14 @@ class Keys:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """Read true or false; null and no key at all are false."""
+        """Read true or false; null and a missing key are false."""
         value = self.given.get(key)
         if value not in (True, False, None):
             raise _wrong(key, value, "true or false")
         return bool(value)
 
     def must_be(self, key: str, *allowed: Any) -> None:
-        """Refuse any value but those allowed; no key at all is None."""
+        """Refuse any value but those allowed; a missing key counts as None."""
         if self.given.get(key) not in allowed:
             raise _wrong(key, self.given[key], " or ".join(repr(value) for value in allowed if value is not None))
 
@@ -113,8 +114,8 @@ class Keys:
 def _wrong(key: str, value: Any, allowed: str) -> UserError:
     given = f"no {key}" if value is None else f"{key}={value!r}"
     return UserError(
-        f"its config.json has {given}. Allowed: {allowed}; jgpt computes nothing else. Take another model, or restore"
-        " the file as it was published."
+        f"its config.json has {given}. Allowed: {allowed}; jgpt does not compute anything else. Take another model, or"
+        " restore the published file."
     )
 
 
@@ -144,7 +145,7 @@ def _read_llama(keys: Keys, family: str) -> dict[str, Any]:
         "n_kv_heads": keys.count("num_key_value_heads", heads), "d_model": width,
         "d_head": keys.count("head_dim", max(width // heads, 1)), "d_ff": keys.count("intermediate_size"),
         "context_length": context, "position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": attention and mlp,
-        # With a bias on the attention's output as well, that one must be zero: `weights.py` looks.
+        # Where the attention's output has a bias too, it must be zero: `weights.py` checks that.
         "qkv_bias": family == "qwen2" or (attention and family != "mistral" and not mlp),
         "qk_norm": family == "qwen3", "rope_theta": theta, "rope_scaling": scaling,
         "norm_eps": keys.number("rms_norm_eps"),
@@ -152,7 +153,7 @@ def _read_llama(keys: Keys, family: str) -> dict[str, Any]:
 
 
 def _context_length(keys: Keys, family: str) -> int:
-    """Return the tokens up to which a model with a sliding window attends to all that came before, as this GPT does."""
+    """Return the context length; of a model with a sliding window the length at which the window has no effect."""
     context = keys.count("max_position_embeddings")
     if family == "llama" or keys.given.get("sliding_window") is None:
         return context
@@ -166,17 +167,17 @@ def _context_length(keys: Keys, family: str) -> int:
     window = keys.count("sliding_window")
     if window < context:
         log.info(
-            "context: %d tokens of the model's %d: its sliding window, up to which it attends to all tokens",
+            "context: %d tokens of the model's %d: its sliding window, within which it attends to all tokens",
             window, context,
         )  # fmt: skip
     return min(window, context)
 
 
 def _read_rope(keys: Keys) -> tuple[float, dict[str, Any]]:
-    """Return rope_theta and the values of config.model.rope_scaling, from both spellings.
+    """Return rope_theta and the values of config.model.rope_scaling, in either spelling.
 
-    transformers 5 has `rope_parameters` {rope_theta, rope_type, ...}; earlier, `rope_theta` and `rope_scaling`
-    {rope_type or type, ...}.
+    transformers 5 writes `rope_parameters` {rope_theta, rope_type, ...}; before that, it wrote `rope_theta` and
+    `rope_scaling` {rope_type or type, ...}.
     """
     both = keys.given.get("rope_scaling") or keys.given.get("rope_parameters") or {}
     if not isinstance(both, Mapping):
@@ -187,8 +188,8 @@ def _read_rope(keys: Keys) -> tuple[float, dict[str, Any]]:
     rope.must_be("partial_rotary_factor", None, 1)
     if kind not in ("default", "linear", "llama3", "yarn") or any(isinstance(x, Mapping) for x in both.values()):
         raise UserError(
-            f"its config.json stretches RoPE by {both!r}. Allowed are the kinds default, linear, llama3 and yarn, the"
-            " same in all layers. Take another model, or the one that was stretched."
+            f"its config.json scales RoPE by {both!r}. Allowed are the kinds default, linear, llama3 and yarn, the same"
+            " in all layers. Take another model, or the original with the shorter context."
         )
     theta = rope.number("rope_theta")
     if kind == "default":
@@ -212,8 +213,8 @@ def _read_rope(keys: Keys) -> tuple[float, dict[str, Any]]:
     return theta, scaling
 
 
-def home(shapes: ModelConfig) -> str:
-    """Return the family whose layout a model is exported in; raise UserError when none computes the same function."""
+def export_family(shapes: ModelConfig) -> str:
+    """Return the family that a model is exported as; raise UserError when none computes the same function."""
     c = shapes
     gpt2 = {
         "position=learned": c.position == "learned", "norm=layernorm": c.norm == "layernorm",
@@ -239,7 +240,7 @@ def home(shapes: ModelConfig) -> str:
     nearest = min(changes, key=lambda family: len(changes[family]))
     if changes[nearest]:
         raise UserError(
-            f"no Hugging Face architecture holds a model with position={c.position!r}, norm={c.norm!r}, mlp={c.mlp!r},"
+            f"no Hugging Face architecture has position={c.position!r}, norm={c.norm!r}, mlp={c.mlp!r},"
             f" bias={c.bias}, qkv_bias={c.qkv_bias}, qk_norm={c.qk_norm}, n_kv_heads={c.n_kv_heads} of {c.n_heads},"
             f" d_head={c.d_head}. Allowed: GPT-2's block (learned positions, layernorm, gelu), or the modern one (rope,"
             " rmsnorm, swiglu; biases in all layers, in none, or in query, key and value; qk_norm without other"
@@ -250,7 +251,7 @@ def home(shapes: ModelConfig) -> str:
 
 
 def write_config(family: str, shapes: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """Return the config.json of a model whose `home` is `family`, without its token ids and its dtype."""
+    """Return the config.json of a model whose `export_family` is `family`, without its token ids and its dtype."""
     c = shapes
     common = {
         "architectures": [ARCHITECTURES[family]], "model_type": family, "vocab_size": vocab_size,
@@ -277,7 +278,7 @@ def write_config(family: str, shapes: ModelConfig, vocab_size: int) -> dict[str,
 
 
 def _write_rope(theta: float, s: RopeScaling) -> dict[str, Any]:
-    """Spell RoPE in both ways: transformers 5 and the tools that follow it read one, all others the other."""
+    """Write RoPE in both spellings: that of transformers 5, and the earlier one, which other tools read."""
     scaling: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
     if s.kind in ("llama3", "yarn"):
         scaling["original_max_position_embeddings"] = s.original_context_length

@@ -1,8 +1,8 @@
-"""Find a model by its name: a directory, one that is mounted somewhere below it, or a download from the Hub.
+"""Find a model by its name: a directory, a directory below it, or a download from the Hub.
 
-Beside the data path: before `pretrained.py` opens the directory. The download is huggingface_hub's: it goes on where
-the connection broke, keeps the files that have arrived in HF_HOME for the next try, takes its token from HF_TOKEN, and
-stays offline with HF_HUB_OFFLINE=1.
+Beside the data path: before `pretrained.py` opens the directory. huggingface_hub downloads: it resumes where the
+connection broke, keeps complete files in HF_HOME, reads its token from HF_TOKEN, and stays offline with
+HF_HUB_OFFLINE=1.
 """
 
 import errno
@@ -16,7 +16,7 @@ from jgpt.errors import UserError
 log = logging.getLogger("jgpt")
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-# Not every safetensors file: some models bring the same weights again in a layout of their own.
+# Not every safetensors file: some repositories hold the same weights again in another layout.
 FILES = [
     "config.json", "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -25,9 +25,9 @@ FILES = [
 
 
 def locate(name: str) -> Path:
-    """Return the directory of a model, which holds config.json; download it where `name` is one on the Hub.
+    """Return the directory of a model, which holds config.json; download it where `name` is a name on the Hub.
 
-    Raises UserError when there is no such model, several, or no way to get it.
+    Raises UserError when there is no such model, when a directory holds several, and when the download fails.
     """
     directory = Path(name).expanduser()
     if name and directory.is_dir():
@@ -35,13 +35,13 @@ def locate(name: str) -> Path:
     if not is_hub_name(name):
         raise UserError(
             f"there is no directory {name!r} (current folder: {Path.cwd()}). Allowed: a model directory, or a name on"
-            " the Hugging Face Hub such as HuggingFaceTB/SmolLM2-135M-Instruct. Mend the name."
+            " the Hugging Face Hub such as HuggingFaceTB/SmolLM2-135M-Instruct. Correct the name."
         )
     return _download(name)
 
 
 def is_hub_name(name: str) -> bool:
-    """Tell whether a name is neither a directory here nor a path: "gpt2", "OWNER/NAME"."""
+    """Return whether a name can be one on the Hub ("gpt2", "OWNER/NAME") and is not a directory here."""
     return bool(HUB_NAME.fullmatch(name)) and not Path(name).expanduser().is_dir()
 
 
@@ -49,16 +49,16 @@ def _below(directory: Path) -> Path:
     """Return the directory itself, or the one below it that holds a model, as Kaggle mounts them."""
     if (directory / "config.json").is_file():
         return directory
-    found = sorted({path.parent for path in directory.rglob("config.json") if any(path.parent.glob("*.safetensors"))})
-    if len(found) == 1:
-        log.info("model: found in %s", found[0])
-        return found[0]
-    if found:
-        listed = ", ".join(map(str, found[:10]))
-        raise UserError(f"{directory} holds {len(found)} models: {listed}. Name one of them.")
+    models = sorted({path.parent for path in directory.rglob("config.json") if any(path.parent.glob("*.safetensors"))})
+    if len(models) == 1:
+        log.info("model: found in %s", models[0])
+        return models[0]
+    if models:
+        listed = ", ".join(map(str, models[:10]))
+        raise UserError(f"{directory} holds {len(models)} models: {listed}. Allowed: one. Name one of them.")
     raise UserError(
-        f"{directory} holds no model. Needed is config.json with weights in .safetensors beside it, there or in one"
-        " directory below; or a training run that has saved at least once. Name such a directory."
+        f"{directory} holds no model. It must hold config.json and weights in .safetensors, itself or in one directory"
+        " below it, or be a training run that has saved at least once. Name such a directory."
     )
 
 
@@ -67,16 +67,16 @@ def _download(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # the network libraries below raise what they like
+    except Exception as error:  # the network libraries may raise any error
         problem, advice = _reason(name, error)
         raise UserError(f"the model {name!r} cannot be downloaded: {problem}. {advice}.") from None
 
 
 def _reason(name: str, error: Exception) -> tuple[str, str]:
-    """Say what went wrong, and what to do."""
+    """Return what went wrong, and what to do."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    again = "The files that have arrived are kept: the same command goes on from there"
+    again = "Complete files are kept: the same command continues from there"
     if isinstance(error, LocalEntryNotFoundError):
         if not isinstance(error.__cause__, HfHubHTTPError):
             problem = "it is not on this machine, and the Hub cannot be reached"
@@ -87,7 +87,7 @@ def _reason(name: str, error: Exception) -> tuple[str, str]:
         return problem, f"Ask for it at https://huggingface.co/{name}, then set HF_TOKEN to a token of yours"
     if isinstance(error, RepositoryNotFoundError):
         problem = "it is not on the Hugging Face Hub, or it is private"
-        return problem, "Mend the name (OWNER/NAME), or set HF_TOKEN to a token that may read it"
+        return problem, "Correct the name (OWNER/NAME), or set HF_TOKEN to a token that may read it"
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"the Hub answered {error.response.status_code}", f"Try again later, or check HF_TOKEN. {again}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

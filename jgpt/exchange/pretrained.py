@@ -1,47 +1,48 @@
-"""Hugging Face model directories: opened with everything checked and nothing loaded; and written.
+"""Open and write Hugging Face model directories; opening checks everything and loads no weights.
 
-Beside the data path: `training/loading.py` and the convert command call it. A directory holds config.json,
+Beside the data path: `loading/` and the convert command call it. A directory holds config.json,
 generation_config.json, weights in safetensors and the tokenizer's files.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 import jgpt
 from jgpt.atomic_write import write_file
 from jgpt.data.tokenizer import Tokenizer, load_pretrained
 from jgpt.errors import UserError
-from jgpt.exchange.families import ARCHITECTURES, home, read_config, write_config
+from jgpt.exchange.families import ARCHITECTURES, export_family, read_config, write_config
 from jgpt.exchange.tensors import prefix, table
-from jgpt.exchange.weights import Stored, entry_bytes, find_tensors, main_dtype, match, save_params
+from jgpt.exchange.weights import Stored, entry_bytes, find_tensors, load_params, main_dtype, match, save_params
 from jgpt.model.precision import DTYPES
 from jgpt.model.shapes import ModelConfig, model_config
 
 SHARD_BYTES = 5_000_000_000
-DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model directory whose config.json and headers were checked; no weights are loaded."""
+    """A model directory whose config.json and headers are checked; no weights are loaded."""
 
     directory: Path
     family: str  # "gpt2", "llama", "mistral", "qwen2", "qwen3"
     model: ConfigDict  # the values of config.model, all filled in
     shapes: ModelConfig
     tensors: dict[str, Stored]  # by their names in `tensors.py`
-    stop_ids: tuple[int, ...]  # that end a text, by config.json and generation_config.json
+    stop_ids: tuple[int, ...]  # the ids that end a text, from config.json and generation_config.json
     dtype: str  # of most weights: "fp32", "fp16", "bf16"
-    sampling: dict[str, float]  # temperature and the like, where generation_config.json advises any
+    sampling: dict[str, float]  # temperature and the like, where generation_config.json has any
 
     def tokenizer(self) -> Tokenizer:
         """Open the tokenizer; raise UserError when it has more ids than the model has rows."""
@@ -54,18 +55,26 @@ class Pretrained:
             )
         return tokenizer
 
+    def load_params(self, matrices: Any, place: Callable[[tuple[str, ...], np.ndarray], Any]) -> Any:
+        """Load the parameter tree, as `weights.load_params` does: matrices in the dtype `matrices`, vectors in fp32.
+
+        Raises UserError, see there.
+        """
+        entries = table(self.family, self.shapes)
+        return load_params(self.tensors, entries, matrices, place, tied=self.shapes.tie_embeddings)
+
 
 def open_pretrained(directory: Path) -> Pretrained:
-    """Open a model directory. Raises UserError, naming the directory, for anything that is missing or wrong in it."""
+    """Open a model directory; raise UserError, with its name, when a file is missing, damaged or of another model."""
     if not (directory / "config.json").is_file():
         raise UserError(
-            f"{directory} has no config.json. Needed is a Hugging Face model directory: config.json, weights in"
+            f"{directory} has no config.json. It must be a Hugging Face model directory: config.json, weights in"
             " safetensors, a tokenizer. Name the directory that holds them."
         )
     config = _read_json(directory / "config.json")
     path = directory / "generation_config.json"
     generation = _read_json(path) if path.is_file() else {}
-    stops = _ids(config) + _ids(generation)
+    stops = _eos_ids(config) + _eos_ids(generation)
     rules = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = {rule: generation[rule] for rule in rules if isinstance(generation.get(rule), int | float)}
     try:
@@ -81,21 +90,20 @@ def open_pretrained(directory: Path) -> Pretrained:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        reason = type(content).__name__
     except ValueError as error:
-        found = error
-    if not isinstance(found, dict):
+        content, reason = None, str(error)
+    if not isinstance(content, dict):
         raise UserError(
-            f"{path} is no JSON object ({found if isinstance(found, ValueError) else type(found).__name__}). It must be"
-            " the file that its publisher wrote. Download it again."
+            f"{path} is not a JSON object ({reason}). It must be the file that its publisher wrote. Download it again."
         )
-    return found
+    return content
 
 
-def _ids(given: dict[str, Any]) -> tuple[int, ...]:
-    found = given.get("eos_token_id")
-    found = found if isinstance(found, list) else [found]
-    return tuple(i for i in found if isinstance(i, int))
+def _eos_ids(config: dict[str, Any]) -> tuple[int, ...]:
+    ids = config.get("eos_token_id")
+    return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
 
 
 def export_model(
@@ -109,18 +117,19 @@ def export_model(
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Write a model to the new directory `out`, as transformers opens it; return its family.
+    """Write a model to the new directory `out`, in the layout of transformers; return its family.
 
-    `params` is the plain model's tree; of its embedding's rows the first `vocab_size` are written, in `dtype` ("fp32",
-    "fp16", "bf16"). `stop_ids` end a text, beside the tokenizer's. `out` is there whole or not at all. Raises UserError
-    when no architecture holds the model, `out` holds something, or the disk is too small.
+    `params` is the parameter tree of the plain model. Weights are written in `dtype` ("fp32", "fp16", "bf16"), and of
+    the embedding the first `vocab_size` rows. `stop_ids` are ids that end a text, beside the tokenizer's. `out` appears
+    when it is complete, or not at all. Raises UserError when no Hugging Face architecture computes the model, `out` is
+    not empty, or the disk is too small.
     """
     family = check_export(out, shapes)
     entries = list(table(family, replace(shapes, vocab_size=vocab_size)))
     with _new_directory(out, sum(entry_bytes(entry, DTYPES[dtype]) for entry in entries)) as directory:
         tokenizer.save(directory, shapes.context_length)
         ids = _token_ids(tokenizer)
-        config = write_config(family, shapes, vocab_size) | ids | {"dtype": DTYPE_NAMES[dtype]}
+        config = write_config(family, shapes, vocab_size) | ids | {"dtype": jnp.dtype(DTYPES[dtype]).name}
         _write_json(directory / "config.json", config)
         stops = list(dict.fromkeys((*stop_ids, tokenizer.eot_id)))
         generation = ids | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
@@ -131,15 +140,15 @@ def export_model(
 
 
 def check_export(out: Path, shapes: ModelConfig) -> str:
-    """Return the family that a model would be exported as; raise UserError when it has none, or `out` is taken."""
+    """Return the family that a model would be exported as; raise UserError when there is none or `out` is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty. Allowed: a new directory, or an empty one. Name another.")
-    return home(shapes)
+    return export_family(shapes)
 
 
 @contextmanager
 def _new_directory(out: Path, planned: int) -> Iterator[Path]:
-    """Give a directory to write `planned` bytes into, which becomes `out` when all went well and vanishes when not."""
+    """Yield a temporary directory for `planned` bytes: it becomes `out` at the end, and is removed on an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if planned > free:
@@ -161,27 +170,27 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the special ids of config.json; a model without a token for it begins a text with the end of the last."""
+    """Return the special ids of config.json. Without a token that begins texts, the one that ends them does both."""
     ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
     for key in ("bos_token", "pad_token"):
         token = tokenizer.settings.get(key)
-        found = tokenizer.backend.token_to_id(token) if isinstance(token, str) else None
-        if found is not None:
-            ids[f"{key}_id"] = found
+        token_id = tokenizer.backend.token_to_id(token) if isinstance(token, str) else None
+        if token_id is not None:
+            ids[f"{key}_id"] = token_id
     return ids
 
 
 def _pad_id(ids: dict[str, int]) -> int:
-    return ids.get("pad_token_id", ids["eos_token_id"])  # generate() of transformers asks for one
+    return ids.get("pad_token_id", ids["eos_token_id"])  # transformers' generate() needs one
 
 
 def _model_card(
     name: str, family: str, shapes: ModelConfig, vocab_size: int, dtype: str, params: Any, tokenizer: Tokenizer
 ) -> str:
     """Return the README.md that the Hub shows."""
-    c, lookups = shapes, shapes.vocab_size - vocab_size
+    c, padding_rows = shapes, shapes.vocab_size - vocab_size
     n_params = sum(int(x.size) for x in jax.tree.leaves(params))
-    n_params -= lookups * c.d_model * (1 if c.tie_embeddings else 2)
+    n_params -= padding_rows * c.d_model * (1 if c.tie_embeddings else 2)
     chat = (
         'messages = [{"role": "user", "content": "Hello"}]\n'
         "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,"
@@ -205,7 +214,7 @@ A language model of {n_params:,} parameters, written by jgpt {jgpt.__version__}.
 | heads | {c.n_heads}, with {c.n_kv_heads} of keys and values, each {c.d_head} wide |
 | context | {c.context_length} tokens |
 | vocabulary | {vocab_size} |
-| weights | {DTYPE_NAMES[dtype]} |
+| weights | {jnp.dtype(DTYPES[dtype]).name} |
 
 It opens without remote code:
 

@@ -1,6 +1,6 @@
-"""The weights of others by name: each tensor of a Hugging Face model, and the parameter of the GPT that it is in.
+"""The table of weights: each tensor of a Hugging Face model by name, and the parameter of the GPT that it is part of.
 
-Beside the data path: `weights.py` reads and writes by this table. Names and shapes are those of transformers'
+Beside the data path: `weights.py` reads and writes with this table. Names and shapes are those of transformers'
 modeling_*.py: weights are [outputs, inputs], in GPT-2 [inputs, outputs]. Dimension letters: see `model/gpt.py`.
 """
 
@@ -13,24 +13,25 @@ import numpy as np
 from jgpt.model.shapes import ModelConfig
 
 Shape = tuple[int, ...]
-PREFIXES = {"gpt2": "transformer."}  # of every name but lm_head's; a file of the bare model leaves it out
-# Constants that older versions of transformers saved along.
+# Of every name but lm_head's. A file of the bare model, without an output layer, has names without the prefix.
+PREFIXES = {"gpt2": "transformer."}
+# Constants that older versions of transformers saved with the weights.
 BUFFERS = re.compile(r"(h\.\d+\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq)")
 
 
 class Entry(NamedTuple):
-    """One parameter, and the tensors that it is made of."""
+    """One parameter of the GPT, and the tensors that it is made of."""
 
     path: tuple[str, ...]  # its keys in the tree, as ("h_0", "attn", "qkv", "kernel")
     names: tuple[str, ...]  # without the prefix
     shapes: tuple[Shape, ...]  # of the tensors
     join: Callable[[list[np.ndarray]], np.ndarray]  # the tensors to the parameter
-    split: Callable[[np.ndarray], list[np.ndarray]]
-    there: bool = True  # False: a bias that the GPT has not, so it must be zero
+    split: Callable[[np.ndarray], list[np.ndarray]]  # the parameter to the tensors
+    in_model: bool = True  # False: a bias that the GPT does not have, so it must be zero
 
 
 def prefix(family: str) -> str:
-    """Return what names begin with in a file of the whole model."""
+    """Return the prefix of the tensors' names in a file of the whole model."""
     return PREFIXES.get(family, "model.")
 
 
@@ -50,20 +51,20 @@ def table(family: str, shapes: ModelConfig) -> Iterator[Entry]:
 
 
 def _gpt2_layer(c: ModelConfig, i: int) -> Iterator[Entry]:
-    layer, theirs, width = f"h_{i}", f"h.{i}.", c.d_model
-    yield from _norm((layer, "attn_norm"), f"{theirs}ln_1", c, True)
+    layer, start, width = f"h_{i}", f"h.{i}.", c.d_model
+    yield from _norm((layer, "attn_norm"), f"{start}ln_1", c, True)
     for leaf, name, lead in (("kernel", "weight", (width,)), ("bias", "bias", ())):
-        there = leaf == "kernel" or c.bias
+        in_model = leaf == "kernel" or c.bias
         yield Entry(
-            (layer, "attn", "qkv", leaf), (f"{theirs}attn.c_attn.{name}",), ((*lead, 3 * width),),
+            (layer, "attn", "qkv", leaf), (f"{start}attn.c_attn.{name}",), ((*lead, 3 * width),),
             lambda x: x[0].reshape(*x[0].shape[:-1], 3, c.n_heads, c.d_head).swapaxes(-3, -2),
-            lambda x: [x.swapaxes(-3, -2).reshape(*x.shape[:-3], -1)], there or c.qkv_bias,
+            lambda x: [x.swapaxes(-3, -2).reshape(*x.shape[:-3], -1)], in_model or c.qkv_bias,
         )  # fmt: skip
-        yield _same((layer, "attn", "proj", leaf), f"{theirs}attn.c_proj.{name}", (*lead, width), there)
-        yield _same((layer, "mlp", "up", leaf), f"{theirs}mlp.c_fc.{name}", (*lead, c.d_ff), there)
-    yield _transposed((layer, "mlp", "down", "kernel"), f"{theirs}mlp.c_proj.weight", (c.d_ff, width))
-    yield _same((layer, "mlp", "down", "bias"), f"{theirs}mlp.c_proj.bias", (width,), c.bias)
-    yield from _norm((layer, "mlp_norm"), f"{theirs}ln_2", c, True)
+        yield _same((layer, "attn", "proj", leaf), f"{start}attn.c_proj.{name}", (*lead, width), in_model)
+        yield _same((layer, "mlp", "up", leaf), f"{start}mlp.c_fc.{name}", (*lead, c.d_ff), in_model)
+    yield _transposed((layer, "mlp", "down", "kernel"), f"{start}mlp.c_proj.weight", (c.d_ff, width))
+    yield _same((layer, "mlp", "down", "bias"), f"{start}mlp.c_proj.bias", (width,), c.bias)
+    yield from _norm((layer, "mlp_norm"), f"{start}ln_2", c, True)
 
 
 def _llama_layer(c: ModelConfig, i: int, family: str) -> Iterator[Entry]:
@@ -94,8 +95,8 @@ def _llama_layer(c: ModelConfig, i: int, family: str) -> Iterator[Entry]:
         yield _same((layer, "mlp", "down", "bias"), f"{mlp}down_proj.bias", (width,))
 
 
-def _same(path: tuple[str, ...], name: str, shape: Shape, there: bool = True) -> Entry:
-    return Entry(path, (name,), (shape,), lambda x: x[0], lambda x: [x], there)
+def _same(path: tuple[str, ...], name: str, shape: Shape, in_model: bool = True) -> Entry:
+    return Entry(path, (name,), (shape,), lambda x: x[0], lambda x: [x], in_model)
 
 
 def _transposed(path: tuple[str, ...], name: str, shape: Shape) -> Entry:
@@ -109,10 +110,11 @@ def _norm(path: tuple[str, ...], name: str, c: ModelConfig, bias: bool) -> Itera
 
 
 def _join_heads(parts: list[np.ndarray], c: ModelConfig) -> np.ndarray:
-    """Join query [N*H(, D)], key and value [K*H(, D)] into [(D,) K, G+2, H]."""
+    """Join the query tensor [N*H(, D)] and those of key and value [K*H(, D)] to one parameter [(D,) K, G+2, H]."""
     return np.concatenate([x.T.reshape(*x.shape[1:], c.n_kv_heads, -1, c.d_head) for x in parts], axis=-2)
 
 
 def _split_heads(x: np.ndarray) -> list[np.ndarray]:
+    """Split the parameter [(D,) K, G+2, H] into the tensors of query, key and value."""
     parts = x[..., :-2, :], x[..., -2:-1, :], x[..., -1:, :]
     return [part.reshape(*x.shape[:-3], -1).T for part in parts]

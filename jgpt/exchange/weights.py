@@ -1,7 +1,7 @@
-"""Weights in safetensors files: headers first, then tensor by tensor in, and shard by shard out.
+"""Read and write weights in safetensors files: read the headers first, then tensor by tensor; write shard by shard.
 
-Beside the data path: `pretrained.py` opens and writes whole models. The files are memory-mapped by the safetensors
-library, which checks that headers and offsets agree with the file; nothing else is read, and no pickle ever.
+Beside the data path: `pretrained.py` opens and writes models with this. The safetensors library maps the files to
+memory, and checks that headers and offsets agree with the file. No other format is opened, above all no pickle.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,34 +21,35 @@ from tqdm import tqdm
 
 from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
-from jgpt.exchange.tensors import BUFFERS, Entry, Shape, prefix, table
-
-if TYPE_CHECKING:
-    from jgpt.exchange.pretrained import Pretrained
+from jgpt.exchange.tensors import BUFFERS, Entry, Shape, prefix
+from jgpt.model.precision import DTYPES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+SAFETENSORS_DTYPES = {name.upper().replace("FP", "F"): name for name in DTYPES}  # F32, F16 and BF16 to our names
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight")
-BAR: dict[str, Any] = {"disable": None, "delay": 2, "leave": False}  # on a terminal, where it takes long
+BAR: dict[str, Any] = {"disable": None, "delay": 2, "leave": False}  # tqdm: on a terminal only, after 2 seconds
 RESTORE = "Download it again, or restore the file."
 
 
 class Stored(NamedTuple):
-    """Where one tensor is."""
+    """One tensor on disk: its place and its header."""
 
     file: Path
     name: str
     shape: Shape
-    dtype: str  # as safetensors calls it
+    dtype: str  # in safetensors' words: "F16"
 
 
 def find_tensors(directory: Path) -> dict[str, Stored]:
-    """Read the headers of a model directory's safetensors; raise UserError where they are not whole."""
+    """Read the headers of a model directory's safetensors files: each tensor by its full name.
+
+    Raises UserError when a file is missing or damaged, or the files do not agree with their index.
+    """
     if (directory / SINGLE).is_file():
         return {name: stored for name, stored in _read_header(directory / SINGLE)}
     if not (directory / INDEX).is_file():
         raise UserError(_no_safetensors(directory))
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     files = _read_index(directory / INDEX)
     for file in sorted(set(files.values())):
         path = directory / file
@@ -60,11 +61,11 @@ def find_tensors(directory: Path) -> dict[str, Stored]:
         missing = [name for name, other in files.items() if other == file and name not in headers]
         if missing:
             raise UserError(
-                f"{path} has no tensor {missing[0]}, and {INDEX} says that it has ({len(missing)} such). The files must"
-                f" be of one model. {RESTORE}"
+                f"{path} lacks {len(missing)} tensors that {INDEX} places in it, such as {missing[0]}. The files must"
+                f" belong to one model. {RESTORE}"
             )
-        found |= {name: stored for name, stored in headers.items() if files.get(name) == file}
-    return found
+        tensors |= {name: stored for name, stored in headers.items() if files.get(name) == file}
+    return tensors
 
 
 def _no_safetensors(directory: Path) -> str:
@@ -87,8 +88,8 @@ def _read_index(path: Path) -> dict[str, str]:
         outside = [name for name in files.values() if Path(name).name != name or not name.endswith(".safetensors")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no index of safetensors ({type(error).__name__}: {error}). It must be JSON with a weight_map."
-            f" {RESTORE}"
+            f"{path} is not an index of safetensors files ({type(error).__name__}: {error}). It must be JSON with a"
+            f" weight_map. {RESTORE}"
         ) from None
     if outside:
         raise UserError(
@@ -110,21 +111,26 @@ def _open(path: Path) -> safe_open:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is no whole safetensors file ({error}). It must have every byte that its header names. {RESTORE}"
+            f"{path} is not a complete safetensors file ({error}). It must have all bytes that its header describes."
+            f" {RESTORE}"
         ) from None
 
 
-def match(found: Mapping[str, Stored], entries: Iterable[Entry], family: str, tied: bool) -> dict[str, Stored]:
-    """Give each tensor that `entries` name its place on disk; raise one UserError that lists all that do not fit."""
+def match(tensors: Mapping[str, Stored], entries: Iterable[Entry], family: str, tied: bool) -> dict[str, Stored]:
+    """Return the tensors that `entries` need, by their names without the family's prefix.
+
+    `tied` says that the output layer is the embedding. Raises one UserError that lists the tensors that are missing, of
+    a wrong shape or dtype, or not part of such a model.
+    """
     start = prefix(family)
-    short = {name.removeprefix(start): stored for name, stored in found.items()}
+    short = {name.removeprefix(start): stored for name, stored in tensors.items()}
     wanted = {name: shape for entry in entries for name, shape in zip(entry.names, entry.shapes, strict=True)}
     missing = [name for name in wanted if name not in short]
     wrong = [f"{_full(start, name)} is missing (wanted: {list(wanted[name])})" for name in missing]
     for name, stored in short.items():
         if name in wanted and stored.shape != wanted[name]:
             wrong.append(f"{stored.name} is {list(stored.shape)} (wanted: {list(wanted[name])})")
-        elif name in wanted and stored.dtype not in DTYPES:
+        elif name in wanted and stored.dtype not in SAFETENSORS_DTYPES:
             wrong.append(f"{stored.name} is of dtype {stored.dtype} (wanted: F32, F16 or BF16)")
         elif name not in wanted and not BUFFERS.fullmatch(name) and not (tied and name == "lm_head.weight"):
             wrong.append(f"{stored.name} {list(stored.shape)} has no place in a {family} model")
@@ -142,46 +148,52 @@ def _full(start: str, name: str) -> str:
 
 
 def main_dtype(tensors: Mapping[str, Stored]) -> str:
-    """Return the dtype that most tensors have, "fp32", "fp16" or "bf16"."""
-    return DTYPES[Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]]
+    """Return the dtype of most tensors: "fp32", "fp16" or "bf16"."""
+    return SAFETENSORS_DTYPES[Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]]
 
 
 def load_params(
-    pretrained: "Pretrained", matrices: Any, vectors: Any, place: Callable[[tuple[str, ...], np.ndarray], Any]
+    tensors: Mapping[str, Stored],
+    entries: Iterable[Entry],
+    matrices: Any,
+    place: Callable[[tuple[str, ...], np.ndarray], Any],
+    *,
+    tied: bool,
 ) -> Any:
-    """Load the parameter tree, one parameter at a time: arrays of more than one axis in `matrices`, the others in
-    `vectors`, each handed to `place` with its path in the tree.
+    """Load the parameter tree, one parameter at a time; `tensors` are those that `match` returned for `entries`.
 
-    On the host are never more than one parameter, and the pages of the files that it is in. Raises UserError for a
-    value that fp16 cannot hold.
+    Matrices (weights, embeddings) are converted to the dtype `matrices`, vectors (norms, biases) to fp32. `place` takes
+    each parameter's path in the tree and its array, and returns the leaf. Never more than one parameter is on the host,
+    beside the pages of the files that it is in. Raises UserError for a value that fp16 cannot hold, and for an output
+    layer that differs from the embedding where they are `tied`.
     """
     params: dict[str, Any] = {}
-    tensors = pretrained.tensors
-    _check_tied(tensors, pretrained.shapes.tie_embeddings)
+    if tied:
+        _check_tied(tensors)
     files: dict[Path, Any] = {}
     with ExitStack() as stack:
-        entries = list(table(pretrained.family, pretrained.shapes))
-        for entry in tqdm(entries, "weights", **BAR):
+        for entry in tqdm(list(entries), "weights", **BAR):
             stored = [tensors[name] for name in entry.names]
-            if not {one.file for one in stored} <= files.keys():  # on to the next shard, and away with those before
+            if not {one.file for one in stored} <= files.keys():  # open the next shard, close the others
                 stack.close()
                 files = {path: stack.enter_context(_open(path)) for path in {one.file for one in stored}}
-            many = len(entry.shapes[0]) > 1 or entry.path[-2] in ("qkv", "gate_up")  # whose biases have several axes
-            dtype = matrices if many else vectors
+            # The biases of fused layers count as matrices, because as parameters they have more than one axis.
+            is_matrix = len(entry.shapes[0]) > 1 or entry.path[-2] in ("qkv", "gate_up")
+            dtype = matrices if is_matrix else np.float32
             parts = [_cast(files[one.file].get_tensor(one.name), dtype, f"{one.name} in {one.file}") for one in stored]
-            if entry.there:
+            if entry.in_model:
                 _put(params, entry.path, place(entry.path, entry.join(parts)))
             elif np.any(parts[0]):
                 raise UserError(
-                    f"{stored[0].name} is not zero. A model of jgpt has this bias only together with those of all"
-                    " layers. Take another model."
+                    f"{stored[0].name} is not zero. Allowed: zeros, because a model of jgpt has this bias only when all"
+                    " its layers have one. Take another model."
                 )
     return params
 
 
-def _check_tied(tensors: Mapping[str, Stored], tied: bool) -> None:
-    """Refuse an output layer of its own where config.json says that it is the embedding."""
-    if not tied or "lm_head.weight" not in tensors:
+def _check_tied(tensors: Mapping[str, Stored]) -> None:
+    """Refuse an output layer that differs from the embedding, where config.json says that they are the same."""
+    if "lm_head.weight" not in tensors:
         return
     output, embedding = tensors["lm_head.weight"], next(tensors[x] for x in tensors if x in EMBEDDINGS)
     with _open(output.file) as file, _open(embedding.file) as other:
@@ -207,25 +219,25 @@ def _cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
     if dtype == jnp.float16 and not np.all(np.isfinite(cast)):
         largest = np.max(np.abs(array.astype(np.float32)))
         if not np.isfinite(largest):
-            raise UserError(f"{name} holds {largest}, which is no weight: it must be all numbers. {RESTORE}")
+            raise UserError(f"{name} holds {largest}. Allowed: finite numbers. {RESTORE}")
         raise UserError(
-            f"{name} does not fit in fp16: its largest value is {largest:g}, and fp16 ends at 65504. Take bf16 on a GPU"
-            " of sm_80 or newer, else fp32."
+            f"{name} does not fit in fp16: its largest value is {largest:g}. Allowed in fp16: up to 65504. Take bf16 on"
+            " a GPU of compute capability 8.0 or above, else fp32."
         )
     return cast
 
 
 def entry_bytes(entry: Entry, dtype: Any) -> int:
-    """Return the bytes of a parameter's tensors."""
+    """Return the bytes that a parameter's tensors take on disk in `dtype`."""
     return sum(math.prod(shape) for shape in entry.shapes) * np.dtype(dtype).itemsize
 
 
 def save_params(
     directory: Path, params: Any, entries: Iterable[Entry], start: str, dtype: Any, shard_bytes: int
 ) -> None:
-    """Write a parameter tree as safetensors, in shards of at most `shard_bytes` (a parameter may be larger).
+    """Write a parameter tree as safetensors files of `dtype`, each of at most `shard_bytes` or of one parameter.
 
-    `entries` is the table of the layout, `start` what their names begin with. One shard is on the host at a time.
+    `entries` is the table of the layout, `start` the prefix of the names. One shard is on the host at a time.
     """
     shards: list[list[Entry]] = [[]]
     sizes = [0]
@@ -249,7 +261,7 @@ def save_params(
 
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
     path.touch()
-    mode = path.stat().st_mode  # safetensors would let the owner alone read it
+    mode = path.stat().st_mode  # safetensors would make the file readable by its owner only
     save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without it
     path.chmod(mode)
     with path.open("rb") as file:
@@ -257,8 +269,8 @@ def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def _tensors(params: Any, entry: Entry, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Return the tensors that one parameter is in their files; a bias that the GPT has not is zeros."""
-    if not entry.there:
+    """Return the names and arrays of one parameter's tensors; a bias that the GPT does not have is zeros."""
+    if not entry.in_model:
         arrays = [np.zeros(shape, dtype) for shape in entry.shapes]
     else:
         value = params

@@ -17,10 +17,11 @@ from jgpt.wording import GIB
 COMPILED_BYTES = 2 * GIB  # of compiled programs kept on disk; a large model's step takes some tens of MB
 
 
-def set_up_process() -> None:
+def set_up_process(deterministic: bool = False) -> None:
     """Prepare this process for training; call it before JAX touches a device (later calls change nothing).
 
-    What the user has set in the environment or in JAX's own config stays.
+    `deterministic`: a GPU computes the same bits in every process (config key execution.deterministic). What the user
+    has set in the environment or in JAX's own config stays.
 
     Raises:
         UserError: TensorFlow is loaded in this process.
@@ -40,6 +41,10 @@ def set_up_process() -> None:
     # 1, errors and warnings, is what JAX itself puts there when it is imported; XLA's warnings are for XLA's authors.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    # Else XLA times several algorithms for each product at each start of a process, takes the fastest, and adds up
+    # gradients of the embedding in any order: other bits after a restart (measured: docs/benchmarks).
+    if deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     # XLA runs element-wise work on one thread for each CPU device: a device for each core is 1.5 times faster on two.
     already = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue] (JAX adds its options late)
     if already == -1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

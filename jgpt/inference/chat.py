@@ -1,6 +1,6 @@
-"""A conversation: the messages so far and a question in, the model's answer out, piece by piece.
+"""Hold a conversation: take a question, return the model's answer piece by piece.
 
-In the data path: around `decode.py`; the model's own template (`data/chat.py`) turns the messages into a prompt.
+In the data path: around `decode.py`; the model's own template (`data/chat_template.py`) makes a prompt of the messages.
 """
 
 import json
@@ -26,7 +26,7 @@ HELP = """/reset      forget the conversation (the system prompt stays)
 
 @dataclass
 class Answer:
-    """What the model said, how long it took, and what there is to know about it."""
+    """One answer of the model, its times, and notes for the user."""
 
     text: str = ""
     n_tokens: int = 0
@@ -35,7 +35,7 @@ class Answer:
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """Say the speed in a line: tokens a second after the first, which waits for the whole prompt."""
+        """Return one line: the tokens, the tokens a second after the first, the wait for the first, and the notes."""
         parts = [f"{self.n_tokens} tokens"]
         if self.n_tokens > 1:
             parts += [f"{(self.n_tokens - 1) / (self.seconds - self.seconds_to_first):.1f} a second"]
@@ -43,7 +43,7 @@ class Answer:
 
 
 class Chat:
-    """A model, how it answers, and the conversation so far."""
+    """A model, the rules for its answers, and the conversation so far."""
 
     def __init__(
         self,
@@ -59,20 +59,23 @@ class Chat:
         stop_ids: Iterable[int],
         seed: int,
     ) -> None:
-        """Prepare the conversation; `system` is its first message, None for what the template says without one."""
+        """Prepare the conversation; `system` is its first message, None for the template's default.
+
+        Raises UserError when a rule of `sampling` is out of range.
+        """
         sampling.validate()
         self.model, self.variables, self.tokenizer, self.template = model, variables, tokenizer, template
         self.sampling, self.max_new_tokens, self.seed = sampling, max_new_tokens, seed
         self.context_length = min(context_length or model.config.context_length, model.config.context_length)
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.turns: list[Message] = []
-        self.forgotten = 0  # the oldest messages, that no longer fit the context
+        self.forgotten = 0  # the number of oldest messages that no longer fit the context
         self.stop_ids = [*stop_ids, *self._end_of_turn()]
 
     def ask(self, question: str, write: Callable[[str], None]) -> Answer:
-        """Answer a question, which joins the conversation with its answer; `write` gets the text while it is made.
+        """Answer a question, and add both to the conversation; `write` gets the text while it is generated.
 
-        Ctrl-C ends the answer, and what there is of it stays. Raises UserError when the question does not fit.
+        Ctrl-C ends the answer, and its beginning is kept. Raises UserError when the question does not fit the context.
         """
         ids, answer = self._prompt({"role": "user", "content": question})
         most = min(self.max_new_tokens, self.context_length - len(ids))
@@ -82,9 +85,9 @@ class Chat:
             if not answer.n_tokens:
                 answer.seconds_to_first = time.perf_counter() - began
             answer.n_tokens += len(new)
-            tell(stream.add(new))
+            emit(stream.add(new))
 
-        def tell(piece: str) -> None:
+        def emit(piece: str) -> None:
             answer.text += piece
             write(piece)
 
@@ -103,7 +106,7 @@ class Chat:
         except KeyboardInterrupt:
             answer.notes.append("stopped")
         answer.seconds = time.perf_counter() - began
-        tell(stream.close())
+        emit(stream.close())
         if answer.n_tokens == most:
             answer.notes.append(f"cut at {most}")
         if compilations() > compiled:
@@ -130,7 +133,7 @@ class Chat:
             ) from None
 
     def _prompt(self, question: Message) -> tuple[list[int], Answer]:
-        """Encode what the model is shown: as many of the last turns as leave room for an answer."""
+        """Encode the system prompt, the question, and as many of the last turns as leave room for an answer."""
         room = self.context_length - min(self.max_new_tokens, self.context_length // 2)
         for first in range(self.forgotten, len(self.turns) + 1, 2):
             ids = self._encode([*self.system, *self.turns[first:], question])
@@ -145,21 +148,24 @@ class Chat:
         )
 
     def _encode(self, messages: list[Message]) -> list[int]:
-        # Templates spell out all special tokens, the first one too: nothing is added to what they give.
+        # A template writes all special tokens, the first one too, so the tokenizer adds none.
         return self.tokenizer.encode(render(self.template, self.tokenizer.settings, messages, True)).tolist()
 
     def _end_of_turn(self) -> list[int]:
-        """Return the special token by which the template ends an answer; models often name another to end a text."""
-        said = "\N{SNOWMAN}"
-        messages = [*self.system, {"role": "user", "content": said}, {"role": "assistant", "content": said}]
-        _, _, end = render(self.template, self.tokenizer.settings, messages, False).rpartition(said)
+        """Return the special token with which the template ends an answer; it often differs from the end of a text."""
+        marker = "\N{SNOWMAN}"
+        messages = [*self.system, {"role": "user", "content": marker}, {"role": "assistant", "content": marker}]
+        _, _, end = render(self.template, self.tokenizer.settings, messages, False).rpartition(marker)
         ids = self.tokenizer.encode(end).tolist()[:1]
         special = self.tokenizer.backend.get_added_tokens_decoder()
         return [i for i in ids if i in special and special[i].special]
 
 
 def talk(chat: Chat, read: Callable[[], str], write: Callable[[str], None], say: Callable[[str], None]) -> None:
-    """Answer what `read` returns until it raises EOFError or asks to quit; `say` takes all that is no answer."""
+    """Answer each line that `read` returns, until it raises EOFError or the line is /quit.
+
+    `write` takes the text of answers, `say` all other messages.
+    """
     while True:
         try:
             line = read().strip()
@@ -174,7 +180,7 @@ def talk(chat: Chat, read: Callable[[], str], write: Callable[[str], None], say:
                 return
             elif command == "/reset":
                 chat.reset()
-                say("The conversation begins anew.")
+                say("The conversation is empty again.")
             elif command == "/save" and argument:
                 chat.save(Path(argument.strip()))
                 say(f"Added to {argument.strip()}.")

@@ -1,14 +1,16 @@
-"""Decoding: prompts of token ids in, their continuations out, through a cache of keys and values.
+"""Generate text: continue prompts of token ids, with a cache of keys and values.
 
-In the data path: the last station, between a trained model and text; `inference/sampling.py` draws each token.
+In the data path: the last step, between a trained model and text; `inference/sampling.py` draws each token.
 
-A round is two compiled calls. The prefill runs each row's window (the end of its text) through the model at once and
-draws its first new token; one `lax.while_loop` then feeds each row its newest token and draws the next, until every
-row is done or has filled the context. Rows stand at positions of their own: prompts of any lengths share a batch.
+A round has two compiled calls. `prefill` runs each row's window (the end of its text) through the model at once, and
+draws the row's first new token. `decode` is one `lax.while_loop`: it feeds each row its newest token and draws the
+next, until every row is done or has filled the context. Each row has positions of its own, so prompts of different
+lengths share a batch.
 
-nanoGPT drops one token a step once the context is full, which moves every other token to another position, so that no
-key or value can be used again and each token costs a full forward pass. Here a full row drops the older half and the
-next round starts from the newer: one prefill each context_length / 2 tokens, and half a context is always in view.
+When the context is full, nanoGPT drops one token at each step. That moves all other tokens to other positions, so no
+cached key or value stays valid, and each token costs a full forward pass. Here a full row drops the older half of its
+window, and the next round begins with the newer half: one prefill for each context_length / 2 tokens, and always at
+least half a context in view.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,39 +23,39 @@ import numpy as np
 from jax import Array
 
 from jgpt.errors import UserError
-from jgpt.inference.sampling import RULED_OUT, Sampling, sample
+from jgpt.inference.sampling import EXCLUDED, Sampling, sample
 from jgpt.model.gpt import GPT, unembedding
 from jgpt.model.kv_cache import KVCache, empty_cache
 from jgpt.model.layers import product
-from jgpt.model.precision import Policy
+from jgpt.model.precision import Policy, dtype_name
 
 SMALLEST_BUCKET = 16
 STREAM_STEPS = 4  # tokens between two calls of `on_tokens`
-UNLIMITED = 2**31 - 1
+UNLIMITED = 2**31 - 1  # steps of `decode`
 
 
 class NonFiniteLogits(UserError):
-    """The model answered with inf or NaN; no token can be drawn from that."""
+    """The model's logits are inf or NaN, so no token can be drawn."""
 
 
 class Task(NamedTuple):
-    """What the rows of a round are to do; nothing in it is a shape, so a change of it compiles nothing anew."""
+    """The inputs of a round that do not change. None of them is a shape, so other values need no compilation."""
 
-    key: Array
-    start: Array  # int32 [B]: where in its whole text each row's window begins
-    stop: Array  # int32 [B]: the tokens in the window when enough are drawn
-    stop_ids: Array  # int32 [a multiple of 4]: the tokens that end a text, filled up with -1
+    key: Array  # a JAX random key
+    start: Array  # int32 [B]: the place in its whole text at which each row's window begins
+    stop: Array  # int32 [B]: the length of the window at which a row has enough tokens
+    stop_ids: Array  # int32 [a multiple of 4]: the ids that end a text, padded with -1
     n_ids: Array  # int32: ids from here on are padding of the vocabulary
 
 
 class Rows(NamedTuple):
-    """The windows while they grow; S positions in the cache."""
+    """The state of a round: the windows so far, with a cache of S positions."""
 
-    tokens: Array  # int32 [B, S + 1]: the last may be drawn, though it can no longer be fed
-    length: Array  # int32 [B]: tokens so far, the newest not yet fed to the model
-    done: Array  # bool [B]: ended by a stop token, or as long as asked
-    finite: Array  # bool [B]: the row's logits have been, for as long as it was not done
-    seen: Array | None  # bool [B, V]: the ids in the whole text so far; None where no rule asks
+    tokens: Array  # int32 [B, S + 1]: the last one can be drawn, but not fed to the model
+    length: Array  # int32 [B]: tokens so far; the newest is not yet fed to the model
+    done: Array  # bool [B]: the row ended with a stop token, or has enough tokens
+    finite: Array  # bool [B]: all logits of the row were finite while it was not done
+    seen: Array | None  # bool [B, V]: the ids in the whole text so far; None without a repetition penalty
     cache: KVCache
 
 
@@ -70,17 +72,17 @@ def generate(
     context_length: int = 0,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by up to `max_new_tokens` tokens and return what is new, without the stop token.
+    """Continue each prompt by up to `max_new_tokens` tokens; return the new ids, without the stop token.
 
-    `variables` holds "params", and "lora" where the model has adapters; they may be the fp32 masters: matrices are cast
-    to `model.dtype` once. A text ends with any of `stop_ids`. Ids from `n_ids` on are never drawn. What row b draws
-    depends on (seed, b, place in the text) alone, not on the rows beside it. At most `context_length` tokens are in
-    view at a time (0: as many as the model can). `on_tokens(b, ids)` is told what row b has got since the last time,
-    every few tokens, beginning with the first: all of it adds up to what is returned.
+    `variables` holds "params", and "lora" where the model has adapters. Fp32 master parameters are allowed: matrices
+    are cast to `model.dtype` once. A text ends at any of `stop_ids`. Ids from `n_ids` on are never drawn. The random
+    numbers of row b depend only on the seed, b and the place in the text, not on the other rows. The model sees at most
+    `context_length` tokens at a time (0: its own context length). `on_tokens(b, ids)` is called every few tokens with
+    the new ids of row b, the first time with its first token; together these are the ids that are returned.
 
     Raises:
         UserError: an id of a prompt, `sampling` or `max_new_tokens` is out of range.
-        NonFiniteLogits: see there.
+        NonFiniteLogits: the model's logits are inf or NaN.
     """
     sampling.validate()
     if max_new_tokens < 0:
@@ -100,7 +102,7 @@ def generate(
     done = [max_new_tokens == 0] * len(texts)
     longest = min(context_length or model.config.context_length, model.config.context_length)
     most, keep = max(wanted), longest
-    # A shorter cache makes each token cheaper; where it is shorter than the context, no row can fill it.
+    # A shorter cache makes each token cheaper. Where it is shorter than the context, it still holds every row whole.
     size = bucket(min(most, keep), keep)
     while not all(done):
         windows = [text[-1:] if finished else text[-keep:] for text, finished in zip(texts, done, strict=True)]
@@ -122,8 +124,8 @@ def generate(
             for b, text in enumerate(texts):
                 new = tokens[b, lengths[b] : ends[b]].tolist()
                 text += new
-                if on_tokens is not None and (told := _without_stop(new, stops)):
-                    on_tokens(b, told)
+                if on_tokens is not None and (new_ids := _without_stop(new, stops)):
+                    on_tokens(b, new_ids)
             lengths, done = ends, now_done.tolist()
             if np.all(now_done | (ends > size)):
                 break
@@ -145,7 +147,7 @@ def _seen(texts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
 
 
 def bucket(n: int, most: int) -> int:
-    """Round up to a power of two, at most `most`: few sizes, so few compilations.
+    """Round up to a power of two, at most `most`, so that few sizes are compiled.
 
     >>> bucket(5, 1024), bucket(100, 1024), bucket(900, 1000)
     (16, 128, 1000)
@@ -154,7 +156,7 @@ def bucket(n: int, most: int) -> int:
 
 
 def compilations() -> int:
-    """Count the programs that were compiled for decoding so far: time that includes one more says little of speed."""
+    """Count the programs compiled for decoding so far; a time that includes a compilation says little about speed."""
     return sum(f._cache_size() for f in (prefill, decode))  # pyright: ignore[reportAttributeAccessIssue] (JAX's is private)
 
 
@@ -169,9 +171,10 @@ def prefill(
     length: Array,
     seen: Array | None,
 ) -> Rows:
-    """Run the windows `tokens` int32 [B, P], each `length` [B] long, through the model and draw one token for each row.
+    """Run the windows through the model, and draw one token for each row.
 
-    The cache has `size` positions. What the padding on the right writes there is not seen before it is overwritten.
+    `tokens` int32 [B, P], padded on the right; `length` int32 [B]; `seen` bool [B, V] or None. The cache has `size`
+    positions. The padding writes to it too, but a row overwrites these positions before it attends to them.
     """
     c, (batch, padded) = model.config, tokens.shape
     rows = Rows(
@@ -187,22 +190,22 @@ def prefill(
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def decode(model: GPT, sampling: Sampling, variables: Any, task: Task, rows: Rows, steps: Array | int) -> Rows:
-    """Draw token after token, at most `steps`, until each row is done or full, or the logits of one are not finite."""
+    """Draw at most `steps` tokens for each row; stop when all rows are done or full, or any logits are not finite."""
     size = rows.tokens.shape[1] - 1
 
-    def go_on(carry: tuple[Rows, Array]) -> Array:
+    def unfinished(carry: tuple[Rows, Array]) -> Array:
         rows, left = carry
         return jnp.any(~rows.done & (rows.length <= size)) & jnp.all(rows.finite) & (left > 0)
 
     def step(carry: tuple[Rows, Array]) -> tuple[Rows, Array]:
         rows, left = carry
-        # A row that waits for the others is fed its last token again, to the same effect.
+        # A row that is done while others go on is fed its last token again, which changes nothing.
         position = jnp.minimum(rows.length - 1, size - 1)[:, None]
         newest = jnp.take_along_axis(rows.tokens, position, axis=1)
         last = jnp.zeros_like(rows.length)
         return _advance(model, sampling, variables, task, rows, newest, position, last), left - 1
 
-    return jax.lax.while_loop(go_on, step, (rows, jnp.asarray(steps, jnp.int32)))[0]
+    return jax.lax.while_loop(unfinished, step, (rows, jnp.asarray(steps, jnp.int32)))[0]
 
 
 def _advance(
@@ -215,15 +218,15 @@ def _advance(
     positions: Array | None,
     last: Array,
 ) -> Rows:
-    """Feed `fed` [B, T] at `positions`, and draw the token that follows the one in column `last` [B] of it."""
+    """Run `fed` int32 [B, T] at `positions` through the model, and draw the token after its column `last` [B]."""
     hidden, cache = cast(tuple[Array, KVCache], model.apply(variables, fed, positions, rows.cache))
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     matrix = unembedding(variables["params"])
-    logits = product(hidden.astype(matrix.dtype), matrix, True, jnp.float32)
+    logits = product(hidden.astype(matrix.dtype), matrix, transposed=True, output_dtype=jnp.float32)
     going = ~rows.done & (rows.length < rows.tokens.shape[1])
     real = (jnp.arange(logits.shape[1]) < task.n_ids)[None, :]
     finite = rows.finite & (~going | jnp.all(jnp.isfinite(logits) | ~real, axis=1))
-    drawn = sample(_keys(task, rows.length), jnp.where(real, logits, RULED_OUT), sampling, rows.seen)
+    drawn = sample(_keys(task, rows.length), jnp.where(real, logits, EXCLUDED), sampling, rows.seen)
 
     here = going[:, None] & (jnp.arange(rows.tokens.shape[1])[None, :] == rows.length[:, None])
     length = rows.length + going
@@ -234,17 +237,14 @@ def _advance(
 
 
 def _keys(task: Task, length: Array) -> Array:
-    """Make each row's key, [B], from the row and the place in its whole text that is to be filled."""
+    """Make each row's random key, [B], from the row's number and the place of the next token in its whole text."""
     by_row = jax.vmap(partial(jax.random.fold_in, task.key))(jnp.arange(length.shape[0]))
     return jax.vmap(jax.random.fold_in)(by_row, task.start + length)
 
 
 def _advice(model: GPT) -> str:
-    given = (
-        f"the model's logits are inf or NaN (it computes in {jnp.dtype(model.dtype).name}). Allowed: finite numbers. "
-    )
+    """Return the message for logits that are not finite."""
+    problem = f"the model's logits are inf or NaN (it computes in {dtype_name(model.dtype)}). Allowed: finite logits. "
     if model.dtype == jnp.float32:
-        return given + "The parameters are broken, as after a diverged training: take an earlier checkpoint (--step)."
-    return (
-        given + "Compute in fp32, whose range is wider: precision.compute=fp32 in a config, --compute=fp32 as a flag."
-    )
+        return problem + "The parameters are broken, as after a diverged training: take an earlier checkpoint (--step)."
+    return problem + "Compute in fp32: precision.compute=fp32 in a config, --compute=fp32 as a flag."

@@ -1,6 +1,6 @@
-"""Where a model goes: onto one device where it fits, else onto all of this machine's, a part on each.
+"""Choose the devices that hold a model: one where it fits, else all of this machine, with a part on each.
 
-In the data path: before decoding; whatever loads the model hands each parameter to `Placement.place`.
+In the data path: before decoding; the code that loads a model passes each parameter to `Placement.place`.
 """
 
 import logging
@@ -16,7 +16,7 @@ from jax import Array
 
 from jgpt.errors import UserError
 from jgpt.hardware.devices import describe, free_memory
-from jgpt.model.attention.chunked import CHUNKS
+from jgpt.model.attention.chunked import chunk_size
 from jgpt.model.columns import for_devices
 from jgpt.model.parameters import abstract_stored
 from jgpt.model.shapes import ModelConfig
@@ -25,19 +25,19 @@ from jgpt.wording import GIB
 
 log = logging.getLogger("jgpt")
 
-# What no formula here counts: weights that XLA lays out anew beside the old, the sampler's arrays, fragmentation.
+# For what is not counted below: copies of weights in another layout, the sampler's arrays, fragmentation.
 MARGIN = GIB // 2
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The devices that hold a model, and `config`, the model as they share it."""
+    """The devices that hold a model."""
 
     devices: tuple[jax.Device, ...]
-    config: ModelConfig
+    config: ModelConfig  # the model's, with its columns grouped for these devices
 
     def place(self, path: tuple[str, ...], array: np.ndarray) -> Array:
-        """Put one parameter of the plain model where it belongs; `path` is its keys, as ("wte", "embedding")."""
+        """Put one parameter of the plain model on the devices; `path` is its keys, as ("wte", "embedding")."""
         if len(self.devices) == 1:
             return jax.device_put(array, self.devices[0])
         return place(path, array, self.config, device_mesh(self.devices))
@@ -48,7 +48,7 @@ class Need(NamedTuple):
 
     weights: int
     cache: int
-    work: int  # arrays that come and go
+    work: int  # temporary arrays
 
     def __str__(self) -> str:
         weights, cache, work = (f"{n / GIB:.1f} GiB" if n >= GIB / 10 else f"{n / 2**20:.0f} MiB" for n in self)
@@ -58,10 +58,10 @@ class Need(NamedTuple):
 def choose_placement(
     shapes: ModelConfig, matrices: Any, context_length: int, rows: int, devices: str = "auto"
 ) -> Placement:
-    """Choose the devices for a model, and log what it takes on each of them, before anything is loaded.
+    """Choose the devices for a model, and log the memory that it takes on each of them; nothing is loaded yet.
 
     `matrices` is the dtype of the matrices and of the cache; vectors are fp32. `rows` texts of up to `context_length`
-    tokens are decoded at a time. `devices` is "1", "2", "all", or "auto": one if it all fits there, else all.
+    tokens are decoded at a time. `devices` is "1", "2", "all" or "auto": one where the model fits on one, else all.
 
     Raises:
         UserError: there are not so many devices, or they cannot hold the model.
@@ -76,11 +76,11 @@ def choose_placement(
     chosen = tuple(local[: numbers[devices]])
     if devices == "auto" and _fits(shapes, matrices, context_length, rows, chosen[:1]):
         chosen = chosen[:1]
-    need, room, where = needed(shapes, matrices, context_length, rows, chosen), _room(chosen), _described(chosen)
-    if room is None:
+    need, free, where = needed(shapes, matrices, context_length, rows, chosen), _free(chosen), _described(chosen)
+    if free is None:
         log.info("memory: %s %s", need, where)
-    elif sum(need) <= room:
-        log.info("memory: %s %s, of %.1f GiB", need, where, room / GIB)
+    elif sum(need) <= free:
+        log.info("memory: %s %s, of %.1f GiB", need, where, free / GIB)
     else:
         lengths = (context_length >> halvings for halvings in range(1, context_length.bit_length()))
         fitting = next((n for n in lengths if _fits(shapes, matrices, n, rows, chosen)), None)
@@ -88,7 +88,7 @@ def choose_placement(
         more = "all devices (--devices=all), " if len(chosen) < len(local) else ""
         raise UserError(
             f"the model does not fit: with {rows} x {context_length} tokens it takes {need} {where}, and"
-            f" {room / GIB:.1f} GiB are free. Allowed: what fits. Take {shorter}{more}a smaller model, or a machine"
+            f" {free / GIB:.1f} GiB are free. Allowed: what fits. Take {shorter}{more}a smaller model, or a machine"
             " with more or larger devices."
         )
     return Placement(chosen, for_devices(shapes, len(chosen)))
@@ -100,12 +100,12 @@ def needed(shapes: ModelConfig, matrices: Any, context_length: int, rows: int, d
     shared = for_devices(shapes, n)
     parts = n if shared.n_kv_heads % n == 0 else 1  # of attention
     tokens = rows * context_length
-    kept = 2 * shared.n_layers * tokens * shared.n_kv_heads // parts * shared.d_head * itemsize
-    # The prefill of a whole context: two or three residual streams, and the larger of the last piece's scores, in fp32
-    # and as weights, and the MLP's three arrays.
-    scores = shared.n_heads // parts * -(-context_length // CHUNKS) * (4 + itemsize)
+    cache = 2 * shared.n_layers * tokens * shared.n_kv_heads // parts * shared.d_head * itemsize
+    # The prefill of a whole context: three residual streams in fp32, and the larger of the scores of the last chunk of
+    # queries (in fp32, and as weights) and three arrays of the MLP.
+    scores = shared.n_heads // parts * chunk_size(context_length) * (4 + itemsize)
     work = tokens * (3 * 4 * shared.d_model + max(scores, 3 * itemsize * shared.d_ff // n)) + MARGIN
-    return Need(_weights(shared, jnp.dtype(matrices), tuple(devices)), kept, work)
+    return Need(_weights(shared, jnp.dtype(matrices), tuple(devices)), cache, work)
 
 
 @cache
@@ -114,15 +114,15 @@ def _weights(shared: ModelConfig, matrices: Any, devices: tuple[jax.Device, ...]
     return split_bytes(params, param_shardings(params, shared, device_mesh(devices)))
 
 
-def _room(devices: Sequence[jax.Device]) -> int | None:
-    free = [free_memory(device) for device in devices]
-    known = [bytes for bytes in free if bytes is not None]
+def _free(devices: Sequence[jax.Device]) -> int | None:
+    """Return the free bytes of the fullest device; None where no device reports them."""
+    known = [n_bytes for n_bytes in map(free_memory, devices) if n_bytes is not None]
     return min(known) if known else None
 
 
 def _fits(shapes: ModelConfig, matrices: Any, context_length: int, rows: int, devices: Sequence[jax.Device]) -> bool:
-    room = _room(devices)
-    return room is None or sum(needed(shapes, matrices, context_length, rows, devices)) <= room
+    free = _free(devices)
+    return free is None or sum(needed(shapes, matrices, context_length, rows, devices)) <= free
 
 
 def _described(devices: Sequence[jax.Device]) -> str:

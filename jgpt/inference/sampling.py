@@ -1,7 +1,7 @@
-"""Sampling: the logits of the next token in, its id out.
+"""Draw the next token's id from its logits.
 
-In the data path: called by `inference/decode.py` for each new token, inside its compiled loop. Each filter is pure,
-takes fp32 logits [B, V] and returns them with the ruled-out ids at finfo.min; equal logits stay or go together.
+In the data path: called by `inference/decode.py` for each new token, inside its compiled loop. Each filter takes fp32
+logits [B, V] and returns them with the excluded ids at finfo.min. Ids with equal logits are kept or excluded together.
 """
 
 import math
@@ -13,23 +13,23 @@ from jax import Array
 
 from jgpt.errors import UserError
 
-RULED_OUT = jnp.finfo(jnp.float32).min
+EXCLUDED = jnp.finfo(jnp.float32).min
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; hashable, because each choice compiles its own program.
+    """The rules by which the next token is drawn; hashable, because each set of rules compiles its own program.
 
     >>> Sampling(top_p=90).validate()
     Traceback (most recent call last):
-    jgpt.config.UserError: top_p=90. Allowed: above 0, at most 1. 1 keeps all ids, 0.9 the likeliest that add up to 90%.
+    jgpt.errors.UserError: top_p=90. Allowed: above 0, at most 1. 1 keeps all ids, 0.9 the likeliest that add up to 90%.
     """
 
-    temperature: float = 0.8  # logits are divided by it; 0: always the likeliest id (greedy)
+    temperature: float = 0.8  # divides the logits; 0: always the likeliest id (greedy)
     top_k: int = 50  # keep the k likeliest ids; 0: all
     top_p: float = 1.0  # keep the fewest likeliest ids that add up to this probability; 1: all
     min_p: float = 0.0  # keep the ids at least this share as likely as the likeliest; 0: all
-    repetition_penalty: float = 1.0  # makes ids that the text holds less likely; 1: does not
+    repetition_penalty: float = 1.0  # makes ids that are in the text less likely; 1: no change
 
     def validate(self) -> None:
         """Raise one UserError that names every field out of its range."""
@@ -60,22 +60,22 @@ class Sampling:
 def keep_top_k(logits: Array, k: int) -> Array:
     """Keep the `k` likeliest ids.
 
-    >>> keep_top_k(jnp.array([[1.0, 3.0, 2.0]]), 2) > RULED_OUT
+    >>> keep_top_k(jnp.array([[1.0, 3.0, 2.0]]), 2) > EXCLUDED
     Array([[False,  True,  True]], dtype=bool)
     """
     values, _ = jax.lax.top_k(logits, min(k, logits.shape[-1]))
-    # Not values[:, -1:]: for a slice of them XLA sorts all logits, which takes a CPU 60 times as long.
-    return jnp.where(logits >= jnp.min(values, axis=-1, keepdims=True), logits, RULED_OUT)
+    # Not values[:, -1:]: for a slice, XLA sorts all logits, which takes a CPU 60 times as long.
+    return jnp.where(logits >= jnp.min(values, axis=-1, keepdims=True), logits, EXCLUDED)
 
 
 def keep_top_p(logits: Array, p: float) -> Array:
     """Keep the fewest likeliest ids that add up to probability `p`, at least one (Holtzman et al., arXiv 1904.09751).
 
-    >>> keep_top_p(jnp.log(jnp.array([[0.3, 0.1, 0.6]])), 0.8) > RULED_OUT
+    >>> keep_top_p(jnp.log(jnp.array([[0.3, 0.1, 0.6]])), 0.8) > EXCLUDED
     Array([[ True, False,  True]], dtype=bool)
     """
-    # An id stays where the likelier ones add up to less than p. The least probability that does is found by halving the
-    # range of its bits, which are ordered as the numbers are: 31 sums, and a CPU takes 20 times as long to sort.
+    # An id is kept when all likelier ids add up to less than p. Find the smallest probability that is kept by bisection
+    # over its bits, which have the order of the numbers. That takes 31 sums; sorting takes a CPU 20 times as long.
     probabilities = jax.nn.softmax(logits, axis=-1)
     bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
     highest = jnp.max(bits, axis=-1, keepdims=True)
@@ -87,17 +87,17 @@ def keep_top_p(logits: Array, p: float) -> Array:
         return jnp.where(likelier < p, low, middle + 1), jnp.where(likelier < p, middle, high)
 
     _, least = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(highest), highest))
-    return jnp.where(bits >= least, logits, RULED_OUT)
+    return jnp.where(bits >= least, logits, EXCLUDED)
 
 
 def keep_min_p(logits: Array, p: float) -> Array:
     """Keep the ids at least `p` times as likely as the likeliest (Nguyen et al., arXiv 2407.01082).
 
-    >>> keep_min_p(jnp.log(jnp.array([[0.3, 0.1, 0.6]])), 0.2) > RULED_OUT
+    >>> keep_min_p(jnp.log(jnp.array([[0.3, 0.1, 0.6]])), 0.2) > EXCLUDED
     Array([[ True, False,  True]], dtype=bool)
     """
     least = jnp.max(logits, axis=-1, keepdims=True) + math.log(p)
-    return jnp.where(logits >= least, logits, RULED_OUT)
+    return jnp.where(logits >= least, logits, EXCLUDED)
 
 
 def penalize(logits: Array, seen: Array, penalty: float) -> Array:
@@ -110,10 +110,10 @@ def penalize(logits: Array, seen: Array, penalty: float) -> Array:
 
 
 def sample(keys: Array, logits: Array, sampling: Sampling, seen: Array | None = None) -> Array:
-    """Draw one id for each row of fp32 `logits` [B, V] with its own key of `keys` [B]; int32 [B].
+    """Draw one id for each row of fp32 `logits` [B, V], with the row's own key of `keys` [B]; return int32 [B].
 
-    The penalty for `seen` ids [B, V] first, then temperature, top_k, top_p, min_p, each on what the one before left:
-    the order of transformers. Rules that change nothing cost nothing.
+    The rules apply in the order of transformers, each to the result of the one before: the penalty for `seen` ids (bool
+    [B, V]), temperature, top_k, top_p, min_p. A rule that changes nothing is not computed.
 
     >>> logits = jnp.array([[1.0, 3.0, 2.0]])
     >>> sample(jax.random.split(jax.random.key(0), 1), logits, Sampling(temperature=0))
@@ -123,7 +123,7 @@ def sample(keys: Array, logits: Array, sampling: Sampling, seen: Array | None = 
         logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # Less the maximum, a low temperature cannot overflow.
+    # With the maximum subtracted, a low temperature cannot overflow.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k > 0:
         logits = keep_top_k(logits, sampling.top_k)

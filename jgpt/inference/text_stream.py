@@ -1,6 +1,6 @@
-"""Ids to text while they are made, in pieces that never break a character.
+"""Turn ids into text while they are generated, in pieces that never break a character.
 
-In the data path: behind `decode.py`, before the terminal.
+In the data path: after `decode.py`, before the terminal.
 """
 
 import re
@@ -13,32 +13,33 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """The text of a growing list of ids; all pieces together are `decode(before + ids)`, less `decode(before)`.
+    """The text of a growing list of ids.
 
-    What a token adds depends on the one before it (a space is dropped at the beginning of a text), so each piece is
-    decoded behind the ids of the last one. Text waits while bytes of it may be missing. (The DecodeStream of the
-    tokenizers library never hands out what is still broken at the end.)
+    All pieces together are `decode(before + ids)` without the `decode(before)` at its beginning. The text of a token
+    depends on the token before it (a space is dropped at the beginning of a text), so each piece is decoded together
+    with the ids of the last piece. Ids wait while bytes of a character may be missing. (The DecodeStream of the
+    tokenizers library never returns bytes that are still incomplete at the end.)
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._told = list(before)  # the ids of the last piece
+        self._previous = list(before)  # the ids of the last piece
         self._waiting: list[int] = []
 
     def add(self, ids: Sequence[int]) -> str:
-        """Take the next ids; return the text that is whole by now, "" where none is."""
+        """Take the next ids; return the text that is complete, "" where none is."""
         self._waiting += ids
         piece = self._piece()
         last = self._tokenizer.backend.id_to_token(self._waiting[-1]) if self._waiting else ""
-        # Whether byte tokens make characters is known when their run has ended.
+        # Only when a run of byte tokens has ended is it known whether they make characters.
         if not piece or piece.endswith(BROKEN) or BYTE.fullmatch(last or ""):
             return ""
-        self._told, self._waiting = self._waiting, []
+        self._previous, self._waiting = self._waiting, []
         return piece
 
     def close(self) -> str:
-        """Return what waits: no more ids come."""
+        """Return the rest of the text, at the end of the ids."""
         return self._piece()
 
     def _piece(self) -> str:
-        return self._tokenizer.decode(self._told + self._waiting)[len(self._tokenizer.decode(self._told)) :]
+        return self._tokenizer.decode(self._previous + self._waiting)[len(self._tokenizer.decode(self._previous)) :]

@@ -5,7 +5,7 @@
     python -m jgpt.kaggle status --slug me/my-gpt
     python -m jgpt.kaggle pull --slug me/my-gpt
 
-Beside the data path: it sends jgpt to where the data path runs, and brings back the run directory.
+Beside the data path: it sends jgpt to Kaggle, where the data path runs, and downloads the run directory.
 """
 
 import inspect
@@ -17,11 +17,11 @@ from jgpt.cli.flags import did_you_mean
 from jgpt.cli.help import columns
 from jgpt.cli.run import run
 from jgpt.errors import UserError
-from jgpt.kaggle import verbs, verbs_look, verbs_run
+from jgpt.kaggle.laptop import verbs, verbs_look, verbs_run
 
 
 class Verb(NamedTuple):
-    """A function that takes flags, whose docstring is its help, and what defines them."""
+    """A function whose docstring is its help, and the function that defines its flags."""
 
     main: Callable[..., None]
     define_flags: Callable[[], None]
@@ -41,7 +41,7 @@ EXIT_CODES = (
     ("0", "done"),
     ("1", "a bug of jgpt: the only one that shows a traceback"),
     ("2", "a mistake in what was given, or Kaggle refuses it, or a run there failed: the message says what to do"),
-    ("130", "interrupted; what runs on Kaggle goes on"),
+    ("130", "interrupted; the run on Kaggle continues"),
 )
 
 
@@ -60,9 +60,9 @@ def entry() -> None:
 
 
 def unknown(name: str = "") -> None:
-    """Refuse what is no verb."""
-    given = f"{name!r} is no verb.{did_you_mean(name, VERBS)}" if name else "no verb was given."
-    raise UserError(f"{given} Allowed: {', '.join(VERBS)}. What they do: python -m jgpt.kaggle --help")
+    """Raise UserError for a word that is not a verb."""
+    given = f"{name!r} is not a verb.{did_you_mean(name, VERBS)}" if name else "no verb was given."
+    raise UserError(f"{given} Allowed: {', '.join(VERBS)}. See: python -m jgpt.kaggle --help")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from jgpt.data.tokenizer import Tokenizer
 from jgpt.errors import UserError
 from jgpt.exchange.pretrained import Pretrained
 from jgpt.hardware.process import keep_compiled_programs
-from jgpt.inference.placement import choose_placement
+from jgpt.inference.placement import Placement, choose_placement
 from jgpt.loading.source import describe, is_run, load_params, open_source
 from jgpt.model.gpt import GPT
 from jgpt.model.precision import DTYPES, Policy
@@ -31,6 +31,7 @@ class LoadedModel:
     config: ConfigDict  # of its run; of a model of others the defaults, with its `model`
     model: GPT
     policy: Policy
+    placement: Placement  # the devices that hold it
     params: Any
     tokenizer: Tokenizer
     step: int | None
@@ -65,6 +66,7 @@ def load_model(
         config=source.config,
         model=GPT(placement.config, policy.compute),
         policy=policy,
+        placement=placement,
         params=params,
         tokenizer=source.tokenizer,
         step=source.step,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,7 +18,6 @@ from jgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jgpt.errors import UserError
 from jgpt.exchange.hub import locate
 from jgpt.exchange.pretrained import Pretrained, open_pretrained
-from jgpt.exchange.weights import load_params as load_pretrained_params
 from jgpt.model.lora import lora_config, merge
 from jgpt.model.parameters import abstract_adapters, abstract_stored
 from jgpt.model.shapes import ModelConfig, model_config
@@ -163,7 +161,7 @@ def _fingerprint(directory: Path) -> str:
 def load_params(source: Source, matrices: Any, place: Place) -> Any:
     """Load the parameters through `place`: matrices in the dtype `matrices`, vectors in fp32, adapters merged."""
     if source.pretrained is not None:
-        return load_pretrained_params(source.pretrained, matrices, jnp.float32, place)
+        return source.pretrained.load_params(matrices, place)
     assert source.step is not None
     checkpoints = source.directory / "checkpoints"
     if source.base is None:

@@ -1,7 +1,7 @@
-"""The columns of a model grouped by the devices that share it (tensor parallelism).
+"""Group the columns of a model by the devices that share it (tensor parallelism).
 
-In the data path: beside `gpt.py`; the same model, with columns in another order, so that each device's part is one
-piece. `parallel/rules.py` says which axis is then split.
+In the data path: beside `gpt.py`. The model stays the same, but its columns get another order, in which each device's
+part is contiguous. `parallel/rules.py` says which axis is then split.
 """
 
 import math
@@ -16,10 +16,11 @@ from jgpt.model.shapes import ModelConfig
 
 
 def for_devices(config: ModelConfig, n: int) -> ModelConfig:
-    """Return `config` as `n` devices share it: the same model, with its columns grouped by device.
+    """Return the config of the same model with its columns grouped for `n` devices.
 
-    Key/value heads are repeated where they do not divide, and the query heads that share one are divided among its
-    copies. Where that does not come out even, attention stays whole on every device; so does an odd MLP.
+    Where the key/value heads do not divide by `n`, each is repeated, and its query heads are divided among the copies.
+    Where the query heads do not divide either, every device computes all of attention. An MLP whose width does not
+    divide by `n` is computed whole on every device too.
 
     >>> config = ModelConfig(64, 8, 1, n_heads=8, n_kv_heads=1, d_model=64, d_head=8, d_ff=64)
     >>> shared = for_devices(config, 2)
@@ -33,12 +34,13 @@ def for_devices(config: ModelConfig, n: int) -> ModelConfig:
 
 
 def regroup(path: tuple[str, ...], array: Any, config: ModelConfig) -> Any:
-    """Rearrange one parameter of the plain model for `config`, which `for_devices` made; the others pass through.
+    """Rearrange one parameter of the plain model, or of its adapters, for `config`, which `for_devices` made.
 
-    `array` is numpy's or JAX's; `path` is its keys in the tree, as ("h_0", "attn", "qkv", "kernel").
+    Most parameters are returned unchanged. `array` is of numpy or JAX; `path` is its keys in the tree, as ("h_0",
+    "attn", "qkv", "kernel").
     """
     layer, leaf = path[-2], path[-1]
-    if leaf == "a":  # an adapter's inputs are what they are in the plain model
+    if leaf == "a":  # an adapter's inputs have the order of the plain model
         return array
     join = np.concatenate if isinstance(array, np.ndarray) else jnp.concatenate
     if layer == "qkv" and array.shape[-3] != config.n_kv_heads:  # [(D,) K, G+2, H]

@@ -7,6 +7,8 @@ Dimensions, here and everywhere:
     G = N / K query heads that share a key/value head   H head width   F MLP width   V vocabulary   L layers
 """
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,27 +25,41 @@ from jgpt.model.rope import rope
 from jgpt.model.shapes import ModelConfig
 
 # Standard deviations of the initial normal distribution (GPT-2's; Radford et al. 2019, section 2.3).
-# The two layers that write to the residual stream are divided by sqrt(2 L): its variance must not grow with depth.
 INIT = {"embedding": 0.02, "position": 0.02, "linear": 0.02, "residual": 0.02}
 
 
-class Output(NamedTuple):
-    """What a forward pass returns: `hidden` fp32 [B, T, D] after the last norm, and the cache with the new tokens."""
+def residual_std(config: ModelConfig) -> float:
+    """Return the initial std of a layer that writes to the residual stream, whose variance must not grow with depth."""
+    return INIT["residual"] * (2 * config.n_layers) ** -0.5
 
-    hidden: Array
-    cache: KVCache | None
+
+class Output(NamedTuple):
+    """The result of a forward pass."""
+
+    hidden: Array  # fp32 [B, T, D], after the last norm
+    cache: KVCache | None  # with the new tokens in it
 
 
 class Context(NamedTuple):
-    """What every block of one forward pass is told."""
+    """The arrays that all blocks of a forward pass share."""
 
     positions: Array  # int32 [B or 1, T]
-    mask: Array  # bool [B or 1, T, S]: where a query may look
-    prefill: bool  # with a cache: the tokens are the first of their rows, and attend to one another alone
+    mask: Array  # bool [B or 1, T, S], true where a query may attend to a key
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The choices that all blocks of a forward pass share; static, so each combination compiles its own program."""
+
+    prefill: bool  # with a cache: the tokens are the first of their rows and attend only to one another
+    deterministic: bool  # without dropout
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (Ainslie et al., arXiv 2305.13245)."""
+    """Causal self-attention with grouped key/value heads (Ainslie et al., arXiv 2305.13245).
+
+    `x` [B, T, D] in; fp32 [B, T, D] out, and the cache with the new keys and values where one was given.
+    """
 
     config: ModelConfig
     dtype: Any
@@ -52,25 +68,32 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, context: Context, cache: LayerCache | None, deterministic: bool
+        self, x: Array, context: Context, cache: LayerCache | None, mode: Mode
     ) -> tuple[Array, LayerCache | None]:
         c = self.config
         group = c.n_heads // c.n_kv_heads
         # One product for all three: per key/value head, its G query heads, then its key, then its value.
-        features, bias = (c.n_kv_heads, group + 2, c.d_head), c.bias or c.qkv_bias
-        qkv = Linear(features, bias, INIT["linear"], self.dtype, self.dtype, lora=self.lora, name="qkv")
-        qkv = qkv(x, deterministic)
+        qkv_layer = Linear(
+            features=(c.n_kv_heads, group + 2, c.d_head),
+            use_bias=c.bias or c.qkv_bias,
+            std=INIT["linear"],
+            dtype=self.dtype,
+            output_dtype=self.dtype,
+            lora=self.lora,
+            name="qkv",
+        )
+        qkv = qkv_layer(x, mode.deterministic)
         q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
         if c.qk_norm:
-            q = Norm("rmsnorm", c.norm_eps, False, self.dtype, name="q_norm")(q)
-            k = Norm("rmsnorm", c.norm_eps, False, self.dtype, name="k_norm")(k)
+            q = Norm(kind="rmsnorm", epsilon=c.norm_eps, use_bias=False, dtype=self.dtype, name="q_norm")(q)
+            k = Norm(kind="rmsnorm", epsilon=c.norm_eps, use_bias=False, dtype=self.dtype, name="k_norm")(k)
         if c.position == "rope":
             q = rope(q, context.positions, c.rope_theta, c.rope_scaling)
             k = rope(k, context.positions, c.rope_theta, c.rope_scaling)
         if cache is None:
-            drop = None if deterministic or c.dropout == 0.0 else dropout(self, c.dropout, deterministic)
+            drop = None if mode.deterministic or c.dropout == 0.0 else dropout(self, c.dropout, mode.deterministic)
             mixed = attend_causally(q, k, v, context.mask, self.form, drop)  # [B, T, K, G, H]
-        elif context.prefill:
+        elif mode.prefill:
             cache = cache.fill(k, v)
             mixed = attend_causally(q, k, v, context.mask, scores_dtype=jnp.float32)
         else:
@@ -79,18 +102,25 @@ class Attention(nn.Module):
             after = 0 * mixed[..., 0, :]
             cache = cache.write(k + after, v + after, context.positions)
         mixed = mixed.reshape(*mixed.shape[:2], c.n_heads * c.d_head)
-        std = INIT["residual"] * (2 * c.n_layers) ** -0.5
-        proj = Linear((c.d_model,), c.bias, std, self.dtype, jnp.float32, lora=self.lora, name="proj")
-        return proj(mixed, deterministic), cache
+        proj = Linear(
+            features=(c.d_model,),
+            use_bias=c.bias,
+            std=residual_std(c),
+            dtype=self.dtype,
+            output_dtype=jnp.float32,
+            lora=self.lora,
+            name="proj",
+        )
+        return proj(mixed, mode.deterministic), cache
 
 
 def gelu(x: Array) -> Array:
-    """Return GPT-2's tanh form of x * P(normal < x), computed in fp32, in x's dtype."""
+    """Return GELU of `x` in its tanh form, as GPT-2 has it; computed in fp32, returned in x's dtype."""
     return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
 def swiglu(x: Array) -> Array:
-    """Return silu(gate) * up of `x` [..., 2, width], computed in fp32, in x's dtype."""
+    """Return silu(gate) * up of `x` [..., 2, width], [..., width]; computed in fp32, returned in x's dtype."""
     wide = x.astype(jnp.float32)
     return (nn.silu(wide[..., 0, :]) * wide[..., 1, :]).astype(x.dtype)
 
@@ -99,7 +129,7 @@ _RECOMPUTED = {"gelu": jax.checkpoint(gelu), "swiglu": jax.checkpoint(swiglu)}
 
 
 class MLP(nn.Module):
-    """GPT-2's two layers with a GELU between, or SwiGLU (Shazeer, arXiv 2002.05202)."""
+    """GPT-2's two layers with a GELU between, or SwiGLU (Shazeer, arXiv 2002.05202); [B, T, D] in, fp32 out."""
 
     config: ModelConfig
     dtype: Any
@@ -110,15 +140,30 @@ class MLP(nn.Module):
         c = self.config
         gated = c.mlp == "swiglu"
         features = (c.mlp_groups, 2, c.d_ff // c.mlp_groups) if gated else (c.d_ff,)
-        name = "gate_up" if gated else "up"
-        up = Linear(features, c.bias, INIT["linear"], self.dtype, self.dtype, lora=self.lora, name=name)
+        up = Linear(
+            features=features,
+            use_bias=c.bias,
+            std=INIT["linear"],
+            dtype=self.dtype,
+            output_dtype=self.dtype,
+            lora=self.lora,
+            name="gate_up" if gated else "up",
+        )
         x = up(x, deterministic)
-        # In half precision the work is memory traffic: between the passes only the layer's output is kept. On a CPU, in
-        # fp32, it is the arithmetic.
+        # In half precision memory traffic is what costs: the backward pass computes the activation again from its
+        # input, so only that is stored. In fp32, on a CPU, arithmetic is what costs.
         x = (swiglu if gated else gelu)(x) if self.dtype == jnp.float32 else _RECOMPUTED[c.mlp](x)
         x = x.reshape(*x.shape[:2], c.d_ff)
-        std = INIT["residual"] * (2 * c.n_layers) ** -0.5
-        down = Linear((c.d_model,), c.bias, std, self.dtype, jnp.float32, True, self.lora, name="down")
+        down = Linear(
+            features=(c.d_model,),
+            use_bias=c.bias,
+            std=residual_std(c),
+            dtype=self.dtype,
+            output_dtype=jnp.float32,
+            transposed=True,
+            lora=self.lora,
+            name="down",
+        )
         return down(x, deterministic)
 
 
@@ -132,43 +177,43 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, mask: Array, prefill: bool, cache: LayerCache | None, deterministic: bool
+        self, x: Array, context: Context, cache: LayerCache | None, mode: Mode
     ) -> tuple[Array, LayerCache | None]:
         c = self.config
-        drop = dropout(self, c.dropout, deterministic)
-        y = Norm(c.norm, c.norm_eps, c.bias, self.dtype, name="attn_norm")(x)
-        context = Context(positions, mask, prefill)
-        y, cache = Attention(c, self.dtype, self.lora, self.attention, name="attn")(y, context, cache, deterministic)
+        drop = dropout(self, c.dropout, mode.deterministic)
+        norm = partial(Norm, kind=c.norm, epsilon=c.norm_eps, use_bias=c.bias, dtype=self.dtype)
+        attn = Attention(c, dtype=self.dtype, lora=self.lora, form=self.attention, name="attn")
+        mlp = MLP(c, dtype=self.dtype, lora=self.lora, name="mlp")
+        y, cache = attn(norm(name="attn_norm")(x), context, cache, mode)
         x = x + drop(y)
-        y = Norm(c.norm, c.norm_eps, c.bias, self.dtype, name="mlp_norm")(x)
-        return x + drop(MLP(c, self.dtype, self.lora, name="mlp")(y, deterministic)), cache
+        y = mlp(norm(name="mlp_norm")(x), mode.deterministic)
+        return x + drop(y), cache
 
 
+# What the backward pass computes again: all of a block, or all but its matrix products.
 REMAT_POLICY = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. `dtype` is that of the matrix products; `remat` is none, block or dots."""
+    """A decoder-only transformer."""
 
     config: ModelConfig
-    dtype: Any = jnp.float32
-    remat: str = "none"
+    dtype: Any = jnp.float32  # of the matrix products
+    remat: str = "none"  # or "block", "dots": what the backward pass computes again, see REMAT_POLICY
     lora: LoRA | None = None  # with it, `apply` takes the adapters as the collection "lora"
     attention: str = "chunked"  # of sequences without a cache: see `attend_causally`
 
     def setup(self) -> None:
         c = self.config
-        self.wte = Embedding(c.vocab_size, c.d_model, INIT["embedding"])
+        self.wte = Embedding(rows=c.vocab_size, width=c.d_model, std=INIT["embedding"])
         if c.position == "learned":
-            self.wpe = Embedding(c.context_length, c.d_model, INIT["position"])
+            self.wpe = Embedding(rows=c.context_length, width=c.d_model, std=INIT["position"])
         if not c.tie_embeddings:
-            self.lm_head = Embedding(c.vocab_size, c.d_model, INIT["embedding"])
-        # prefill and deterministic (arguments 4 and 6 of __call__, self counted) must be static; only positional
-        # arguments can be.
-        remat = REMAT_POLICY.get(self.remat)
-        block = Block if self.remat == "none" else nn.remat(Block, static_argnums=(4, 6), policy=remat)
-        self.h = [block(c, self.dtype, self.lora, self.attention) for _ in range(c.n_layers)]
-        self.norm = Norm(c.norm, c.norm_eps, c.bias, jnp.float32)
+            self.lm_head = Embedding(rows=c.vocab_size, width=c.d_model, std=INIT["embedding"])
+        # `mode` is argument 4 of Block.__call__, with self as 0. Only a positional argument can be static.
+        block = Block if self.remat == "none" else nn.remat(Block, static_argnums=4, policy=REMAT_POLICY[self.remat])
+        self.h = [block(c, dtype=self.dtype, lora=self.lora, attention=self.attention) for _ in range(c.n_layers)]
+        self.norm = Norm(kind=c.norm, epsilon=c.norm_eps, use_bias=c.bias, dtype=jnp.float32)
 
     def __call__(
         self,
@@ -180,35 +225,40 @@ class GPT(nn.Module):
     ) -> Output:
         """Run the model on `tokens` int [B, T].
 
-        Without `positions` the tokens stand at 0..T-1 and see those before them; a `cache` is empty then, and is
-        filled. With `positions` int32 [B or 1, 1] there is a cache, T is 1, and they see what their row holds so far.
-        `segments` int32 [B, T] (no cache) numbers the texts that share a row: each is seen by itself alone, and its
-        positions begin at 0.
+        Three ways to call it:
+
+        - Without `positions` and `cache`: the tokens stand at 0..T-1, and each attends to itself and those before it.
+          `segments` int32 [B, T] numbers the texts that share a row: each text attends to itself only, and its
+          positions begin at 0.
+        - With an empty `cache` and no `positions`: the same, and the keys and values are written to the cache.
+        - With `positions` int32 [B or 1, 1] and a `cache`: T is 1, and each token attends to itself and to the cached
+          positions before its own.
         """
         prefill, length = positions is None, tokens.shape[1]
-        places = jnp.arange(length, dtype=jnp.int32)[None, :]
+        indices = jnp.arange(length, dtype=jnp.int32)[None, :]
         if positions is not None:
             assert cache is not None and segments is None and length == 1
             mask = jnp.arange(cache[0].keys.shape[2])[None, None, :] < positions[:, :, None]  # [B or 1, 1, S]
         else:
-            positions, mask = places, places[:, None, :] <= places[:, :, None]
+            positions, mask = indices, indices[:, None, :] <= indices[:, :, None]
         if segments is not None:
-            begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-            positions = places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+            is_first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+            positions = indices - jax.lax.cummax(jnp.where(is_first, indices, 0), axis=1)
             mask = mask & (segments[:, None, :] == segments[:, :, None])
         x = self.wte(tokens)
         if self.config.position == "learned":
             x = x + self.wpe(positions)
         if self.is_initializing() and not self.config.tie_embeddings:
-            _ = self.lm_head.embedding  # makes it: linen is lazy, and only `unembedding` uses this one
+            _ = self.lm_head.embedding  # creates the parameter: linen is lazy, and only `unembedding` reads it
         x = dropout(self, self.config.dropout, deterministic)(x)
+        context, mode = Context(positions, mask), Mode(prefill, deterministic)
         layers: list[LayerCache] = []
         for i, block in enumerate(self.h):
-            x, layer = block(x, positions, mask, prefill, cache[i] if cache is not None else None, deterministic)
+            x, layer = block(x, context, cache[i] if cache is not None else None, mode)
             layers += [layer] if layer is not None else []
         return Output(self.norm(x), tuple(layers) if cache is not None else None)
 
 
 def unembedding(params: Any) -> Array:
-    """Return the output layer's matrix [V, D]: its own where embeddings are not tied, else the token embedding."""
+    """Return the output layer's matrix [V, D]: the token embedding where they are tied, else its own."""
     return params["lm_head" if "lm_head" in params else "wte"]["embedding"]

@@ -1,6 +1,6 @@
-"""The keys and values of the tokens so far, preallocated, so that a new token costs one token's work.
+"""A preallocated cache of the keys and values of earlier tokens: a new token costs the work of one token.
 
-In the data path: made by `inference/decode.py`, filled by the blocks of `model/gpt.py`.
+In the data path: allocated by `inference/decode.py`, filled by the blocks of `model/gpt.py`.
 """
 
 from typing import Any, NamedTuple
@@ -11,16 +11,17 @@ from jax import Array
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values: each [B, K, S, H], S the most tokens that it can hold.
+    """The keys and the values of one layer, each [B, K, S, H]; S is the capacity in tokens.
 
-    A head's tokens lie together, as the products of attention read them: any other order is copied at every step.
+    The tokens of a head are contiguous, as the products of attention read them. XLA would copy any other order at every
+    step.
     """
 
     keys: Array
     values: Array
 
     def fill(self, k: Array, v: Array) -> "LayerCache":
-        """Put `k` and `v` [B, T, K, H] at positions 0..T-1 of every row."""
+        """Return the cache with `k` and `v` [B, T, K, H] at positions 0..T-1 of every row."""
         start = (0, 0, 0, 0)
         k, v = (x.swapaxes(1, 2).astype(self.keys.dtype) for x in (k, v))
         return LayerCache(
@@ -28,12 +29,12 @@ class LayerCache(NamedTuple):
         )
 
     def write(self, k: Array, v: Array, positions: Array) -> "LayerCache":
-        """Put `k` and `v` [B, T, K, H] at `positions` int32 [B or 1, T] of each row.
+        """Return the cache with `k` and `v` [B, T, K, H] at `positions` int32 [B or 1, T] of each row.
 
-        A position past the end is dropped. What a row holds at positions that it has not reached is garbage, which
-        no query sees: it is masked by position, and overwritten before it comes into view.
+        A token at a position past the capacity is not written. Positions that a row has not reached hold garbage: the
+        mask hides them, and they are overwritten before the row reaches them.
         """
-        # No index for the heads: where they are split over devices, each writes its own.
+        # No index for the heads: where they are split over devices, each device writes its own heads.
         here = jnp.arange(k.shape[0])[:, None], slice(None), jnp.broadcast_to(positions, k.shape[:2])
         return LayerCache(
             self.keys.at[here].set(k.astype(self.keys.dtype), mode="drop"),
@@ -45,6 +46,6 @@ KVCache = tuple[LayerCache, ...]
 
 
 def empty_cache(n_layers: int, batch: int, length: int, n_kv_heads: int, d_head: int, dtype: Any) -> KVCache:
-    """Allocate a cache of `length` tokens for `batch` sequences."""
+    """Allocate a cache of zeros, of `length` tokens for each of `batch` sequences."""
     shape = (batch, n_kv_heads, length, d_head)
     return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_layers))

@@ -1,8 +1,8 @@
-"""LoRA: small matrices beside frozen ones (Hu et al., arXiv 2106.09685).
+"""LoRA: train small matrices beside frozen ones (Hu et al., arXiv 2106.09685).
 
 In the data path: a linear layer of `model/layers.py` that is a target adds scale * (x @ a) @ b to its output. The
-adapters are a tree of their own (the variable collection "lora"), shaped like the parameters: what is trained and
-saved is that tree alone. A fused layer (query, key and value; gate and up) has one `a` for all its parts.
+adapters are a tree of their own (the variable collection "lora"), with the structure of the parameters; only that tree
+is trained and saved. A fused layer (query, key and value; gate and up) has one `a` for all its parts.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from jgpt.config.defaults import LORA_TARGETS
 
 @dataclass(frozen=True)
 class LoRA:
-    """What is adapted, and how: `rank` columns in `a`, the product scaled by alpha / rank."""
+    """The settings of LoRA adapters."""
 
-    rank: int
-    alpha: float
+    rank: int  # columns of `a`
+    alpha: float  # the adapter's output is multiplied by alpha / rank
     dropout: float = 0.0  # on the input of `a`
-    targets: tuple[str, ...] = LORA_TARGETS
+    targets: tuple[str, ...] = LORA_TARGETS  # the layers that have adapters
 
     @property
     def scale(self) -> float:
@@ -33,15 +33,16 @@ class LoRA:
 
 
 def init_adapters(model: nn.Module, key: jax.Array) -> Any:
-    """Make the adapters of a GPT whose `lora` is set, fp32; under jit its parameters are not made along."""
+    """Return new adapters, fp32, of a GPT whose `lora` is set; under jit, XLA does not compute the parameters."""
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["lora"]
 
 
 def merge(path: tuple[str, ...], array: np.ndarray, adapters: Any, lora: LoRA) -> np.ndarray:
-    """Return a parameter of the plain model with its adapter added, if it has one, in its own dtype.
+    """Return a parameter of the plain model with its adapter added, if it has one, in the parameter's dtype.
 
-    `path` is its keys in the tree. The sum is formed in fp32. `adapters` holds {"a": [inputs, rank], "b": [rank,
-    *features]} beside a kernel [inputs, *features], or [features, inputs] in "down", which is stored transposed.
+    `path` is the parameter's keys in the tree. The sum is computed in fp32. In the place of a kernel [inputs,
+    *features], `adapters` has {"a": [inputs, rank], "b": [rank, *features]}. The kernel of "down" is stored transposed,
+    [features, inputs].
     """
     adapter = adapters
     for key in path[:-1]:
@@ -55,6 +56,6 @@ def merge(path: tuple[str, ...], array: np.ndarray, adapters: Any, lora: LoRA) -
 
 
 def lora_config(lora: ConfigDict) -> LoRA | None:
-    """Return what `config.lora` asks for; None where its rank is 0."""
+    """Return the settings in `config.lora`; None where its rank is 0."""
     targets = tuple(target.strip() for target in lora.targets.split(","))
     return LoRA(lora.rank, lora.alpha, lora.dropout, targets) if lora.rank else None

@@ -1,11 +1,11 @@
-"""The loss: hidden states and targets in, summed cross-entropy out, without all logits in memory at once.
+"""Compute the summed cross-entropy of hidden states and targets, without all logits in memory at once.
 
 In the data path: the end of the forward pass in training and evaluation.
 
-The logits of a batch are its largest array (8 x 1024 x 50304 in fp32 is 1.65 GB, and as much again for their
-gradient). Here a chunk of tokens at a time makes its logits, its loss and, while they are there, both gradients:
-nothing of size V is kept, and nothing is computed twice. The idea is that of Liger's and Apple's fused cross-entropies
-(arXiv 2410.10989, 2411.09009).
+The logits of a batch are its largest array: 8 x 1024 x 50304 in fp32 is 1.65 GB, and their gradient takes the same
+again. Here one chunk of tokens at a time computes its logits, its loss and, from the same logits, both gradients. No
+logits are stored for the backward pass, and nothing is computed twice. The idea is from the fused cross-entropies of
+Liger (arXiv 2410.10989) and Apple (arXiv 2411.09009).
 """
 
 from typing import Any
@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-SCALE = 1024.0
+SCALE = 1024.0  # of the logits' gradients while they are in the compute dtype: fp16 then holds the small ones too
 
 
-@jax.named_scope("loss")  # by which planning/roofline.py knows its ops
+@jax.named_scope("loss")  # planning/roofline.py recognizes the ops by this name
 def cross_entropy(hidden: Array, unembedding: Array, targets: Array, weights: Array, chunk_tokens: int = 0) -> Array:
-    """Sum weights * -log softmax(hidden @ unembedding.T)[targets] over all tokens, in fp32.
+    """Return the sum of weights * -log softmax(hidden @ unembedding.T)[targets] over all tokens, an fp32 scalar.
 
-    `hidden` [B, T, D] and `unembedding` [V, D] are multiplied in the unembedding's dtype; `targets` int [B, T];
-    `weights` fp32 [B, T]. `chunk_tokens` bounds the logits in memory to [chunk_tokens, V]; 0 makes one chunk.
-    The gradient is that of the plain formula (to rounding).
+    `hidden` [B, T, D] and `unembedding` [V, D] are multiplied in the dtype of the unembedding. `targets` int [B, T],
+    `weights` fp32 [B, T]. At most [chunk_tokens, V] logits are in memory at a time; with 0, all of them are. The
+    gradient is that of the plain formula, to rounding.
     """
     tokens = targets.size
     hidden, targets, weights = hidden.reshape(tokens, -1), targets.reshape(tokens), weights.reshape(tokens)
@@ -47,20 +47,20 @@ def _summed(hidden: Array, unembedding: Array, targets: Array, weights: Array) -
 
 
 def _losses(hidden: Array, unembedding: Array, targets: Array, dtype: Any) -> tuple[Array, Array]:
-    """Return the losses [n] and the probabilities [n, V] of a chunk, fp32; its product gives logits in `dtype`."""
+    """Return the losses [n] and the probabilities [n, V] of a chunk, fp32; the product's logits are in `dtype`."""
     logits = jnp.einsum("nD,VD->nV", hidden.astype(unembedding.dtype), unembedding, preferred_element_type=dtype)
     logits = logits.astype(jnp.float32)
     highest = jnp.max(logits, axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - highest)
     z = jnp.sum(exponentials, axis=-1, keepdims=True)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-    return (jnp.log(z) + highest - picked)[:, 0], exponentials / z
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    return (jnp.log(z) + highest - target_logits)[:, 0], exponentials / z
 
 
 def _summed_forward(hidden: Array, unembedding: Array, targets: Array, weights: Array) -> tuple[Array, tuple]:
-    peak = jnp.max(jnp.abs(weights))  # where few targets count, theirs are large
+    peak = jnp.max(jnp.abs(weights))  # large where few targets of a chat batch count, as its weights have mean 1
     scale = SCALE / jnp.where(peak > 0, peak, 1)
-    # In training the logits are read three times: fp16 ones take half as long. bf16 would round them too coarsely.
+    # In training the logits are read three times, and fp16 halves the time of that. bf16 would round them too coarsely.
     dtype = jnp.float16 if unembedding.dtype == jnp.float16 else jnp.float32
 
     def add_chunk(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], tuple]:
@@ -68,7 +68,7 @@ def _summed_forward(hidden: Array, unembedding: Array, targets: Array, weights: 
         hidden, targets, weights = chunk
         losses, probabilities = _losses(hidden, unembedding, targets, dtype)
         d_logits = probabilities - jax.nn.one_hot(targets, unembedding.shape[0], dtype=jnp.float32)
-        # At most SCALE in size: fp16 holds it, and with it the small ones. Undone in the backward pass.
+        # Scaled to at most SCALE, so that fp16 holds the small ones too. The backward pass divides by the scale.
         d_logits = (d_logits * (weights * scale)[:, None]).astype(unembedding.dtype)
         d_hidden = jnp.einsum("nV,VD->nD", d_logits, unembedding, preferred_element_type=jnp.float32)
         d_unembedding += jnp.einsum(
@@ -78,7 +78,7 @@ def _summed_forward(hidden: Array, unembedding: Array, targets: Array, weights: 
 
     start = jnp.zeros((), jnp.float32), jnp.zeros(unembedding.shape, jnp.float32)
     (total, d_unembedding), (d_hidden, losses) = jax.lax.scan(add_chunk, start, (hidden, targets, weights))
-    # The empty arrays carry dtypes only.
+    # Of hidden and unembedding the backward pass needs only the dtypes, so it gets empty arrays.
     return total, (d_hidden, d_unembedding, losses, peak, hidden[:0], unembedding[:0])
 
 

@@ -1,6 +1,6 @@
-"""The parameters of a model as shapes, and what they cost: counts and floating-point operations.
+"""The shapes of a model's parameters, their number, and the floating-point operations that they cost.
 
-Beside the data path: loading, planning and reports ask; nothing is allocated.
+Beside the data path: loading, planning and reports call these; nothing is allocated.
 """
 
 import math
@@ -15,20 +15,20 @@ from jgpt.model.shapes import ModelConfig
 
 
 def abstract_params(config: ModelConfig) -> Any:
-    """Return the parameter tree as shapes and dtypes, without making it."""
+    """Return the parameter tree as shapes and dtypes (jax.ShapeDtypeStruct)."""
     model = GPT(config)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
 
 
 def abstract_stored(config: ModelConfig, matrices: Any) -> Any:
-    """Return the same tree as it is loaded: arrays of more than one axis in the dtype `matrices`, vectors in fp32."""
+    """Return the shapes and dtypes of loaded parameters: `matrices` for arrays of several axes, fp32 for vectors."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, matrices if x.ndim > 1 else jnp.float32), abstract_params(config)
     )
 
 
 def abstract_adapters(config: ModelConfig, lora: LoRA) -> Any:
-    """Return the tree of LoRA's adapters as shapes and dtypes, without making it."""
+    """Return the tree of LoRA's adapters as shapes and dtypes (jax.ShapeDtypeStruct)."""
     return jax.eval_shape(lambda: init_adapters(GPT(config, lora=lora), jax.random.key(0)))
 
 
@@ -40,10 +40,10 @@ def count_parameters(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, adapters: int = 0) -> float:
     """Return the model's floating-point operations for one token of training: forward, and backward at twice that.
 
-    6 for every parameter that takes part in a matrix product, and 12 L N H T for attention's two products over
-    all T positions (Chowdhery et al., arXiv 2204.02311, appendix B). Recomputation (remat) does not count, nor do
-    skipped halves of causal attention: the number says what the model needs, not what a program does. With so many
-    `adapters` (LoRA's parameters) the others are frozen, and have no gradient of their own: 4 for each.
+    That is 6 for every parameter in a matrix product, and 12 L N H T for attention's two products over all T positions
+    (Chowdhery et al., arXiv 2204.02311, appendix B). The number says what the model needs, not what a program does: it
+    leaves out what remat computes again, and counts the masked pairs of causal attention too. `adapters` is the number
+    of LoRA's parameters. With them the other parameters are frozen and have no gradient: 4 for each.
     """
     lookups = config.context_length * config.d_model if config.position == "learned" else 0
     if not config.tie_embeddings:

@@ -1,6 +1,6 @@
-"""Which dtype holds what: one small policy object, and the rule that chooses it for a device.
+"""The dtypes of a run: their names, and the rule that chooses them for a device.
 
-In the data path: the model and the step ask it; nothing else decides a dtype.
+In the data path: the model and the step read the policy; nothing else chooses a dtype.
 """
 
 from dataclasses import dataclass
@@ -11,32 +11,41 @@ import jax.numpy as jnp
 
 from jgpt.errors import UserError
 
-DTYPES = {"fp32": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
+DTYPES = {"fp32": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}  # by their names in configs and messages
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a dtype that DTYPES has, given in any form that numpy understands.
+
+    >>> dtype_name(jnp.float16), dtype_name("bfloat16")
+    ('fp16', 'bf16')
+    """
+    return next(name for name, known in DTYPES.items() if jnp.dtype(known) == jnp.dtype(dtype))
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Dtypes of the stored parameters, of the matrix products, and of what leaves the model (hidden states, logits).
+    """The dtypes that a run chooses.
 
-    Whatever the policy, the residual stream, norms, softmax, loss and gradient sums are fp32.
+    Under every policy the residual stream, norms, softmax, loss and gradient sums are fp32.
     """
 
-    param: Any = jnp.float32
-    compute: Any = jnp.float32
-    output: Any = jnp.float32
+    param: Any = jnp.float32  # of the stored parameters
+    compute: Any = jnp.float32  # of the operands of matrix products
+    output: Any = jnp.float32  # of the model's hidden states and logits
 
     @property
     def scales_loss(self) -> bool:
-        """Tell whether gradients need loss scaling: only fp16's exponent is too short for them."""
+        """Whether gradients need loss scaling: only those in fp16 do, whose exponent has 5 bits."""
         return self.compute == jnp.float16
 
     def cast_to_compute(self, params: Any) -> Any:
-        """Copy the matrices of `params` to the compute dtype; vectors (norms, biases) stay as they are."""
+        """Return `params` with matrices in the compute dtype; vectors (norms, biases) keep theirs."""
         return jax.tree.map(lambda x: x.astype(self.compute) if x.ndim > 1 else x, params)
 
 
 def choose_policy(compute: str, params: str, platform: str, compute_capability: tuple[int, int] | None) -> Policy:
-    """Resolve `precision.compute` and `precision.params` for a device.
+    """Return the policy that `precision.compute` and `precision.params` mean on a device.
 
     `platform` is "cpu", "gpu" or "tpu"; `compute_capability` is (7, 5) for a T4, None where there is none. "auto" is
     fp32 on CPU, fp16 on GPUs below sm_80, bf16 above and on TPU. Raises UserError for bf16 below sm_80: XLA turns bf16

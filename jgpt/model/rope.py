@@ -1,6 +1,6 @@
-"""Rotary position embedding, and the ways that pretrained models stretch it over longer texts.
+"""Rotary position embedding (RoPE), and the ways in which pretrained models extend it to longer texts.
 
-In the data path: turns queries and keys inside every block of `model/gpt.py`, whose legend names the dimensions.
+In the data path: rotates queries and keys inside every block of `model/gpt.py`, whose legend names the dimensions.
 """
 
 import math
@@ -13,11 +13,11 @@ from jax import Array
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies differ from the plain ones; `kind` is "none", "linear", "llama3" or "yarn"."""
+    """How a model's frequencies differ from the plain ones."""
 
-    kind: str = "none"
+    kind: str = "none"  # or "linear", "llama3", "yarn"
     factor: float = 1.0
-    original_context_length: int = 0  # tokens that the model saw before it was stretched
+    original_context_length: int = 0  # of the model before its context was extended
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn: frequencies that turn more often than this in the original context stay
@@ -26,7 +26,7 @@ class RopeScaling:
 
 
 def frequencies(d_head: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    """Return the radians a position turns each pair by, fp32 [H/2], and the factor of cosine and sine.
+    """Return the angle of each pair at position 1, in radians, fp32 [H/2], and the factor of cosine and sine.
 
     Sources: Su et al., arXiv 2104.09864; linear: Chen et al., arXiv 2306.15595; llama3: the Llama 3.1 release;
     yarn: Peng et al., arXiv 2309.00071.
@@ -43,7 +43,8 @@ def frequencies(d_head: int, theta: float, scaling: RopeScaling) -> tuple[np.nda
         share = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
     elif s.kind == "yarn":
 
-        def pair(turns: float) -> float:  # the pair, as a real number, that turns so often in the original context
+        def pair(turns: float) -> float:
+            """Return the index, a real number, of the pair that makes so many turns in the original context."""
             return d_head * math.log(s.original_context_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
         low = max(math.floor(pair(s.beta_fast)), 0)
@@ -57,9 +58,10 @@ def frequencies(d_head: int, theta: float, scaling: RopeScaling) -> tuple[np.nda
 
 
 def rope(x: Array, positions: Array, theta: float, scaling: RopeScaling = RopeScaling()) -> Array:
-    """Rotate heads by their position, halves paired as in Llama.
+    """Rotate the pairs of each head by angles that grow with the position.
 
-    `x` [B, T, ..., H], `positions` int32 [B or 1, T]; computed in fp32, returned in x's dtype.
+    As in Llama, element i is paired with element i + H/2. `x` [B, T, ..., H], `positions` int32 [B or 1, T]. Computed
+    in fp32, returned in the shape and dtype of `x`.
     """
     radians, factor = frequencies(x.shape[-1], theta, scaling)
     angles = positions.astype(jnp.float32)[..., None] * radians[None, None, :]  # [B, T, H/2]

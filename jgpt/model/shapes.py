@@ -14,7 +14,7 @@ from jgpt.model.rope import RopeScaling
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and choices of one GPT, all derived values filled in; see `jgpt.config` for what each key means."""
+    """Shapes and choices of one GPT: the keys of config.model, explained there, with all derived values filled in."""
 
     vocab_size: int
     context_length: int
@@ -54,24 +54,13 @@ def model_config(model: ConfigDict, n_ids: int) -> ModelConfig:
             f" each. Allowed: at least {n_ids}, or 0 for the tokenizer's own number. Set --config.model.vocab_size=0."
         )
     multiple = model.vocab_multiple_of
-    return ModelConfig(
-        vocab_size=model.vocab_size or math.ceil(n_ids / multiple) * multiple,
-        context_length=model.context_length,
-        n_layers=model.n_layers,
-        n_heads=model.n_heads,
-        n_kv_heads=model.n_kv_heads or model.n_heads,
-        d_model=model.d_model,
-        d_head=model.d_head or model.d_model // model.n_heads,
-        d_ff=model.d_ff or (4 * model.d_model if model.mlp == "gelu" else math.ceil(8 * model.d_model / 3 / 64) * 64),
-        dropout=model.dropout,
-        position=model.position,
-        norm=model.norm,
-        mlp=model.mlp,
-        bias=model.bias,
-        qkv_bias=model.qkv_bias,
-        qk_norm=model.qk_norm,
-        tie_embeddings=model.tie_embeddings,
-        rope_theta=model.rope_theta,
-        rope_scaling=RopeScaling(**model.rope_scaling),
-        norm_eps=model.norm_eps,
-    )
+    mlp_width = 4 * model.d_model if model.mlp == "gelu" else math.ceil(8 * model.d_model / 3 / 64) * 64
+    values = {key: value for key, value in model.items() if key != "vocab_multiple_of"}
+    filled = {
+        "vocab_size": model.vocab_size or math.ceil(n_ids / multiple) * multiple,
+        "n_kv_heads": model.n_kv_heads or model.n_heads,
+        "d_head": model.d_head or model.d_model // model.n_heads,
+        "d_ff": model.d_ff or mlp_width,
+        "rope_scaling": RopeScaling(**model.rope_scaling),
+    }
+    return ModelConfig(**values | filled)

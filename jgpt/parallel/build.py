@@ -23,11 +23,12 @@ from jgpt.model.lora import LoRA, lora_config
 from jgpt.model.parameters import abstract_adapters, abstract_stored, flops_per_token
 from jgpt.model.precision import DTYPES, Policy, choose_policy
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.mesh import TensorParallel
-from jgpt.parallel.replicate import Pmap
+from jgpt.parallel.mesh import Sharded
+from jgpt.parallel.replicate import Replicate
+from jgpt.parallel.strategy import Strategy
 from jgpt.step.eval_step import EvalStep, make_eval_step
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
-from jgpt.step.state import TrainState, init_state
+from jgpt.step.state import TrainState, init_state, tree_bytes
 from jgpt.step.train_step import TrainStep, make_train_step
 
 
@@ -38,7 +39,7 @@ class Parts:
     shapes: ModelConfig
     model: GPT
     policy: Policy
-    runner: Pmap | TensorParallel
+    strategy: Strategy
     accumulation: int  # A
     rows: int  # B: sequences on one device at a time
     sequence_length: int  # T
@@ -51,7 +52,7 @@ class Parts:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of an optimizer step, on all devices together."""
-        return self.runner.shares * self.accumulation * self.rows * self.sequence_length
+        return self.strategy.shares * self.accumulation * self.rows * self.sequence_length
 
     @property
     def flops_per_token(self) -> float:
@@ -62,16 +63,31 @@ class Parts:
         """Return LoRA's base parameters as shapes; {} without it."""
         return abstract_stored(self.model.config, self.policy.compute) if self.model.lora else {}
 
-    def lower(self) -> jax.stages.Lowered:
-        """Trace the train step for the devices, from shapes alone; `compile()` of what is returned compiles it."""
-        lead = self.runner.shares, self.accumulation, self.rows
-        tokens, targets = (*lead, self.sequence_length + 1), (*lead, self.sequence_length)
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a training state, and so of a checkpoint."""
+        return tree_bytes(jax.eval_shape(self.init))
+
+    def abstract_batch(self) -> Batch:
+        """Return the batch of an optimizer step, [G, ...], as shapes."""
+        sequences = self.strategy.shares * self.accumulation * self.rows
+        tokens, targets = (sequences, self.sequence_length + 1), (sequences, self.sequence_length)
         batch = Batch(jax.ShapeDtypeStruct(tokens, jnp.int32))
         if self.is_chat:
-            numbers = jax.ShapeDtypeStruct(targets, jnp.float32), jax.ShapeDtypeStruct(targets, jnp.int32)
-            batch = batch._replace(weights=numbers[0], segments=numbers[1])
-        given = self.runner.abstract(jax.eval_shape(self.init), self.abstract_frozen(), batch)
-        return self.train_step.lower(*given)  # type: ignore[attr-defined]
+            weights, segments = jax.ShapeDtypeStruct(targets, jnp.float32), jax.ShapeDtypeStruct(targets, jnp.int32)
+            batch = batch._replace(weights=weights, segments=segments)
+        return batch
+
+    def lower(self) -> jax.stages.Lowered:
+        """Trace the train step for the devices, from shapes alone; `compile()` of what is returned compiles it."""
+        state = jax.eval_shape(self.init)
+        return self.strategy.lower(
+            self.train_step, state, self.abstract_frozen(), self.abstract_batch(), self.accumulation
+        )
+
+    def least_bytes(self) -> int:
+        """Return the bytes of a device that any step takes: parameters, moments, the frozen ones of LoRA."""
+        return self.strategy.bytes_per_device(jax.eval_shape(self.init), self.abstract_frozen())
 
 
 def micro_batch_sizes(global_batch_size: int, shares: int) -> list[int]:
@@ -89,49 +105,104 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
 
     `config` has no "auto" left in its micro-batch and its remat (see `search.py`).
     """
-    assert config.execution.micro_batch_size and config.execution.remat != "auto"
-    tensor = config.execution.parallel == "tensor"
-    shared = for_devices(shapes, len(devices)) if tensor else shapes
-    runner = TensorParallel(devices, shared) if tensor else Pmap(devices)
-    policy = choose_device_policy(config.precision.compute, config.precision.params, devices[0])
-    size = config.batch.global_batch_size
-    rows = max(n for n in micro_batch_sizes(size, runner.shares) if n <= config.execution.micro_batch_size)
-    accumulation = size // runner.shares // rows
+    execution, precision = config.execution, config.precision
+    assert execution.micro_batch_size and execution.remat != "auto"
+    strategy, shared = make_strategy(config, shapes, devices)
+    policy = choose_device_policy(precision.compute, precision.params, devices[0])
+    sizes = micro_batch_sizes(config.batch.global_batch_size, strategy.shares)
+    rows = max(n for n in sizes if n <= execution.micro_batch_size)
+    accumulation = config.batch.global_batch_size // strategy.shares // rows
     lora = lora_config(config.lora)
-    device = devices[0]
-    # Where devices share the model XLA divides the form that JAX differentiates; it was not tried with the others.
-    wanted = "chunked" if tensor and config.execution.attention == "auto" else config.execution.attention
-    attention = choose_attention(wanted, policy.compute, device.platform, compute_capability(device))
-    plain, model = (GPT(c, policy.compute, config.execution.remat, lora, attention) for c in (shapes, shared))
+    attention = _attention(config, shapes, policy, devices[0])
+    plain, model = (GPT(c, policy.compute, execution.remat, lora, attention) for c in (shapes, shared))
     optimizer = make_optimizer(config.optimizer)
     train_step = make_train_step(
         model,
         policy,
         optimizer,
         learning_rate_schedule(config.optimizer),
-        accumulation,
-        config.seed,
-        config.execution.loss_chunk_tokens,
-        config.precision.loss_scale_growth_steps,
-        DTYPES[config.precision.gradient_average],
+        accumulation=accumulation,
+        seed=config.seed,
+        loss_chunk_tokens=execution.loss_chunk_tokens,
+        growth_steps=precision.loss_scale_growth_steps,
+        average_dtype=DTYPES[precision.gradient_average],
     )
 
     def init(params: Any = None) -> TrainState:
-        return init_state(plain, policy, optimizer, config.seed, config.precision.loss_scale, params)
+        return init_state(plain, policy, optimizer, config.seed, precision.loss_scale, params)
 
     return Parts(
         shapes=shapes,
         model=model,
         policy=policy,
-        runner=runner,
+        strategy=strategy,
         accumulation=accumulation,
         rows=rows,
         sequence_length=config.batch.sequence_length or shapes.context_length,
         adapters=_count_adapters(shapes, lora),
         is_chat=config.data.format == "chat",
         init=init,
-        train_step=runner.train_step(train_step),
-        eval_step=runner.eval_step(make_eval_step(model, policy, config.execution.loss_chunk_tokens)),
+        train_step=strategy.train_step(train_step),
+        eval_step=strategy.eval_step(make_eval_step(model, policy, execution.loss_chunk_tokens)),
+    )
+
+
+def make_strategy(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device]) -> tuple[Strategy, ModelConfig]:
+    """Return how the step runs on the devices, and the model's shapes as they share it."""
+    if _splits_model(config):
+        shared = for_devices(shapes, len(devices))
+        return Sharded(devices, shared), shared
+    return Replicate(devices), shapes
+
+
+def batch_shares(config: ConfigDict, n_devices: int) -> int:
+    """Return how many equal parts the global batch is divided into on so many devices. Raises UserError.
+
+    One for each device, or one in all where the devices split the model.
+    """
+    size = config.batch.global_batch_size
+    if _splits_model(config):
+        return 1
+    if size % n_devices:
+        nearest = max(1, round(size / n_devices)) * n_devices
+        raise UserError(
+            f"batch.global_batch_size is {size}, and there are {n_devices} devices. Each takes the same number of"
+            f" sequences, so it must be a multiple of {n_devices}: set --config.batch.global_batch_size={nearest}, or"
+            " use fewer devices (CUDA_VISIBLE_DEVICES=0)."
+        )
+    return n_devices
+
+
+def training_devices(config: ConfigDict) -> list[jax.Device]:
+    """Choose the devices of this process for a run: they share its batch, or split its model.
+
+    All of them, but on CPU, where a device is a share of the same cores: there the largest number that divides the
+    batch. Raises UserError where accelerators cannot share the batch equally.
+    """
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu" and not _splits_model(config):
+        size = config.batch.global_batch_size
+        return devices[: max(n for n in range(1, len(devices) + 1) if size % n == 0)]
+    batch_shares(config, len(devices))
+    return devices
+
+
+def _splits_model(config: ConfigDict) -> bool:
+    return config.execution.parallel == "tensor"
+
+
+def _attention(config: ConfigDict, shapes: ModelConfig, policy: Policy, device: jax.Device) -> str:
+    """Return the form of attention: what the config names, or what suits the device and the model."""
+    wanted = config.execution.attention
+    if wanted == "auto" and _splits_model(config):
+        return "chunked"  # the only form that has been tested with the model split
+    return choose_attention(
+        wanted,
+        policy.compute,
+        device.platform,
+        compute_capability(device),
+        d_head=shapes.d_head,
+        deterministic=config.execution.deterministic,
     )
 
 
@@ -151,34 +222,3 @@ def _count_adapters(shapes: ModelConfig, lora: LoRA | None) -> int:
 def choose_device_policy(compute: str, params: str, device: jax.Device) -> Policy:
     """Resolve the precision group of a config for a device."""
     return choose_policy(compute, params, device.platform, compute_capability(device))
-
-
-def training_devices(global_batch_size: int) -> list[jax.Device]:
-    """Choose the devices of this process that the step runs on: equal shares of the `global_batch_size` sequences.
-
-    All of them, when they are accelerators. On CPU, where a device is a share of the same cores, the largest number
-    that divides the batch.
-
-    Raises:
-        UserError: the accelerators cannot share the batch equally.
-    """
-    devices = jax.local_devices()
-    if devices[0].platform == "cpu":
-        return devices[: max(n for n in range(1, len(devices) + 1) if global_batch_size % n == 0)]
-    if global_batch_size % len(devices):
-        nearest = max(1, round(global_batch_size / len(devices))) * len(devices)
-        raise UserError(
-            f"batch.global_batch_size is {global_batch_size}, and this machine has {len(devices)} devices. Each takes "
-            f"the same number of sequences, so it must be a multiple of {len(devices)}: set "
-            f"--config.batch.global_batch_size={nearest}, or hide devices with CUDA_VISIBLE_DEVICES=0."
-        )
-    return devices
-
-
-def devices_of(config: ConfigDict) -> list[jax.Device]:
-    """Return the devices of a run: those that share its batch, or its model."""
-    return (
-        jax.local_devices()
-        if config.execution.parallel == "tensor"
-        else training_devices(config.batch.global_batch_size)
-    )

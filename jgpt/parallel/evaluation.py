@@ -7,17 +7,15 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from jgpt.data.batches import Batch
-from jgpt.parallel.mesh import TensorParallel
-from jgpt.parallel.replicate import Pmap
+from jgpt.parallel.strategy import Strategy
 from jgpt.step.eval_step import EvalStep
 
 
 def evaluate(
-    runner: Pmap | TensorParallel,
+    strategy: Strategy,
     eval_step: EvalStep,
     params: Any,
     frozen: Any,
@@ -28,16 +26,15 @@ def evaluate(
     """Return the mean loss in nats per target token, and the number of targets.
 
     `blocks` are single sequences of at most context_length + 1 tokens, each predicting all but its first, or those that
-    have the weight 1 and not 0; `rows` of them go to each device at a time. `eval_step` is the runner's; `params` and
+    have the weight 1 and not 0; `rows` of them go to each device at a time. `eval_step` is the strategy's; `params` and
     `frozen` are where its step has them. Short blocks and missing rows are filled up with targets of weight zero.
     """
     total, n_targets = 0.0, 0
-    for batch in _batched(blocks, runner.shares * rows):
-        whole = _fill(batch, runner.shares * rows, context_length)
+    for batch in _batched(blocks, strategy.shares * rows):
+        whole = _fill(batch, strategy.shares * rows, context_length)
         assert whole.weights is not None
         n_targets += int(whole.weights.sum(dtype=np.float64))
-        placed = runner.place_batch(jax.tree.map(lambda x: x.reshape(runner.shares, rows, -1), whole))
-        total += float(runner.on_host(eval_step(params, frozen, placed)))
+        total += float(strategy.on_host(eval_step(params, frozen, strategy.place_sequences(whole))))
     return total / n_targets, n_targets
 
 

@@ -1,6 +1,6 @@
-"""How the optimizer step runs on several devices that share one model, for LoRA on a base too large for one of them.
+"""Sharded: one model over a mesh of devices, for LoRA on a base that is too large for one of them.
 
-In the data path: in the place of `parallel/replicate.py`, with the same methods.
+In the data path: it runs the step of `step/` on devices, as `replicate.py` does; XLA puts in the collectives.
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.rules import device_mesh, param_shardings, place
+from jgpt.parallel.rules import device_mesh, param_shardings, place, split_bytes
+from jgpt.parallel.strategy import laid_out, saved_from
 from jgpt.step.eval_step import EvalStep
-from jgpt.step.state import TrainState
+from jgpt.step.state import TrainState, tree_bytes
 from jgpt.step.train_step import Numbers, Step, TrainStep
 
 
-class TensorParallel:
-    """Run a step on several devices: the frozen parameters split over them, the state and the whole batch on each.
+class Sharded:
+    """Run a step on several devices: the frozen parameters split over them, the state and the batch on each.
 
-    `config` is what `for_devices` made; the model that the step was made with has it, too.
+    A `Strategy`. `config` is what `for_devices` made; the model that the step was made with has it, too.
     """
 
-    shares = 1  # parts that a batch is divided into
+    shares = 1  # the devices work on the same sequences together
 
     def __init__(self, devices: Sequence[jax.Device], config: ModelConfig) -> None:
         self.devices, self._config = list(devices), config
@@ -34,48 +35,61 @@ class TensorParallel:
         self._copied = NamedSharding(self._mesh, PartitionSpec())
 
     def train_step(self, step: Step) -> TrainStep:
-        """Compile (state, frozen, batch [1, A, B, ...]) -> (state, metrics); the state's memory is reused."""
+        """Compile (state, frozen, batch [A, B, ...]) -> (state, metrics); the state's memory is reused."""
 
         def on_all(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Numbers]:
             # Whole gradients, before the optimizer: else each device updates its part, and exchanges moments as well.
             whole = partial(jax.lax.with_sharding_constraint, shardings=self._copied)
-            return step(state, frozen, _only(batch), whole, 0)
+            return step(state, frozen, batch, whole, 0)
 
         return jax.jit(on_all, donate_argnums=0, out_shardings=self._copied)
 
     def eval_step(self, step: EvalStep) -> EvalStep:
-        """Compile (params, frozen, batch [1, B, ...]) -> the loss summed over the batch."""
-        return jax.jit(lambda params, frozen, batch: step(params, frozen, _only(batch)), out_shardings=self._copied)
+        """Compile (params, frozen, batch [B, ...]) -> the loss summed over the batch."""
+        return jax.jit(step, out_shardings=self._copied)
 
-    def abstract(self, state: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, Batch]:
-        """Return shapes of the train step's arguments as they will lie on the devices, for compiling ahead."""
+    def lower(self, step: TrainStep, state: Any, frozen: Any, batch: Batch, accumulation: int) -> jax.stages.Lowered:
+        """Trace a train step from shapes alone; `batch` is that of all devices, [G, ...]."""
 
         def lying(x: jax.ShapeDtypeStruct, sharding: NamedSharding = self._copied) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         split = jax.tree.map(lying, frozen, param_shardings(frozen, self._config, self._mesh))
-        return jax.tree.map(lying, state), split, jax.tree.map(lying, batch)
+        given = jax.tree.map(lying, state), split, jax.tree.map(lying, laid_out(batch, accumulation))
+        return step.lower(*given)  # type: ignore[attr-defined]
 
     def place_state(self, state: Any) -> Any:
         """Copy a state (or adapters) to every device, laid out as the step returns it (else it compiles twice)."""
         return jax.device_put(state, self._copied)
 
+    def shardings(self, state: Any) -> Any:
+        """Return where each array of a state lies: a copy on every device."""
+        return jax.tree.map(lambda _: self._copied, state)
+
     def place_param(self, path: tuple[str, ...], array: np.ndarray) -> Array:
         """Split one frozen parameter of the plain model over the devices; `path` is its keys in the tree."""
         return place(path, array, self._config, self._mesh)
 
-    def place_batch(self, batch: Batch) -> Batch:
-        """Copy a host batch [1, ...] to every device."""
+    def place_batch(self, batch: Batch, accumulation: int) -> Batch:
+        """Put a host batch [G, ...] on the devices as [A, B, ...], all of it on each."""
+        return jax.device_put(laid_out(batch, accumulation), self._copied)
+
+    def place_sequences(self, batch: Batch) -> Batch:
+        """Put a host batch [B, ...] on every device."""
         return jax.device_put(batch, self._copied)
 
-    def on_first(self, tree: Any) -> Any:
+    def bytes_per_device(self, state: Any, frozen: Any) -> int:
+        """Return the bytes that a device holds: all of the state, its part of the frozen parameters."""
+        return tree_bytes(state) + split_bytes(frozen, param_shardings(frozen, self._config, self._mesh))
+
+    def for_decoding(self, tree: Any) -> Any:
         """Return the tree as it is: it goes with the frozen parameters, which no device holds alone."""
         return tree
 
+    def to_save(self, state: Any) -> Any:
+        """Return what a checkpoint is written from: arrays that the next step does not overwrite."""
+        return saved_from(state, self.devices[0])
+
     def on_host(self, tree: Any) -> Any:
-        """Fetch a tree as numpy arrays (views of the device's memory on CPU)."""
+        """Fetch a tree that is the same on every device as numpy arrays (views of the device's memory on CPU)."""
         return jax.tree.map(np.asarray, tree)
-
-
-def _only(batch: Batch) -> Batch:
-    return jax.tree.map(lambda x: x[0], batch)

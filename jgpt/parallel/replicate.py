@@ -13,25 +13,26 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
+from jgpt.parallel.strategy import laid_out, saved_from
 from jgpt.step.eval_step import EvalStep
-from jgpt.step.state import TrainState
+from jgpt.step.state import TrainState, tree_bytes
 from jgpt.step.train_step import Numbers, Step, TrainStep
 
 
-class Pmap:
-    """Run a step on several devices: the state copied to each, a share of the batch on each."""
+class Replicate:
+    """Run a step on several devices: the state copied to each, a share of the batch on each. A `Strategy`."""
 
     AXIS = "devices"
 
     def __init__(self, devices: Sequence[jax.Device]) -> None:
         self.devices = list(devices)
-        self.shares = len(self.devices)  # parts that a batch is divided into
+        self.shares = len(self.devices)
         mesh = Mesh(np.array(self.devices), (self.AXIS,))
         self._copied = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(self.AXIS))
 
     def train_step(self, step: Step) -> TrainStep:
-        """Compile (state, frozen, batch [devices, A, B, ...]) -> (state, metrics); the state's memory is reused."""
+        """Compile (state, frozen, batch [shares, A, B, ...]) -> (state, metrics); the state's memory is reused."""
 
         def on_one_device(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Numbers]:
             return step(state, frozen, batch, self._average, jax.lax.axis_index(self.AXIS))
@@ -63,7 +64,7 @@ class Pmap:
         return jax.tree.unflatten(structure, leaves)
 
     def eval_step(self, step: EvalStep) -> EvalStep:
-        """Compile (params, frozen, batch [devices, B, ...]) -> the loss summed over all devices."""
+        """Compile (params, frozen, batch [shares, B, ...]) -> the loss summed over all devices."""
 
         def on_one_device(params: Any, frozen: Any, batch: Batch) -> Array:
             return jax.lax.psum(step(params, frozen, batch), self.AXIS)
@@ -72,26 +73,42 @@ class Pmap:
             on_one_device, axis_name=self.AXIS, devices=self.devices, in_axes=(None, None, 0), out_axes=None
         )
 
-    def abstract(self, state: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, Batch]:
-        """Return shapes of the train step's arguments as they will lie on the devices, for compiling ahead."""
-        return state, frozen, batch
+    def lower(self, step: TrainStep, state: Any, frozen: Any, batch: Batch, accumulation: int) -> jax.stages.Lowered:
+        """Trace a train step from shapes alone; `batch` is that of all devices, [G, ...]."""
+        return step.lower(state, frozen, laid_out(batch, self.shares, accumulation))  # type: ignore[attr-defined]
 
     def place_state(self, state: Any) -> Any:
-        """Copy a state (or parameters) to every device, laid out as the step returns it (else it compiles twice)."""
+        """Copy a state (or a part of one) to every device, laid out as the step returns it (else it compiles twice)."""
         return jax.device_put(state, self._copied)
+
+    def shardings(self, state: Any) -> Any:
+        """Return where each array of a state lies: a copy on every device."""
+        return jax.tree.map(lambda _: self._copied, state)
 
     def place_param(self, path: tuple[str, ...], array: np.ndarray) -> Array:
         """Copy one frozen parameter to every device; `path` is its keys in the tree."""
-        return self.place_state(array)
+        return jax.device_put(array, self._copied)
 
-    def place_batch(self, batch: Batch) -> Batch:
-        """Split a host batch [devices, ...] over the devices, one row each."""
-        return jax.device_put(batch, self._split)
+    def place_batch(self, batch: Batch, accumulation: int) -> Batch:
+        """Put a host batch [G, ...] on the devices as [shares, A, B, ...], a share on each."""
+        return jax.device_put(laid_out(batch, self.shares, accumulation), self._split)
 
-    def on_first(self, tree: Any) -> Any:
-        """Return the first device's copy of a tree that is the same on every device; nothing moves."""
+    def place_sequences(self, batch: Batch) -> Batch:
+        """Put a host batch [G, ...] on the devices as [shares, B, ...], a share on each."""
+        return jax.device_put(laid_out(batch, self.shares), self._split)
+
+    def bytes_per_device(self, state: Any, frozen: Any) -> int:
+        """Return the bytes that a device holds: all of the state and of the frozen parameters."""
+        return tree_bytes((state, frozen))
+
+    def for_decoding(self, tree: Any) -> Any:
+        """Return the first device's copy, with which that device decodes alone; nothing moves."""
         return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+
+    def to_save(self, state: Any) -> Any:
+        """Return what a checkpoint is written from: arrays that the next step does not overwrite."""
+        return saved_from(self.for_decoding(state), self.devices[0])
 
     def on_host(self, tree: Any) -> Any:
         """Fetch a tree that is the same on every device as numpy arrays (views of the device's memory on CPU)."""
-        return jax.tree.map(np.asarray, self.on_first(tree))
+        return jax.tree.map(np.asarray, self.for_decoding(tree))

@@ -71,7 +71,7 @@ def _model(plan: Plan) -> str:
         _line("FLOPs a token", f"{format_count(parts.flops_per_token)}"),
         _line(
             "batch",
-            f"{c.batch.global_batch_size} sequences of {parts.sequence_length} = devices {parts.runner.shares}"
+            f"{c.batch.global_batch_size} sequences of {parts.sequence_length} = devices {parts.strategy.shares}"
             f" x micro-batches {parts.accumulation} x {parts.rows}, {parts.tokens_per_step:,} tokens a step",
         ),
         _line("step", f"{plan.found.choice.described()}, computing in {compute}"),

@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jgpt.parallel.build import Parts
-from jgpt.step.state import state_bytes
+from jgpt.step.state import tree_bytes
 from jgpt.wording import gib
 
 PLACING, EVALUATING, TRAINING, SAMPLING, SAVING = "the first state", "evaluation", "training", "sampling", "saving"
@@ -17,7 +17,7 @@ LEAST_CHUNK = 256  # tokens: a smaller chunk of logits saves nothing that matter
 
 def explain(shortage: str, doing: str, on_host: bool, config: ConfigDict, training: Parts, command: str) -> str:
     """Return the message: what happened while `doing` what, and the overrides that help, the cheapest first."""
-    state = state_bytes(jax.eval_shape(training.init))
+    state = tree_bytes(jax.eval_shape(training.init))
     first, *others = on_the_host(config, state) if on_host else overrides(doing, config, training)
     plan = command if "jgpt.train" in command else "python -m jgpt.train --config FILE"
     lines = [f"out of memory in {doing}: {shortage}. Take {first}.", *(f"  or {other}" for other in others)]

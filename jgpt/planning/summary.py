@@ -15,12 +15,12 @@ from jgpt.data.tokenizer import load_pretrained
 from jgpt.errors import UserError
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import ModelConfig, model_config
-from jgpt.parallel.build import devices_of
+from jgpt.parallel.build import training_devices
 from jgpt.planning.auto import is_auto
 from jgpt.planning.devices import THIS, Target, compile_only, this_machine
 from jgpt.planning.estimate import Choice, Estimate, choice_of, estimate, with_choice
 from jgpt.planning.search import Search, check_least, refusal, search
-from jgpt.step.state import state_bytes
+from jgpt.step.state import tree_bytes
 
 GPT2_IDS = 50_257
 CHARACTERS = 128  # ids of a char tokenizer, at most, for English prose
@@ -59,7 +59,7 @@ class Plan:
     def checkpoints(self) -> tuple[int, int]:
         """Return how many checkpoints lie on disk at most, with one being written, and the bytes of each."""
         c = self.config.checkpoint
-        return c.keep_last + c.keep_best + 1, int(state_bytes(jax.eval_shape(self.found.parts.init)))
+        return c.keep_last + c.keep_best + 1, int(tree_bytes(jax.eval_shape(self.found.parts.init)))
 
     @property
     def advice(self) -> Choice | None:
@@ -86,7 +86,7 @@ def make_plan(
     config, source = adopt_source(config, Path(config.out_dir).expanduser().absolute())
     ids, vocabulary = (source.tokenizer.vocab_size, "of init_from") if source else vocabulary_of(config)
     shapes = model_config(config.model, ids)
-    target = target or this_machine(devices_of(config))
+    target = target or this_machine(training_devices(config))
     _check_shares(config, target)
 
     def plan(found: Estimate, searched: Search[Estimate] | None) -> Plan:

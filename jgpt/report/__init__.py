@@ -1,1 +1,1 @@
-"""A run drawn and written up: loss.png and report.html."""
+"""The picture and the report of a run: loss.png and report.html."""

@@ -1,61 +1,50 @@
 """The curves of a run: metrics.jsonl in, loss.png out.
 
-In the data path: after the step, beside the checkpoint, made anew at every evaluation.
+In the data path: beside the checkpoints. The picture is drawn again at every evaluation.
 """
 
-import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jgpt.atomic_write import atomic_file
+from jgpt.report.warn_on_error import warn_on_error
 from jgpt.run_dir.metrics_file import best_validation, loss_text, read_metrics
 from jgpt.wording import format_count
 
 log = logging.getLogger(__name__)
 
 TRAIN_COLOR, VAL_COLOR, QUIET_COLOR = "#2f6fb3", "#d9541e", "#555555"
-SMOOTHED_SHARE = 0.02  # the smoothed curve averages over about this share of the run
+SMOOTHED_SHARE = 0.02  # the smoothed curve averages over about this share of the run,
+SMOOTHED_POINTS = 3  # and over at least so many points
 Series = tuple[list[int], list[float]]  # steps and values; NaN is a gap
 
 
-@contextmanager
-def harmless(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong with `what` into one warning: a run never fails because of its pictures."""
-    try:
-        yield
-    except Exception as error:
-        log.warning("%s could not be written, training goes on: %s: %s", what, type(error).__name__, error)
-
-
 def write_curves(run_dir: Path) -> None:
-    """Draw loss, learning rate and throughput from metrics.jsonl into loss.png."""
-    with harmless(f"{run_dir / 'loss.png'}"):
+    """Draw loss, learning rate and tokens per second from metrics.jsonl into loss.png. An error becomes a warning."""
+    with warn_on_error(f"{run_dir / 'loss.png'}"):
         records = read_metrics(run_dir / "metrics.jsonl")
         if not records or not _has_matplotlib():
             return
-        picture = io.BytesIO()
-        _draw(records, run_dir.resolve().name).savefig(picture, format="png", dpi=120)
-        temporary = run_dir / "loss.png.tmp"
-        temporary.write_bytes(picture.getvalue())
-        temporary.replace(run_dir / "loss.png")
+        with atomic_file(run_dir / "loss.png") as file:
+            _draw(records, run_dir.resolve().name).savefig(file, format="png", dpi=120)
 
 
-@cache  # said once, not at every evaluation
+@cache  # so that the line is logged once, not at every evaluation
 def _has_matplotlib() -> bool:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        log.info('loss.png is left out, as matplotlib is not installed: pip install "jgpt[plot]"')
+        log.info('loss.png is not drawn because matplotlib is not installed: pip install "jgpt[plot]"')
         return False
     return True
 
 
 def _draw(records: list[dict[str, Any]], title: str) -> Any:
-    """Return the matplotlib Figure: not made by pyplot, which would keep it and look for a screen."""
+    """Return a matplotlib Figure. pyplot is not used: it keeps every figure in memory and looks for a screen."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -68,7 +57,7 @@ def _draw(records: list[dict[str, Any]], title: str) -> Any:
         marker = "o" if len(values) == 1 else ""  # a line of one point is invisible
         axes[name].plot(steps, values, color=TRAIN_COLOR, lw=1.2, marker=marker, ms=4)
         axes[name].set_title(label, loc="left", fontsize=10)
-        # From zero, so that a small change does not look like a collapse.
+        # The axis starts at zero, so that a small change looks small.
         axes[name].set_ylim(0, 1.15 * max((value for value in values if value == value), default=0) or 1)
     axes["rate"].yaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
     axes["speed"].yaxis.set_major_formatter(lambda speed, _: format_count(speed).replace(".0", ""))
@@ -88,7 +77,7 @@ def _draw_loss(axis: Any, records: list[dict[str, Any]], title: str) -> None:
     (steps, loss), (val_steps, val_loss) = _series(records, "loss"), _series(records, "val_loss")
     if len(loss) >= 20:
         axis.plot(steps, loss, color=TRAIN_COLOR, alpha=0.3, lw=0.8)
-        both_ways = zip(_smooth(loss), reversed(_smooth(loss[::-1])), strict=True)  # one way alone lags behind
+        both_ways = zip(_smooth(loss), reversed(_smooth(loss[::-1])), strict=True)  # one direction alone lags behind
         smoothed = [(forward + backward) / 2 for forward, backward in both_ways]
         axis.plot(steps, smoothed, color=TRAIN_COLOR, lw=1.8, label="train (smoothed)")
     elif loss:
@@ -104,10 +93,11 @@ def _draw_loss(axis: Any, records: list[dict[str, Any]], title: str) -> None:
         text = f"best validation {loss_text(best)}\nat step {best['step']:,}"
         axis.plot(best["step"], inside, "o", ms=9, mfc="none", mec=VAL_COLOR, mew=1.5, zorder=3)
         right = best["step"] > records[-1]["step"] / 2
-        # Above the curve, which falls: towards the middle of the picture, where it leaves room.
+        # Above the falling curve, and towards the middle of the picture: there is room.
         place = {"xytext": (-4 if right else 12, 42), "textcoords": "offset points", "ha": "right" if right else "left"}
         box = {"boxstyle": "round,pad=0.3", "fc": "white", "ec": "none", "alpha": 0.85}
-        arrow = {"arrowstyle": "-", "color": VAL_COLOR, "lw": 0.8}
+        corner = (0.97, 0) if right else (0.03, 0)  # the line starts at this corner of the text
+        arrow = {"arrowstyle": "-", "color": VAL_COLOR, "lw": 0.8, "relpos": corner}
         axis.annotate(text, (best["step"], inside), color=VAL_COLOR, fontsize=10, bbox=box, arrowprops=arrow, **place)
     hidden = [(step, value) for step, value in zip(steps, loss, strict=True) if value > high]
     if hidden:
@@ -121,14 +111,14 @@ def _draw_loss(axis: Any, records: list[dict[str, Any]], title: str) -> None:
 
 
 def _series(records: list[dict[str, Any]], key: str) -> Series:
-    """Take the records that have the key; null, which stands for NaN and infinity, becomes NaN."""
+    """Return the steps and values of the records that have the key. Null stands for NaN or infinity: it becomes NaN."""
     points = [(record["step"], record[key]) for record in records if key in record]
     return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Average exponentially, without the bias of an average that begins at zero; a gap stays a gap."""
-    past = 1 - 1 / max(1, SMOOTHED_SHARE * len(values))
+    """Return the exponential average, corrected for its start at zero (as in Adam); a gap stays a gap."""
+    past = 1 - 1 / max(SMOOTHED_POINTS, SMOOTHED_SHARE * len(values))
     total = weight = 0.0
     smoothed = []
     for value in values:
@@ -139,14 +129,14 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _limits(loss: Sequence[float], val_loss: Sequence[float]) -> tuple[float, float]:
-    """Choose the y axis for what follows the first drop; rare peaks after it may be cut off as well.
+    """Choose the limits of the y axis from the values after the first drop; rare later peaks may be cut off too.
 
     >>> _limits([9.0, 5.0, *[3.0] * 50], [2.0])
     (1.9, 3.1)
     """
-    settled = sorted(value for value in [*loss[len(loss) // 20 :], *val_loss[len(val_loss) // 10 :]] if value == value)
-    if not settled:
+    shown = sorted(value for value in [*loss[len(loss) // 20 :], *val_loss[len(val_loss) // 10 :]] if value == value)
+    if not shown:
         return 0.0, 1.0
-    low, high = settled[0], settled[min(len(settled) - 1, int(0.99 * len(settled)))]
+    low, high = shown[0], shown[min(len(shown) - 1, int(0.99 * len(shown)))]
     margin = 0.1 * (high - low) or 0.5
     return round(low - margin, 6), round(high + margin, 6)

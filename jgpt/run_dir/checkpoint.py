@@ -16,14 +16,13 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
 
 from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
 from jgpt.run_dir.disk import check_room, room
 from jgpt.run_dir.manifest import digest, verify, whole_steps
 from jgpt.run_dir.params import val_loss_of
-from jgpt.step.state import TrainState, state_bytes
+from jgpt.step.state import TrainState, tree_bytes
 
 SAVE_BYTES_PER_SECOND = 50e6  # until a save was timed: a slow disk, which is written, and read again for the manifest
 log = logging.getLogger("jgpt")
@@ -59,7 +58,7 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Begin to save `state` (numpy arrays that nothing else will change) with `meta` (JSON), and return.
+        """Begin to save `state` (arrays that nothing else will change) with `meta` (JSON), and return.
 
         Waits for the save before this one, and deletes old ones where this one would not fit beside them. Raises
         UserError if the one before failed (a full disk), or this one would exceed `disk_gb`.
@@ -69,7 +68,7 @@ class Checkpoints:
         if step in self.steps() and step not in self._damaged:
             return
         try:
-            self._make_room(state_bytes(state))
+            self._make_room(tree_bytes(state))
             self._delete(step)  # a save that was cut off before its manifest, or a damaged one
             self._manager.save(
                 step,
@@ -177,8 +176,10 @@ class Checkpoints:
             self._manager.delete(step)
         self._damaged.discard(step)
 
-    def restore(self, abstract: TrainState, device: jax.Device) -> tuple[TrainState, dict[str, Any]] | None:
-        """Return the newest whole state, its arrays on `device`, and its meta; None when there is no checkpoint at all.
+    def restore(self, abstract: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Return the newest whole state and its meta; None when there is no checkpoint at all.
+
+        `abstract` are its shapes, `shardings` say where each of its arrays is to lie.
 
         A damaged one is named and passed over. Raises UserError when there are some and none is whole.
         """
@@ -189,14 +190,14 @@ class Checkpoints:
                 log.warning("checkpoint %d is damaged and passed over: %s", step, damage)
                 self._damaged.add(step)
                 continue
-            on_device = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), abstract
+            placed = jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
             )
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(on_device.params),  # pyright: ignore[reportCallIssue]
-                    training=ocp.args.StandardRestore(on_device._replace(params={})._asdict()),  # pyright: ignore[reportCallIssue]
+                    params=ocp.args.StandardRestore(placed.params),  # pyright: ignore[reportCallIssue]
+                    training=ocp.args.StandardRestore(placed._replace(params={})._asdict()),  # pyright: ignore[reportCallIssue]
                     meta=ocp.args.JsonRestore(),
                 ),
             )

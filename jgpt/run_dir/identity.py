@@ -67,17 +67,17 @@ def look_for_run(run_dir: Path, config: ConfigDict) -> bool:
             f"{run_dir} holds checkpoints, but not {missing}: without it they cannot be read as they were meant. Put it"
             " back, or set another --config.out_dir; nothing was changed."
         )
-    if resume == "must" and not found:
+    steps = whole_steps(run_dir / "checkpoints")
+    if resume == "must" and not (found and steps):
         raise UserError(
-            f"checkpoint.resume='must', and {run_dir} holds no run. Name the out_dir of one, or set"
-            " --config.checkpoint.resume=auto."
+            f"checkpoint.resume='must', and {run_dir} holds no run that has saved a checkpoint. Name the out_dir of"
+            " one, or set --config.checkpoint.resume=auto."
         )
     if resume == "never" and found:
         raise UserError(
-            f"checkpoint.resume='never', and {run_dir} holds a run, which starting anew would overwrite. Set another "
-            "--config.out_dir, or remove that directory yourself."
+            f"checkpoint.resume='never', and {run_dir} holds a run, which a start from step 0 would overwrite. Set"
+            " another --config.out_dir, or remove that directory yourself."
         )
-    steps = whole_steps(run_dir / "checkpoints")
     if steps and not (run_dir / "checkpoints" / str(steps[-1]) / "training").is_dir():
         raise UserError(
             f"{run_dir} holds an imported model: its checkpoint has no optimizer state to go on with. A training run"

@@ -3,11 +3,11 @@
 In the data path: what the step takes and returns, and what a checkpoint holds.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -60,6 +60,6 @@ def init_state(
     return TrainState(zero, zero, params, moments, scale)
 
 
-def state_bytes(abstract: TrainState) -> int:
-    """Return the bytes of one checkpoint."""
-    return sum(np.prod(x.shape, dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+def tree_bytes(tree: Any) -> int:
+    """Return the bytes of a tree of arrays, or of their shapes; of a state, the bytes of its checkpoint."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -17,10 +17,10 @@ from jgpt.model.columns import regroup_tree
 from jgpt.model.gpt import GPT, Output, unembedding
 from jgpt.model.loss import cross_entropy
 from jgpt.model.precision import Policy
+from jgpt.step.gradients import Average, average_gradients, mean_gradient
 from jgpt.step.loss_scale import next_loss_scale
 from jgpt.step.state import TrainState
 
-Average = Callable[[Any], Any]  # over the devices
 Numbers = dict[str, Array]  # scalars
 Step = Callable[[TrainState, Any, Batch, Average, Any], tuple[TrainState, Numbers]]
 TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Numbers]]
@@ -49,6 +49,7 @@ def make_train_step(
     policy: Policy,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    *,
     accumulation: int,
     seed: int,
     loss_chunk_tokens: int,
@@ -58,24 +59,13 @@ def make_train_step(
     """Return the step as a pure function (state, frozen, batch [A, B, ...], average, device) -> (state, metrics).
 
     `average` averages a tree over the devices that share the batch (the identity on one), `device` is this one's index.
-    A micro-batches run one after another and `optax.MultiSteps` keeps the mean of their gradients; its accumulator
-    lives inside the step only, so that a state between steps never holds a half-done accumulation and no moment is
-    touched before the last micro-batch. Then one average, one finite check whose answer is the same on every device,
-    one update. A step with a non-finite gradient changes no parameter, no moment and no schedule. Under loss scaling
-    `average_dtype` fp16 halves what the devices send each other: the gradients go with the loss scale on them, at which
-    fp16 has held those of every micro-batch.
+    A micro-batches run one after another; then comes one average over the devices, one finite check whose answer is the
+    same on every device, and one update. A step with a non-finite gradient changes no parameter, no moment and no
+    schedule. `growth_steps` and `average_dtype` matter under loss scaling alone: see `next_loss_scale` and
+    `average_gradients`.
     """
+    loss_of = _scaled_loss(model, loss_chunk_tokens)
     narrow = policy.scales_loss and average_dtype == jnp.float16
-    # It would hand the mean out, and begin anew, one micro-batch after the last: until then its state holds the mean,
-    # and the loop over micro-batches carries no second tree of gradients.
-    accumulate = optax.MultiSteps(optax.identity(), every_k_schedule=accumulation + 1)
-
-    def scaled_loss(params: Any, frozen: Any, batch: Batch, key: Array, scale: Array) -> tuple[Array, Array]:
-        hidden, matrix = hidden_states(model, params, frozen, batch, deterministic=False, rngs={"dropout": key})
-        targets = batch.tokens[:, 1:]
-        weights = jnp.ones(targets.shape, jnp.float32) if batch.weights is None else batch.weights
-        loss = cross_entropy(hidden, matrix, targets, weights, loss_chunk_tokens) / targets.size
-        return loss * scale, loss
 
     def train_step(
         state: TrainState, frozen: Any, batch: Batch, average: Average, device: Any
@@ -85,24 +75,12 @@ def make_train_step(
         base = policy.cast_to_compute(frozen)
         scale = state.loss_scale.scale
 
-        def micro_step(accumulated: optax.MultiStepsState, x: tuple[Batch, Array]) -> tuple[Any, Array]:
-            micro_batch, index = x
-            gradient, loss = jax.grad(scaled_loss, has_aux=True)(
-                params, base, micro_batch, jax.random.fold_in(key, index), scale
-            )
-            with jax.named_scope("accumulate"):
-                gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradient)
-                _, accumulated = accumulate.update(gradient, accumulated)
-            return accumulated, loss
+        def scaled_gradient(micro_batch: Batch, index: Array) -> tuple[Any, Array]:
+            dropout_key = jax.random.fold_in(key, index)
+            return jax.grad(loss_of, has_aux=True)(params, base, micro_batch, dropout_key, scale)
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
-        accumulated, losses = jax.lax.scan(micro_step, accumulate.init(zeros), (batch, jnp.arange(accumulation)))
-        gradient = accumulated.acc_grads
-        if narrow:
-            gradient = jax.tree.map(lambda g: (g * scale).astype(jnp.float16), gradient)
-        gradient, loss = average((gradient, jnp.mean(losses)))
-        if narrow:
-            gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, gradient)
+        gradient, losses = mean_gradient(scaled_gradient, state.params, batch, scale, accumulation)
+        gradient, loss = average_gradients(average, gradient, jnp.mean(losses), scale, narrow)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
@@ -128,3 +106,16 @@ def make_train_step(
         }
 
     return train_step
+
+
+def _scaled_loss(model: GPT, loss_chunk_tokens: int) -> Callable[..., tuple[Array, Array]]:
+    """Return (params, frozen, batch [B, ...], dropout key, scale) -> (scale * mean loss, mean loss), both fp32."""
+
+    def scaled_loss(params: Any, frozen: Any, batch: Batch, key: Array, scale: Array) -> tuple[Array, Array]:
+        hidden, matrix = hidden_states(model, params, frozen, batch, deterministic=False, rngs={"dropout": key})
+        targets = batch.tokens[:, 1:]
+        weights = jnp.ones(targets.shape, jnp.float32) if batch.weights is None else batch.weights
+        loss = cross_entropy(hidden, matrix, targets, weights, loss_chunk_tokens) / targets.size
+        return loss * scale, loss
+
+    return scaled_loss

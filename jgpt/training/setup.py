@@ -1,113 +1,85 @@
-"""From a config to everything that a run needs.
+"""What is checked and said before the first step.
 
-In the data path: between the token files, or the model that `init_from` names, and the loop.
+In the data path: between the config and the loop; `start.py` is the caller.
 """
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from jgpt.data.batches import Batch, Batches, ChatBatches, make_batches, validation_blocks
+from jgpt.data.find_files import PACKED_SUFFIXES
 from jgpt.data.token_files import TokenData
 from jgpt.errors import UserError
-from jgpt.exchange.families import home
+from jgpt.exchange.families import export_family
 from jgpt.hardware.devices import describe
-from jgpt.loading.source import Source, load_params
 from jgpt.model.parameters import count_parameters
+from jgpt.model.precision import dtype_name
 from jgpt.model.shapes import model_config
-from jgpt.parallel.build import Parts, devices_of, make_parts
+from jgpt.parallel.build import Parts, choose_device_policy, make_parts
+from jgpt.planning.devices import this_machine
+from jgpt.planning.search import check_least
 from jgpt.run_dir.disk import bytes_below, room
-from jgpt.step.state import TrainState, state_bytes
 from jgpt.wording import format_count
 
 log = logging.getLogger("jgpt")
 
 
-@dataclass(frozen=True)
-class Training(Parts):
-    """The parts of a run: what the loop calls, and the numbers that it reports with."""
+def text_bytes(files: list[Path]) -> int | None:
+    """Return the bytes of text in files; None where some are compressed, whose sizes do not bound the text's length."""
+    if any(file.suffix in PACKED_SUFFIXES for file in files):
+        return None
+    return sum(file.stat().st_size for file in files)
 
+
+def check_devices(config: ConfigDict, devices: list[jax.Device]) -> None:
+    """Refuse, before the long work, a precision that the devices lack, and a model that cannot fit them."""
+    choose_device_policy(config.precision.compute, config.precision.params, devices[0])
+    target = this_machine(devices)
+    if target.chip.memory_bytes:  # accelerators only: how much of a CPU's memory is free cannot be known
+        check_least(config, model_config(config.model, 1), target)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run trains on what: the model with its steps, and the text. Nothing is allocated on the devices."""
+
+    parts: Parts
+    data: TokenData
     batches: Batches | ChatBatches
     val_blocks: list[Batch]  # single sequences
-    source: Source | None  # the model that `init_from` names, where its parameters are needed
-    peak_flops: float | None  # of all devices
-
-    def batch(self, step: int) -> Batch:
-        """Return the batch that follows `step` steps, [shares, A, B, ...], on its way to the devices."""
-        batch = self.batches.batch(step)
-        shape = self.runner.shares, self.accumulation, self.rows, -1
-        return self.runner.place_batch(jax.tree.map(lambda x: x.reshape(shape), batch))
-
-    def first_state(self) -> TrainState:
-        """Make the state of step 0, from the parameters of `init_from` where all of them are trained."""
-        params = None
-        if self.source is not None and self.model.lora is None:
-            device = self.runner.devices[0]
-            params = load_params(self.source, self.policy.param, lambda path, array: jax.device_put(array, device))
-        return jax.jit(self.init, donate_argnums=0)(params)
-
-    def frozen(self) -> Any:
-        """Load the base parameters that LoRA leaves as they are, matrices in the compute dtype; without it {}."""
-        if self.model.lora is None:
-            return {}
-        assert self.source is not None
-        return load_params(self.source, self.policy.compute, self.runner.place_param)
 
 
-def set_up(config: ConfigDict, data: TokenData, source: Source | None = None) -> Training:
-    """Build the parts of a run on this machine, and say what was chosen. Nothing is allocated on the devices yet."""
+def set_up(config: ConfigDict, data: TokenData, devices: list[jax.Device]) -> Setup:
+    """Build the parts of a run, and say what was chosen. `config` has no "auto" left. Raises UserError.
+
+    Also refuses, where `export.require` asks for it, a model that no Hugging Face architecture can hold.
+    """
     shapes = model_config(config.model, data.tokenizer.vocab_size)
     if config.export.require:
-        home(shapes)
-    devices = devices_of(config)
+        export_family(shapes)
     parts = make_parts(config, shapes, devices)
-    size, length, policy = config.batch.global_batch_size, parts.sequence_length, parts.policy
-    chip = describe(devices[0])
-    compute = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[np.dtype(policy.compute).name]
-    peak = chip.peak_flops[compute]
-    batches = make_batches(data, config.seed, size, length, shapes.vocab_size)
-    trained = f", {format_count(parts.adapters)} trained (LoRA rank {config.lora.rank})" if parts.adapters else ""
-    log.info(
-        "model: %s parameters%s, layers %d, width %d, context %d, vocabulary %d",
-        format_count(count_parameters(shapes)), trained, shapes.n_layers, shapes.d_model, shapes.context_length,
-        shapes.vocab_size,
-    )  # fmt: skip
-    log.info(
-        "batch: %d sequences = devices %d x micro-batches %d x %d, %s tokens a step, %.1f epochs in %d steps",
-        size, parts.runner.shares, parts.accumulation, parts.rows, format_count(parts.tokens_per_step),
-        config.optimizer.total_steps * size / batches.n_blocks, config.optimizer.total_steps,
-    )  # fmt: skip
-    split = f", the model split over {len(devices)}" if config.execution.parallel == "tensor" else ""
-    log.info(
-        "device: %s%s, computing in %s%s", chip.name, split, compute, " with loss scaling" if policy.scales_loss else ""
-    )
-    if policy.param != np.float32 and not parts.adapters:
-        log.warning(
-            "precision.params=%s: updates smaller than a parameter's last bit are lost, and late in training most are. "
-            "fp32 is right for training.", config.precision.params,
-        )  # fmt: skip
-    return Training(
-        **vars(parts),
-        batches=batches,
-        val_blocks=validation_blocks(data, length, config.eval.batches * size),
-        source=source,
-        peak_flops=peak * len(devices) if peak else None,
-    )
+    size, length = config.batch.global_batch_size, parts.sequence_length
+    length_key = "batch.sequence_length" if config.batch.sequence_length else "model.context_length"
+    batches = make_batches(data, config.seed, size, length, shapes.vocab_size, length_key=length_key)
+    log_choices(config, parts, batches)
+    val_blocks = validation_blocks(data, length, config.eval.batches * size, length_key=length_key)
+    return Setup(parts, data, batches, val_blocks)
 
 
-def check_disk(run_dir: Path, abstract: TrainState, checkpoint: ConfigDict) -> None:
-    """Refuse before the first step when the checkpoints planned will not fit: those kept, and one more.
+def check_disk(run_dir: Path, size: int, checkpoint: ConfigDict) -> None:
+    """Refuse, before the first step, checkpoints of `size` bytes that will not fit on the disk.
 
-    That is the one being written; once training is over, its room serves whoever packs a checkpoint into one file.
+    Room is needed for those kept, and one more: the one being written. Once training is over, its room serves whoever
+    packs a checkpoint into one file.
     """
     planned = checkpoint.keep_last + checkpoint.keep_best + 1
     there = bytes_below(run_dir / "checkpoints")  # they are written over
-    size, available = state_bytes(abstract), room(run_dir, checkpoint.disk_gb) + there
+    available = room(run_dir, checkpoint.disk_gb) + there
     if planned * size > available:
         limit = (
             f", of checkpoint.disk_gb={checkpoint.disk_gb:g} and the disk's free space" if checkpoint.disk_gb else ""
@@ -120,3 +92,34 @@ def check_disk(run_dir: Path, abstract: TrainState, checkpoint: ConfigDict) -> N
             f" {others / 1e9:.2f} GB. Set --config.checkpoint.keep_last=1,"
             " --config.checkpoint.keep_best=false, a smaller model, or another --config.out_dir."
         )
+
+
+def peak_flops(parts: Parts) -> float | None:
+    """Return the most FLOP/s that all devices together can do in the compute dtype; None where it is not known."""
+    peak = describe(parts.strategy.devices[0]).peak_flops[dtype_name(parts.policy.compute)]
+    return peak * len(parts.strategy.devices) if peak else None
+
+
+def log_choices(config: ConfigDict, parts: Parts, batches: Batches | ChatBatches) -> None:
+    """Say what was chosen: the model, the batch, the devices."""
+    shapes, policy, devices = parts.shapes, parts.policy, parts.strategy.devices
+    trained = f", {format_count(parts.adapters)} trained (LoRA rank {config.lora.rank})" if parts.adapters else ""
+    log.info(
+        "model: %s parameters%s, layers %d, width %d, context %d, vocabulary %d",
+        format_count(count_parameters(shapes)), trained, shapes.n_layers, shapes.d_model, shapes.context_length,
+        shapes.vocab_size,
+    )  # fmt: skip
+    size, steps = config.batch.global_batch_size, config.optimizer.total_steps
+    log.info(
+        "batch: %d sequences = devices %d x micro-batches %d x %d, %s tokens a step, %.1f epochs in %d steps",
+        size, parts.strategy.shares, parts.accumulation, parts.rows, format_count(parts.tokens_per_step),
+        steps * size / batches.n_blocks, steps,
+    )  # fmt: skip
+    split = f", the model split over {len(devices)}" if parts.strategy.shares < len(devices) else ""
+    scaling = " with loss scaling" if policy.scales_loss else ""
+    log.info("device: %s%s, computing in %s%s", describe(devices[0]).name, split, dtype_name(policy.compute), scaling)
+    if policy.param != np.float32 and not parts.adapters:
+        log.warning(
+            "precision.params=%s: updates smaller than a parameter's last bit are lost, and late in training most are. "
+            "fp32 is right for training.", config.precision.params,
+        )  # fmt: skip

@@ -19,7 +19,7 @@ from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
 from jgpt.hardware.process import set_up_process
 from jgpt.model.shapes import model_config
-from jgpt.parallel.build import Parts, devices_of
+from jgpt.parallel.build import Parts, training_devices
 from jgpt.planning.devices import Target, this_machine
 from jgpt.planning.estimate import estimate
 from jgpt.wording import GIB
@@ -61,7 +61,7 @@ def compare(name: str, target: Target, steps: int) -> dict[str, float | str]:
     config.model.update({"n_layers": layers, "n_heads": heads, "d_model": width, "context_length": context})
     config.batch.global_batch_size = 8 * micro * len(target.devices)
     config.execution.update({"micro_batch_size": micro, "remat": remat})
-    found = estimate(config, model_config(config.model, IDS), this_machine(devices_of(config)))
+    found = estimate(config, model_config(config.model, IDS), this_machine(training_devices(config)))
     assert found.seconds is not None
     measured = seconds_per_step(found.parts, steps)
     seen = (target.devices[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
@@ -75,10 +75,9 @@ def compare(name: str, target: Target, steps: int) -> dict[str, float | str]:
 
 def seconds_per_step(parts: Parts, steps: int) -> float:
     """Run the step on random tokens; return the median seconds."""
-    lead = parts.runner.shares, parts.accumulation, parts.rows
-    tokens = np.random.default_rng(0).integers(0, IDS, (*lead, parts.sequence_length + 1), np.int32)
-    batch = parts.runner.place_batch(Batch(tokens))
-    state = parts.runner.place_state(jax.jit(parts.init)())
+    tokens = np.random.default_rng(0).integers(0, IDS, parts.abstract_batch().tokens.shape, np.int32)
+    batch = parts.strategy.place_batch(Batch(tokens), parts.accumulation)
+    state = parts.strategy.place_state(jax.jit(parts.init)())
     seconds = []
     for _ in range(1 + steps):
         began = time.perf_counter()

@@ -33,7 +33,7 @@ from jgpt.model.lora import LoRA
 from jgpt.model.parameters import abstract_params, count_parameters
 from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.mesh import TensorParallel
+from jgpt.parallel.mesh import Sharded
 from jgpt.parallel.rules import cache_sharding, device_mesh, param_shardings
 from jgpt.planning.audit import products
 from jgpt.planning.devices import compile_only
@@ -97,11 +97,13 @@ class TwoT4s:
         """Compile a training step on one sequence of `length` tokens."""
         config, lora = default_config(), LoRA(rank=16, alpha=32.0)
         optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config.optimizer)
-        runner, model = TensorParallel(self.devices, self.shared), GPT(self.shared, jnp.float16, "block", lora)
-        step = make_train_step(model, FP16, optimizer, schedule, 1, 0, 512, 1000)
+        runner, model = Sharded(self.devices, self.shared), GPT(self.shared, jnp.float16, "block", lora)
+        step = make_train_step(
+            model, FP16, optimizer, schedule, accumulation=1, seed=0, loss_chunk_tokens=512, growth_steps=1000
+        )
         plain = GPT(self.plain, jnp.float16, "block", lora)  # adapters have the plain model's shapes
         state = self.copied(jax.eval_shape(lambda: init_state(plain, FP16, optimizer, 0, 1024.0)))
-        batch = self.copied(Batch(jnp.zeros((1, 1, 1, length + 1), jnp.int32)))
+        batch = self.copied(Batch(jnp.zeros((1, 1, length + 1), jnp.int32)))
         return runner.train_step(step).lower(state, self.params(), batch).compile()  # type: ignore[attr-defined]
 
 

@@ -26,12 +26,12 @@ from jax import Array
 from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
 from jgpt.errors import UserError
-from jgpt.model.gpt import GPT, Block, Output
+from jgpt.model.gpt import GPT, Block, Context, Mode, Output
 from jgpt.model.layers import Embedding, Norm
 from jgpt.model.parameters import count_parameters
 from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.replicate import Pmap
+from jgpt.parallel.replicate import Replicate
 from jgpt.planning.devices import Target, compile_only
 from jgpt.planning.page import tried_row
 from jgpt.planning.roofline import GROUPS, Rates, predict
@@ -121,8 +121,9 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, positions: Array, mask: Array) -> tuple[Array, None]:
-        block = nn.remat(Block, static_argnums=(4, 6)) if self.remat else Block
-        return block(self.shapes, jnp.float16, None, self.attention)(x, positions, mask, True, None, False)[0], None
+        block = nn.remat(Block, static_argnums=4) if self.remat else Block
+        context, mode = Context(positions, mask), Mode(prefill=True, deterministic=False)
+        return block(self.shapes, jnp.float16, attention=self.attention)(x, context, None, mode)[0], None
 
 
 class ScannedGPT(nn.Module):
@@ -196,9 +197,19 @@ def compile_for(variant: Variant, devices: Any) -> Any:
     model: Any = GPT(shapes, policy.compute, variant.remat, attention=variant.attention)
     if variant.scanned:
         model = ScannedGPT(shapes, variant.remat == "block", variant.attention)
-    step = make_train_step(model, policy, optimizer, schedule, A, 0, 2048, 1000, variant.average)
+    step = make_train_step(
+        model,
+        policy,
+        optimizer,
+        schedule,
+        accumulation=A,
+        seed=0,
+        loss_chunk_tokens=2048,
+        growth_steps=1000,
+        average_dtype=variant.average,
+    )
     state = jax.eval_shape(lambda: init_state(model, policy, optimizer, 0, 1.0))
-    return Pmap(devices).train_step(step).lower(state, {}, Batch(batch)).compile()  # type: ignore[attr-defined]
+    return Replicate(devices).train_step(step).lower(state, {}, Batch(batch)).compile()  # type: ignore[attr-defined]
 
 
 def row(name: str, variant: Variant, devices: Any) -> None:

@@ -4,12 +4,13 @@
     python scripts/bench/train_gpu.py --json result.json
     python scripts/bench/train_gpu.py --device cpu --shape tiny        # the whole comparison in miniature, anywhere
 
-Contestants: jgpt's own train step, without remat; and the same model in PyTorch (torch_gpt2.py: scaled_dot_product_
-attention, fused AdamW, autocast, GradScaler in fp16), eager and by torch.compile. For every dtype and micro-batch (a
-step is one micro-batch) all train on the same batches of the same text, each in a process of its own, taking turns
-round by round: compare the ratios of the fastest steps. All share the card, so a card must hold all of them: where it
-does not, run some at a time (--contestants). What runs out of memory is reported as such. The data sheet's peak, and a
-product of large square matrices measured beside the steps, are what MFU refers to.
+Contestants: jgpt's own train step, without remat, with the attention that `auto` chooses ("jgpt": deterministic, as
+training runs; "jgpt-autotuned": without that promise, XLA free to try algorithms); and the same model in PyTorch
+(torch_gpt2.py: scaled_dot_product_attention, fused AdamW, autocast, GradScaler in fp16), eager and by torch.compile.
+For every dtype and micro-batch (a step is one micro-batch) all train on the same batches of the same text, each in a
+process of its own, taking turns round by round: compare the ratios of the fastest steps. All share the card, so a card
+must hold all of them: where it does not, run some at a time (--contestants). What runs out of memory is reported as
+such. The data sheet's peak, and a product of large square matrices measured beside the steps, are what MFU refers to.
 
 The run fails where the first losses of jgpt and PyTorch differ by more than 0.2, or a loss does not fall. So far this
 has run on CPUs only (--device cpu), never on a GPU: its numbers for GPUs are still to be measured.
@@ -33,7 +34,7 @@ SHAPES = {
     "gpt2": Shape(12, 12, 768, context_length=1024, batch=8, vocab_size=50_304, bias=True),
     "tiny": Shape(2, 2, 64, context_length=64, batch=4, vocab_size=512, bias=True),
 }
-CONTESTANTS = ("jgpt", "torch-eager", "torch-compile")
+CONTESTANTS = ("jgpt", "jgpt-autotuned", "torch-eager", "torch-compile")
 DEFAULTS = {"gpu": ("fp16,bf16", "4,8,16,32"), "cpu": ("fp32", "4")}  # dtypes, micro-batches
 PRODUCT_SIDE = {"gpu": 8192, "cpu": 512}  # of the matrices whose product is measured
 AGREE = 0.2  # nats: two random initialisations of one model differ by less
@@ -41,13 +42,13 @@ AGREE = 0.2  # nats: two random initialisations of one model differ by less
 Answer = Callable[[Any], Any]  # how many steps -> (seconds, loss) of each; "peak" -> bytes; "machine" -> a description
 
 
-def jgpt_contestant(shape: Shape, device: str, compute: str) -> Answer:
+def jgpt_contestant(shape: Shape, device: str, compute: str, deterministic: bool) -> Answer:
     """Build jgpt's train step on one device."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the others need memory of the card as well
     from jgpt.hardware.devices import describe
     from jgpt.hardware.process import set_up_process
 
-    set_up_process()
+    set_up_process(deterministic)
     import jax
 
     from jgpt.hardware.speed import matmul_flops
@@ -56,7 +57,9 @@ def jgpt_contestant(shape: Shape, device: str, compute: str) -> Answer:
 
     chosen = jax.local_devices(backend=device)[:1]
     policy = Policy(compute=DTYPES[compute])
-    run_steps = timed(jgpt_step(shape.model, shape.batch, chosen, shape.batch, policy), shape)
+    run_steps = timed(
+        jgpt_step(shape.model, shape.batch, chosen, shape.batch, policy, deterministic=deterministic), shape
+    )
 
     def answer(request: Any) -> Any:
         if request == "peak":
@@ -95,8 +98,8 @@ def torch_contestant(shape: Shape, device: str, compute: str, compiled: bool) ->
 
 def make_contestant(name: str, shape: Shape, device: str, compute: str) -> Answer:
     """Build a contestant by its name."""
-    if name == "jgpt":
-        return jgpt_contestant(shape, device, compute)
+    if name.startswith("jgpt"):
+        return jgpt_contestant(shape, device, compute, deterministic=name == "jgpt")
     return torch_contestant(shape, device, compute, compiled=name == "torch-compile")
 
 
@@ -131,7 +134,10 @@ def compare(shape: Shape, compute: str, names: list[str], options: argparse.Name
         )
     for trainer in trainers:
         trainer.close()
-    best = max((row["tokens_per_second"] for row in rows if row["contestant"] != "jgpt" and "min_ms" in row), default=0)
+    best = max(
+        (row["tokens_per_second"] for row in rows if not row["contestant"].startswith("jgpt") and "min_ms" in row),
+        default=0,
+    )
     for row in (row for row in rows if "min_ms" in row):
         flops = row["tokens_per_second"] * about["flops_per_token"] if about else None
         row["mfu_sheet"] = flops / about["sheet_flops"] if flops and about["sheet_flops"] else None

@@ -120,6 +120,7 @@ def jgpt_step(
     remat: str = "none",
     make_step: Callable[..., Any] | None = None,
     compile_only: bool = False,
+    deterministic: bool = False,
 ) -> StepFunction:
     """Build jgpt's train step through its own functions, of a model of `shapes` in micro-batches of `rows`.
 
@@ -130,8 +131,10 @@ def jgpt_step(
 
     from jgpt.config.defaults import default_config
     from jgpt.data.batches import Batch
+    from jgpt.hardware.devices import compute_capability
+    from jgpt.model.attention.choose import choose_attention
     from jgpt.model.gpt import GPT
-    from jgpt.parallel.replicate import Pmap
+    from jgpt.parallel.replicate import Replicate
     from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
     from jgpt.step.state import init_state
     from jgpt.step.train_step import make_train_step
@@ -140,7 +143,17 @@ def jgpt_step(
     config.optimizer.update(learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY)
     config.optimizer.update(warmup_steps=0, total_steps=100_000, clip_norm=1.0)
     accumulation = batch_size // (len(devices) * rows)
-    optimizer, model, runner = make_optimizer(config.optimizer), GPT(shapes, policy.compute, remat), Pmap(devices)
+    device = devices[0]
+    attention = choose_attention(
+        "auto",
+        policy.compute,
+        device.platform,
+        compute_capability(device),
+        shapes.d_model // shapes.n_heads,
+        deterministic,
+    )
+    model = GPT(shapes, policy.compute, remat, attention=attention)
+    optimizer, runner = make_optimizer(config.optimizer), Replicate(devices)
     step = (make_step or make_train_step)(
         model,
         policy,
@@ -156,14 +169,11 @@ def jgpt_step(
     def init() -> Any:
         return init_state(model, policy, optimizer, seed=0, loss_scale=config.precision.loss_scale)
 
-    def split(batch: np.ndarray) -> Any:
-        return Batch(batch.reshape(len(devices), accumulation, rows, -1))
-
     if compile_only:
 
         def compile_it(batch: np.ndarray) -> float:
-            shape_of = jax.eval_shape(lambda: split(batch))
-            train_step.lower(jax.eval_shape(init), {}, shape_of).compile()  # type: ignore[attr-defined]
+            shape_of = Batch(jax.ShapeDtypeStruct(batch.shape, batch.dtype))
+            runner.lower(train_step, jax.eval_shape(init), {}, shape_of, accumulation).compile()
             return 0.0
 
         return compile_it
@@ -172,7 +182,7 @@ def jgpt_step(
 
     def one_step(batch: np.ndarray) -> float:
         nonlocal state
-        state, metrics = train_step(state, {}, runner.place_batch(split(batch)))
+        state, metrics = train_step(state, {}, runner.place_batch(Batch(batch), accumulation))
         return float(metrics["loss"])
 
     return one_step

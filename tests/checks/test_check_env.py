@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import pytest
 
-from jgpt import check_env
+from jgpt.checks import machine, verdict
 from jgpt.checks import software as checks
-from jgpt.checks import verdict
 from jgpt.checks.verdict import Check
 from jgpt.hardware import speed
+from jgpt.kaggle import checks as kaggle_checks
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ T4S = [fake_gpu("Tesla T4", number=0), fake_gpu("Tesla T4", number=1)]
 
 @pytest.fixture
 def no_gpu_in_machine(monkeypatch):
-    monkeypatch.setattr(check_env, "gpus_in_machine", lambda: [])
+    monkeypatch.setattr(machine, "gpus_in_machine", lambda: [])
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
 
 
@@ -126,43 +126,43 @@ def test_tensorflow_loaded(monkeypatch):
 
 
 def test_cores_and_memory_are_this_machines(monkeypatch):
-    assert check_env.cores()[0].value.split()[0] == str(len(os.sched_getaffinity(0)))
-    (ram,) = check_env.memory()
+    assert machine.cores()[0].value.split()[0] == str(len(os.sched_getaffinity(0)))
+    (ram,) = machine.memory()
     available, total = float(ram.value.split()[0]), float(ram.value.split()[-1])
     assert 0 < available <= total
     monkeypatch.setattr(Path, "exists", lambda self: False)  # as on macOS
-    assert check_env.memory()[0].value.split()[-1] == f"{total:.1f}"
+    assert machine.memory()[0].value.split()[-1] == f"{total:.1f}"
 
 
 def test_little_memory_is_a_warning(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self: "MemTotal: 4194304 kB\nMemAvailable: 1048576 kB")
-    assert check_env.memory()[0][1:3] == ("warn", "1.0 GiB free of 4.0")
+    assert machine.memory()[0][1:3] == ("warn", "1.0 GiB free of 4.0")
 
 
 def test_disk_of_a_directory_that_is_yet_to_be_made(tmp_path, monkeypatch):
-    assert str(tmp_path) in check_env.disk(tmp_path / "runs" / "first")[0].value
-    monkeypatch.setattr(check_env.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**30))
-    assert check_env.disk(tmp_path)[0].state == "warn"
+    assert str(tmp_path) in machine.disk(tmp_path / "runs" / "first")[0].value
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**30))
+    assert machine.disk(tmp_path)[0].state == "warn"
     (tmp_path / "file").touch()
-    assert check_env.disk(tmp_path / "file")[0].state == "FAIL"
+    assert machine.disk(tmp_path / "file")[0].state == "FAIL"
     monkeypatch.setattr(os, "access", lambda folder, mode: False)  # root may write anywhere
-    assert check_env.disk(tmp_path)[0] == Check(
+    assert machine.disk(tmp_path)[0] == Check(
         "disk", "FAIL", f"cannot write to {tmp_path}", "name another place: --run_dir DIR"
     )
 
 
 def test_internet(offline, monkeypatch):
-    assert check_env.internet(check_env.has_internet())[0].value.startswith("no")
+    assert machine.internet(machine.has_internet())[0].value.startswith("no")
     monkeypatch.setattr(socket, "create_connection", lambda address, timeout: SimpleNamespace(close=lambda: None))
-    assert check_env.internet(check_env.has_internet()) == [Check("internet", "ok", "yes")]
+    assert machine.internet(machine.has_internet()) == [Check("internet", "ok", "yes")]
 
 
 # Devices
 
 
 def test_devices_are_described():
-    assert check_env.describe(T4S)[1] == Check("device 1", "ok", "Tesla T4, sm_75, 13.4 GiB for JAX")
-    assert [check.value for check in check_env.describe(jax.local_devices())] == ["cpu", "cpu"]
+    assert machine.describe(T4S)[1] == Check("device 1", "ok", "Tesla T4, sm_75, 13.4 GiB for JAX")
+    assert [check.value for check in machine.describe(jax.local_devices())] == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_devices_are_described():
 )
 def test_accelerators(seen, gpus, on_kaggle, state, words, monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    (check,) = check_env.accelerators(seen or jax.local_devices(), gpus, on_kaggle)
+    (check,) = machine.accelerators(seen or jax.local_devices(), gpus, kaggle_checks if on_kaggle else None)
     assert check.state == state
     assert words in check.value
     assert bool(check.fix) == (state != "ok")
@@ -192,7 +192,7 @@ def test_accelerators(seen, gpus, on_kaggle, state, words, monkeypatch):
 
 def test_gpus_hidden_on_purpose_are_a_warning(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    (check,) = check_env.accelerators(jax.local_devices(), ["Tesla T4"], False)
+    (check,) = machine.accelerators(jax.local_devices(), ["Tesla T4"])
     assert (check.state, check.fix) == ("warn", "unset JAX_PLATFORMS (it is cpu)")
 
 
@@ -204,10 +204,10 @@ def test_gpus_in_the_machine_are_found_without_jax(monkeypatch):
         raise FileNotFoundError("nvidia-smi")
 
     monkeypatch.setattr(subprocess, "run", nvidia_smi)
-    assert check_env.gpus_in_machine() == ["Tesla T4", "Tesla T4"]
+    assert machine.gpus_in_machine() == ["Tesla T4", "Tesla T4"]
     monkeypatch.setattr(subprocess, "run", absent)
     monkeypatch.setattr(glob, "glob", lambda pattern: ["/dev/nvidia0"])
-    assert check_env.gpus_in_machine() == ["NVIDIA GPU"]
+    assert machine.gpus_in_machine() == ["NVIDIA GPU"]
 
 
 def test_devices_that_jax_cannot_start(no_gpu_in_machine, monkeypatch, tmp_path):
@@ -216,7 +216,7 @@ def test_devices_that_jax_cannot_start(no_gpu_in_machine, monkeypatch, tmp_path)
 
     monkeypatch.setattr(jax, "local_devices", fail)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    sections = check_env.check_all(tmp_path, quick=True)
+    sections = machine.check_all(tmp_path, quick=True)
     assert sections["Devices"] == [Check("JAX", "FAIL", "Unknown backend cuda", "unset JAX_PLATFORMS")]
     assert verdict.exit_code(sections) == 2
 
@@ -240,34 +240,34 @@ def test_an_all_reduce_that_is_wrong_is_noticed(monkeypatch):
 def test_matmul_speed_of_a_t4_warns_about_bf16(monkeypatch):
     measured = {"float16": 24e12, "bfloat16": 4e12, "float32": 6e12}
     monkeypatch.setattr(speed, "matmul_flops", lambda device, dtype, size, seconds: measured[dtype])
-    fp16, bf16, fp32 = check_env.matmul_speed(T4S[0])
+    fp16, bf16, fp32 = machine.matmul_speed(T4S[0])
     assert fp16 == Check("fp16 matmul", "ok", "24 TFLOP/s, 37% of the peak")
     assert bf16.state == "warn" and "emulated below sm_80: fp16 is 6.0 times as fast" in bf16.value
     assert fp32.state == "ok"
-    assert check_env.matmul_speed(jax.local_devices()[0])[1] == Check("bf16 matmul", "ok", "4 TFLOP/s")
+    assert machine.matmul_speed(jax.local_devices()[0])[1] == Check("bf16 matmul", "ok", "4 TFLOP/s")
 
 
 def test_all_reduce_over_two_devices_one_and_broken_ones(monkeypatch):
     def nccl_error(*_: object, **__: object) -> None:
         raise RuntimeError("INTERNAL: NCCL operation ncclAllReduce failed: invalid argument\nmore")
 
-    assert check_env.all_reduce_speed(T4S[:1]) == []
+    assert machine.all_reduce_speed(T4S[:1]) == []
     monkeypatch.setattr(speed, "all_reduce_bandwidth", lambda found, n_bytes, seconds: (3.2e9, True))
-    assert check_env.all_reduce_speed(T4S) == [Check("all-reduce over 2", "ok", "3.2 GB/s")]
+    assert machine.all_reduce_speed(T4S) == [Check("all-reduce over 2", "ok", "3.2 GB/s")]
     monkeypatch.setattr(speed, "all_reduce_bandwidth", lambda found, n_bytes, seconds: (3.2e9, False))
-    assert check_env.all_reduce_speed(T4S)[0].state == "FAIL"
+    assert machine.all_reduce_speed(T4S)[0].state == "FAIL"
     monkeypatch.setattr(speed, "all_reduce_bandwidth", nccl_error)
-    (check,) = check_env.all_reduce_speed(T4S)
+    (check,) = machine.all_reduce_speed(T4S)
     assert check.state == "FAIL" and check.value.endswith("invalid argument") and "NCCL_P2P_DISABLE=1" in check.fix
     monkeypatch.setattr(speed, "matmul_flops", nccl_error)
-    assert check_env.matmul_speed(T4S[0])[0].state == "FAIL"
+    assert machine.matmul_speed(T4S[0])[0].state == "FAIL"
 
 
 # The report
 
 
 def test_whole_report(no_gpu_in_machine, offline, tmp_path):
-    sections = check_env.check_all(tmp_path, quick=False)
+    sections = machine.check_all(tmp_path, quick=False)
     assert list(sections) == ["Software", "Machine", "Secrets", "Devices", "Speed"]
     assert [check.name for check in sections["Speed"]] == [
         "fp16 matmul",
@@ -280,15 +280,15 @@ def test_whole_report(no_gpu_in_machine, offline, tmp_path):
 
 def test_text_and_json_tell_the_same():
     sections = {"One": [Check("a", "ok", "1"), Check("long name", "warn", "2", "do this")]}
-    assert verdict.as_text(sections).splitlines() == [
+    assert verdict.to_text(sections).splitlines() == [
         "One",
         "  ok    a          1",
         "  warn  long name  2",
         "                   -> do this",
         "",
-        "Training can work here: 0 to mend, 1 to know.",
+        "Training can work here: 0 to fix, 1 to know.",
     ]
-    assert json.loads(verdict.as_json(sections)) == {
+    assert json.loads(verdict.to_json(sections)) == {
         "ok": True,
         "one": [
             {"name": "a", "state": "ok", "value": "1", "fix": ""},
@@ -296,14 +296,14 @@ def test_text_and_json_tell_the_same():
         ],
     }
     sections["Two"] = [Check("b", "FAIL", "3", "do that")]
-    assert verdict.as_text(sections).endswith("Training cannot work here yet: 1 to mend, 1 to know.")
+    assert verdict.to_text(sections).endswith("Training cannot work here yet: 1 to fix, 1 to know.")
     assert verdict.exit_code(sections) == 2
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_command_never_shows_a_secret(arguments, tmp_path):
-    secrets = {name: f"planted-{name}-value" for name in check_env.SECRETS[:-1]}
-    environment = {k: v for k, v in os.environ.items() if k not in check_env.SECRETS}
+    secrets = {name: f"planted-{name}-value" for name in machine.SECRETS[:-1]}
+    environment = {k: v for k, v in os.environ.items() if k not in machine.SECRETS}
     done = subprocess.run(
         [sys.executable, "-m", "jgpt.check_env", "--quick", f"--run_dir={tmp_path}", *arguments],
         env=environment | secrets | {"JAX_PLATFORMS": "cpu"},
@@ -314,20 +314,21 @@ def test_command_never_shows_a_secret(arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "planted" not in done.stdout + done.stderr
     if arguments:
-        told = {check["name"]: check["value"] for check in json.loads(done.stdout)["secrets"]}
+        shown = {check["name"]: check["value"] for check in json.loads(done.stdout)["secrets"]}
     else:
-        told = {line.split()[1]: line.split(maxsplit=2)[2] for line in done.stdout.splitlines() if "set" in line}
-    assert told == dict.fromkeys(secrets, "set") | {"WANDB_API_KEY": "not set"}
+        shown = {line.split()[1]: line.split(maxsplit=2)[2] for line in done.stdout.splitlines() if "set" in line}
+    assert shown == dict.fromkeys(secrets, "set") | {"WANDB_API_KEY": "not set"}
 
 
-def test_command_still_reports_when_jax_cannot_be_imported(tmp_path):
-    (tmp_path / "jax.py").write_text("raise ImportError('jax is broken here')")
+@pytest.mark.parametrize("package", ["jax", "absl"])
+def test_command_still_reports_when_a_package_cannot_be_imported(package, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ImportError('{package} is broken here')")
     done = subprocess.run(
-        [sys.executable, "-m", "jgpt.check_env"],
+        [sys.executable, "-m", "jgpt", "check-env", "--json"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2
-    assert "jax is broken here" in done.stdout
+    assert f"{package} is broken here" in done.stdout and json.loads(done.stdout)["ok"] is False
     assert not done.stderr

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jgpt.cli.flags import did_you_mean
 from jgpt.cli.help import config_keys
-from jgpt.config.defaults import default_config, flatten
+from jgpt.cli.text import did_you_mean
+from jgpt.config.defaults import KEYS, default_config, flatten
+from jgpt.config.files import config_files, find_config
 from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -37,19 +38,33 @@ def test_help_is_a_page_that_a_newcomer_can_read(command, name, monkeypatch):
     assert max(map(len, result.out.splitlines())) <= 120
     assert f"python -m jgpt.{name}" in result.out and "Flags:" in result.out
     assert "exit code" in result.out.lower()
-    for path in sorted(Path("configs").glob("*.py")):
-        assert (str(path) in result.out) == (name in WITH_CONFIG)
+    for config in config_files():
+        assert (f"\n  {config} " in result.out) == (name in WITH_CONFIG)
     assert ("--config.KEY=VALUE" in result.out) == (name in WITH_CONFIG)
 
 
-def test_help_works_away_from_a_checkout_and_beside_broken_configs(command, tmp_path, monkeypatch):
+def test_help_is_the_same_in_every_folder(command, tmp_path, monkeypatch):
+    before = command("train", "-h").out
     monkeypatch.chdir(tmp_path)
-    assert "Config files:" not in command("train", "-h").out
+    assert command("train", "--help").out == before
+
+
+def test_a_config_is_named_in_three_ways_and_a_file_of_the_users_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ours = ROOT / "configs" / "quickstart.py"
+    assert find_config("quickstart") == find_config("quickstart.py") == find_config("configs/quickstart.py") == ours
+    assert find_config("other/quickstart.py") is None and find_config("quick") is None
+    assert config_files().keys() == {path.stem for path in (ROOT / "configs").glob("*.py")}
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "broken.py").write_text("def (")
-    (tmp_path / "configs" / "plain.py").write_text("x = 1")
-    lines = command("train", "--help").out.splitlines()
-    assert "  configs/broken.py  (cannot be read)" in lines and "  configs/plain.py" in lines
+    (tmp_path / "configs" / "quickstart.py").touch()
+    assert find_config("configs/quickstart.py") == Path("configs/quickstart.py")
+
+
+@pytest.mark.parametrize("spelling", [["--config=base"], ["--config", "base"], ["-config=configs/base.py"]])
+def test_a_config_by_its_name(command, tiny, spelling, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command("prepare", *spelling, *tiny[1:]).code == 0
+    assert (tmp_path / "run" / "tokens" / "meta.json").is_file()
 
 
 def test_every_key_is_listed_with_its_default_and_its_comment():
@@ -59,17 +74,23 @@ def test_every_key_is_listed_with_its_default_and_its_comment():
         assert shown, key
         if key != "data.text_glob":
             assert eval(shown[1]) == value
-    assert re.search(r'checkpoint\.resume="auto" +"auto": go on if out_dir holds a run', listed)
-    assert re.search(r"model\.d_ff=0 +hidden width of the MLP", listed)
+        words = KEYS[key].explained().split()
+        assert words[0] in shown.string[shown.end() :].split("\n")[0]
+    assert re.search(r"checkpoint\.resume='auto' +what to do when out_dir holds a run: 'auto' \(resume", listed)
+    assert re.search(r"model\.dropout=0\.0 .*\(0 to 0\.99\)", listed)
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["no --config was given", "Allowed:", "For example: --config configs/quickstart.py"]),
+        ([], ["no --config was given", "Allowed: base, ", "For example: --config quickstart"]),
         (["--config"], ["no --config was given"]),
         (["--config", "--config.seed=1"], ["no --config was given"]),
-        (["--config=nothere.py"], ["--config=nothere.py: there is no such file", "current folder"]),
+        (["--config=nothere.py"], ["--config=nothere.py: there is no such config or file", "current folder"]),
+        (["--config=configs/quikstart.py"], ["Did you mean quickstart? Allowed: base, "]),
+        ([BASE, "--config.remat=block"], ["config.remat is now config.execution.remat."]),
+        ([BASE, "--config.parallel=pmap"], ["config.parallel is now config.execution.parallel."]),
+        ([BASE, "--config.batch.micro_batch_size=4"], ["size is now config.execution.micro_batch_size."]),
         ([BASE, "--confg=3"], ["unknown flag --confg", "Did you mean --config?"]),
         ([BASE, "--nothing"], ["unknown flag --nothing. All flags are in --help"]),
         ([BASE, "word"], ["unexpected argument 'word'", "--NAME=VALUE"]),
@@ -81,7 +102,7 @@ def test_every_key_is_listed_with_its_default_and_its_comment():
         ([BASE, "--config.zzz=3"], ["unknown config key --config.zzz. All keys are in --help"]),
         ([BASE, "--config.seed.x=3"], ["unknown config key --config.seed.x. Did you mean seed?"]),
         ([BASE, "--config.a=1", "--config.b.c=2"], ["--config.a.", "--config.b.c."]),
-        ([BASE, "--config.eval=3"], ["--config.eval is a group of keys", "batches, every_steps"]),
+        ([BASE, "--config.eval=3"], ["--config.eval is a group of keys", "every_steps, batches"]),
         ([BASE, "--config.model.n_layers=x"], ["--config.model.n_layers='x': it must be a whole number, such as 6"]),
         ([BASE, "--config.seed=1.5"], ["--config.seed='1.5': it must be a whole number"]),
         ([BASE, "--config.model.dropout=a"], ["--config.model.dropout='a': it must be a number"]),
@@ -124,17 +145,22 @@ def test_wrong_flags_of_the_other_commands(command, name, arguments, parts, tmp_
 @pytest.mark.parametrize(
     ("source", "parts"),
     [
-        ("def get_config(:\n", ["mine.py, line 1: SyntaxError", "Mend that line"]),
+        ("def get_config(:\n", ["mine.py, line 1: SyntaxError", "Fix that line"]),
         ("x = 1\n", ["mine.py has no function get_config()", "default_config()"]),
         ("import not_there\n", ["mine.py, line 1: ModuleNotFoundError: No module named 'not_there'"]),
         ("def get_config():\n    pass\n", ["get_config() returned None", "default_config()"]),
         (
             "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'a': 1})\n",
-            ["the unknown key a, no key attention, no key batch.global_batch_size", "more"],
+            ["the unknown key a, no key batch.global_batch_size, no key batch.sequence_length", "more"],
         ),
         ("{default}    config.model.n_layer = 3\n", ["line 4: unknown config key n_layer. Did you mean n_layers?"]),
         ("{default}    config.modle.n_layers = 3\n", ["line 4: unknown config key modle. Did you mean model?"]),
-        ("{default}    config.zzz = 3\n", ["line 4: unknown config key zzz. Mend that line"]),
+        ("{default}    config.zzz = 3\n", ["line 4: unknown config key zzz. Fix that line"]),
+        (
+            "{default}    config.remat = 'block'\n",
+            ["line 4: config.remat is now config.execution.remat. Fix that line"],
+        ),
+        ("{default}    config.batch.micro_batch_size = 1\n", ["size is now config.execution.micro_batch_size."]),
         ("{default}    config.seed = 'a'\n", ["line 4: TypeError: Could not override field 'seed'"]),
         ("{default}    config.seed = 1 // 0\n", ["line 4: ZeroDivisionError"]),
         ("{default}    open('not_there')\n", ["line 4: FileNotFoundError", "not_there"]),
@@ -196,7 +222,7 @@ def test_exit_code_of_a_process(tmp_path):
         [sys.executable, "-m", "jgpt.evaluate", "--run_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: {tmp_path} holds no model. Needed is")
+    assert done.stderr.startswith(f"error: {tmp_path} holds no model. It must hold")
 
 
 def test_a_reader_that_goes_away_is_no_error():

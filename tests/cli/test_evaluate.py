@@ -10,8 +10,8 @@ from conftest import TEXT
 
 from jgpt.data.blocks import blocks
 from jgpt.data.token_files import open_token_data
-from jgpt.loading.evaluate import evaluate_run
 from jgpt.loading.load import load_model
+from jgpt.loading.measure import evaluate_loaded
 from jgpt.run_dir.metrics_file import read_metrics
 from jgpt.run_dir.params import read_meta
 
@@ -32,7 +32,7 @@ def numbers(result) -> dict[str, float]:
 def test_loss_of_the_validation_split_is_that_of_training(trained):
     with jax.numpy_rank_promotion("allow"):
         loaded = load_model(str(trained))
-        loss, n_tokens = evaluate_run(loaded, blocks([open_token_data(trained / "tokens").val], 16), rows=3)
+        loss, n_tokens = evaluate_loaded(loaded, blocks([open_token_data(trained / "tokens").val], 16), rows=3)
     assert n_tokens == 128
     assert loss == pytest.approx(read_meta(trained / "checkpoints" / "4")["val_loss"], rel=1e-6)
 
@@ -61,10 +61,16 @@ def test_an_older_checkpoint_and_a_run_that_was_moved(command, trained, tmp_path
     [
         (["--run_dir={tmp}/nothing"], ["there is no directory", "/nothing"]),
         (["--run_dir={run}", "--step=3"], ["step 3 is not among the checkpoints", "Allowed: 2, 4"]),
-        (["--run_dir={run}", "--text_glob={tmp}/*.md"], ["text_glob: ", "matches no file", "Pass --text_glob=GLOB"]),
-        (["--run_dir={run}", "--text_glob={tmp}/empty.txt"], ["the text has no two tokens"]),
-        (["--run_dir={run}", "--text_glob={tmp}/bad.txt"], ["byte offset 3", "pass --encoding_errors=replace"]),
-        (["--run_dir={run}", "--text_glob={tmp}/a.jsonl"], ["line 1", "--text_field=NAME"]),
+        (
+            ["--run_dir={run}", "--text_glob={tmp}/*.md"],
+            ["matches no file", "data.text_glob is --text_glob"],
+        ),
+        (["--run_dir={run}", "--text_glob={tmp}/empty.txt"], ["the text is too short. At least 2 tokens are needed"]),
+        (
+            ["--run_dir={run}", "--text_glob={tmp}/bad.txt"],
+            ["byte offset 3", "encoding_errors is --encoding_errors"],
+        ),
+        (["--run_dir={run}", "--text_glob={tmp}/a.jsonl"], ["line 1", "data.text_field is --text_field"]),
     ],
 )
 def test_bad_input(command, trained, tmp_path, arguments, parts):

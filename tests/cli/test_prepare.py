@@ -82,7 +82,7 @@ def test_text_that_is_not_utf8_is_named_or_replaced(command, tiny, tmp_path):
         ("a.jsonl", '{"text": "a"}\n{"body": "b"}\n', ["a.jsonl, line 2", "'body'", "--config.data.text_field=NAME"]),
         ("b.jsonl", "not json\n", ["b.jsonl, line 1 is not JSON"]),
         ("c.txt.gz", "not compressed", ["c.txt.gz cannot be read"]),
-        ("d.pdf", "x", ["matches only what is no text file (.pdf)", "Supported are .txt"]),
+        ("d.pdf", "x", ["matches only files that are not text (.pdf)", "Supported are .txt"]),
     ],
 )
 def test_text_that_cannot_be_used(command, tiny, tmp_path, name, content, parts):

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from jgpt.config.check import CHOICES, RANGES, check, problems
-from jgpt.config.defaults import default_config, flatten
+from jgpt.config import moved
+from jgpt.config.check import check, problems
+from jgpt.config.defaults import GROUPS, KEYS, default_config, flatten
 from jgpt.data.find_files import find_files
 from jgpt.errors import UserError
 from jgpt.wording import range_text
@@ -21,6 +22,8 @@ from jgpt.wording import range_text
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 SOURCES = sorted((ROOT / "jgpt").rglob("*.py"))
+CHOICES = {name: tuple(key.choices) for name, key in KEYS.items() if key.choices}
+RANGES = [(name, key.low, key.high) for name, key in KEYS.items() if key.low > -math.inf]
 
 
 def changed(**changes: object) -> ConfigDict:
@@ -70,16 +73,25 @@ def test_the_default_is_locked_and_each_call_makes_a_new_one():
     check(default_config())
 
 
-def test_every_choice_and_range_is_of_a_key_and_holds_its_default():
+def test_every_key_allows_its_default_and_says_why_it_is_there():
     flat = flatten(default_config())
-    for key, allowed in CHOICES.items():
-        assert flat[key] in allowed
-    for key, lowest, highest in RANGES:
-        assert lowest <= flat[key] <= highest, key
-    assert len({key for key, _, _ in RANGES}) == len(RANGES)
+    assert flat == {name: key.value for name, key in KEYS.items()}
+    assert sum(len(group.keys) for group in GROUPS) == len(KEYS)
+    for name, key in KEYS.items():
+        assert key.allows(key.value) and key.reason, name
+        assert not (key.choices and isinstance(key.value, int | float)), name
     numbers = {key for key, value in flat.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     # The size of a bpe vocabulary is checked with its kind.
     assert numbers - {key for key, _, _ in RANGES} == {"tokenizer.vocab_size"}
+
+
+def test_what_earlier_versions_had_is_named_as_it_is_now():
+    assert set(moved.KEYS.values()) | moved.VALUES.keys() <= KEYS.keys() and not moved.KEYS.keys() & KEYS.keys()
+    for key, values in moved.VALUES.items():
+        for old, new in values.items():
+            assert new in CHOICES[key]
+            (found,) = problems(changed(**{key: old, "init_from": "some/model", "lora.rank": 8}))
+            assert found.startswith(f"{key}='{old}': it must be ") and found.endswith(f"; {old!r} is now {new!r}")
 
 
 @pytest.mark.parametrize("key", CHOICES)
@@ -113,7 +125,7 @@ def test_a_number_out_of_range_is_named_with_the_range(key, lowest, highest):
     ("changes", "message"),
     [
         ({"model__n_heads": 5}, "model.n_heads=5 does not divide model.d_model=384: .* set model.n_heads=(4|6),"),
-        ({"model__d_model": 6}, "a head is 1 wide: rope turns pairs, so it must be even; set model.d_head"),
+        ({"model__d_model": 6}, "a head is 1 wide: rope rotates pairs, so it must be even; set model.d_head"),
         ({"model__d_head": 7}, "a head is 7 wide"),
         ({"model__n_kv_heads": 4}, "model.n_kv_heads=4 does not divide model.n_heads=6"),
         (
@@ -200,13 +212,13 @@ def test_fine_tuning_that_cannot_be(changes, part):
     )
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     config = changed(model__n_heads=5, execution__micro_batch_size=5, model__context_length=100)
     with pytest.raises(UserError, match="these 3 problems") as error:
         check(config, text_bytes=10)
     for part in ("n_heads=5 does not divide", "micro_batch_size=5 does not divide", "longer than the data: 10 bytes"):
         assert part in str(error.value)
-    # A key that is wrong by itself is told once, and hides nothing of the others.
+    # A key that is wrong by itself is reported once, and hides nothing of the others.
     config.update_from_flattened_dict({"model.d_model": 0, "execution.remat": "all", "optimizer.learning_rate": 0.0})
     config.optimizer.warmup_steps = 5000
     with pytest.raises(UserError, match="these 6 problems") as error:

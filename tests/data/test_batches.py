@@ -16,8 +16,8 @@ from jgpt.errors import UserError
 TOKENS = np.arange(1003, dtype=np.uint16)
 
 
-def batches(tokens: np.ndarray = TOKENS, seed: int = 1, size: int = 8, context: int = 10, vocab: int = 1003) -> Batches:
-    return Batches(tokens, seed, size, context, vocab)
+def batches(tokens: np.ndarray = TOKENS, seed: int = 1, size: int = 8, length: int = 10, vocab: int = 1003) -> Batches:
+    return Batches(tokens, seed, size, length, vocab)
 
 
 def token_data(train: np.ndarray, val: np.ndarray, format: str = "text") -> TokenData:
@@ -71,19 +71,19 @@ def test_the_last_window_fits() -> None:
 
 
 def test_bad_tokens_are_refused() -> None:
-    with pytest.raises(UserError, match=r"context_length is 10 and the training text has 19 tokens.*least 20"):
-        batches(TOKENS[:19])
-    with pytest.raises(UserError, match="context_length is 10 and the validation text has 10 tokens.*val_fraction"):
-        validation_blocks(token_data(TOKENS, TOKENS[:10]), 10, 4)
-    with pytest.raises(UserError, match=r"hold the id \d+, and the vocabulary ends at 9\b"):
+    short, key = token_data(TOKENS[:19], TOKENS[:10]), "batch.sequence_length"
+    with pytest.raises(UserError, match=f"{key} is 10, and the training text has 19 tokens.*least 20.* smaller {key}"):
+        make_batches(short, 1, 8, 10, 1003, length_key=key)
+    with pytest.raises(UserError, match=f"{key} is 10, and the validation text has 10 tokens.*{key} or .*val_fraction"):
+        validation_blocks(short, 10, 4, length_key=key)
+    with pytest.raises(UserError, match=r"hold the id \d+. Allowed: 0 to 9\b"):
         batches(vocab=10).batch(0)
 
 
 def test_validation_blocks_are_spread_evenly() -> None:
     def blocks(n_tokens: int, at_most: int) -> np.ndarray:
-        return np.stack(
-            [block.tokens for block in validation_blocks(token_data(TOKENS, TOKENS[:n_tokens]), 10, at_most)]
-        )
+        data = token_data(TOKENS, TOKENS[:n_tokens])
+        return np.stack([block.tokens for block in validation_blocks(data, 10, at_most, length_key="length")])
 
     everything = blocks(1003, 1000)
     assert everything.dtype == np.int32 and everything.shape == (100, 11)
@@ -96,17 +96,18 @@ def test_validation_blocks_are_spread_evenly() -> None:
 
 def conversations(n: int, longest: int = 9) -> list[np.ndarray]:
     """Return the words of conversations of one turn, every id of its own."""
-    random, id, found = np.random.default_rng(n), 1, []
+    random, id, words = np.random.default_rng(n), 1, []
     for _ in range(n):
         asked, answered = random.integers(1, longest, 2)
         ids = np.arange(id, id + asked + answered, dtype=np.uint32)
-        found.append(to_words([ids[:asked], ids[asked:]]))
+        words.append(to_words([ids[:asked], ids[asked:]]))
         id += len(ids)
-    return found
+    return words
 
 
-def chat_batches(found: list[np.ndarray], seed: int = 1, size: int = 4, context: int = 19) -> Batches | ChatBatches:
-    return make_batches(token_data(np.concatenate(found), found[0], "chat"), seed, size, context, 10_000)
+def chat_batches(words: list[np.ndarray], seed: int = 1, size: int = 4, length: int = 19) -> Batches | ChatBatches:
+    data = token_data(np.concatenate(words), words[0], "chat")
+    return make_batches(data, seed, size, length, 10_000, length_key="batch.sequence_length")
 
 
 def texts(batch: Batch) -> list[tuple[list[int], list[int]]]:
@@ -123,15 +124,15 @@ def texts(batch: Batch) -> list[tuple[list[int], list[int]]]:
 
 @pytest.mark.parametrize("size", [1, 4, 50])
 def test_an_epoch_has_every_conversation_once_and_learns_its_answer(size: int) -> None:
-    found = conversations(100)
-    data = chat_batches(found, size=size)
+    chats = conversations(100)
+    data = chat_batches(chats, size=size)
     assert isinstance(data, ChatBatches) and data.tokens_per_epoch == 19 * data.n_blocks
     rows = [data._row(index) for index in range(2 * data.n_blocks)]
     orders = []
     for epoch in (rows[: data.n_blocks], rows[data.n_blocks :]):
         orders.append([tuple(row.tokens) for row in epoch])
         seen = {ids[0]: (ids, counted) for row in epoch for ids, counted in texts(Batch(*(x[None] for x in row)))}
-        for words in found:
+        for words in chats:
             ids, counted = seen.pop(int(words[0] & 0xFFFF))
             expected = (words & 0xFFFF).tolist()
             assert ids[: len(expected)] == expected
@@ -141,10 +142,10 @@ def test_an_epoch_has_every_conversation_once_and_learns_its_answer(size: int) -
 
 
 def test_conversations_fill_whole_batches_of_any_size_in_one_order() -> None:
-    found = conversations(80)
-    small, large = chat_batches(found, size=4), chat_batches(found, size=16)
+    chats = conversations(80)
+    small, large = chat_batches(chats, size=4), chat_batches(chats, size=16)
     for step in (0, 7):
-        parts = [chat_batches(found, size=4).batch(4 * step + i) for i in range(4)]  # made anew: nothing to resume
+        parts = [chat_batches(chats, size=4).batch(4 * step + i) for i in range(4)]  # no state to resume
         whole = large.batch(step)
         assert np.array_equal(whole.tokens, np.concatenate([part.tokens for part in parts]))
         assert np.array_equal(whole.segments, np.concatenate([part.segments for part in parts]))
@@ -152,7 +153,7 @@ def test_conversations_fill_whole_batches_of_any_size_in_one_order() -> None:
     again = small.batch(0)
     assert again.tokens.dtype == again.segments.dtype == np.int32 and again.weights.dtype == np.float32
     assert again.tokens.shape == (4, 20) and again.weights.shape == again.segments.shape == (4, 19)
-    assert not np.array_equal(again.tokens, chat_batches(found, seed=2).batch(0).tokens)
+    assert not np.array_equal(again.tokens, chat_batches(chats, seed=2).batch(0).tokens)
 
 
 def test_weights_average_to_one_so_that_learned_targets_average_to_their_mean() -> None:
@@ -166,20 +167,21 @@ def test_weights_average_to_one_so_that_learned_targets_average_to_their_mean() 
 
 
 def test_validation_rows_are_those_of_the_conversations() -> None:
-    found = conversations(40)
-    data = token_data(found[0], np.concatenate(found), "chat")
-    everything = validation_blocks(data, 19, 1000)
-    assert sum(row.weights.sum() for row in everything) == sum((words >> 31).sum() for words in found)
+    chats = conversations(40)
+    data = token_data(chats[0], np.concatenate(chats), "chat")
+    everything = validation_blocks(data, 19, 1000, length_key="length")
+    assert sum(row.weights.sum() for row in everything) == sum((words >> 31).sum() for words in chats)
     assert all(set(row.weights) <= {0, 1} and len(row.tokens) == 20 for row in everything)
-    assert len(validation_blocks(data, 19, 7)) == 7
+    assert len(validation_blocks(data, 19, 7, length_key="length")) == 7
 
 
 def test_bad_conversations_are_refused() -> None:
-    with pytest.raises(UserError, match=r"hold the id \d+, and the vocabulary ends at 9\b"):
-        data = token_data(np.concatenate(conversations(20)), np.zeros(0, np.uint32), "chat")
-        make_batches(data, 1, 4, 19, 10).batch(0)
-    with pytest.raises(UserError, match="none of the 20 training conversations has an answer within its first 1 "):
-        chat_batches([to_words([np.uint32([1, 2, 3]), np.uint32([4])])] * 20, context=1)
+    data = token_data(np.concatenate(conversations(20)), np.zeros(0, np.uint32), "chat")
+    with pytest.raises(UserError, match=r"hold the id \d+. Allowed: 0 to 9\b"):
+        make_batches(data, 1, 4, 19, 10, length_key="length").batch(0)
+    late = [to_words([np.uint32([1, 2, 3]), np.uint32([4])])] * 20
+    with pytest.raises(UserError, match="length is 1, and none of the 20 training conversations has an answer"):
+        chat_batches(late, length=1)
 
 
 def test_prefetcher_hands_out_steps_in_order_and_works_ahead() -> None:

@@ -1,4 +1,4 @@
-"""Chat templates render as transformers renders them, and answers are told apart from prompts."""
+"""Chat templates render as transformers renders them, and answers are separated from prompts."""
 
 from pathlib import Path
 
@@ -185,13 +185,13 @@ def test_there_is_nothing_to_learn_without_an_answer() -> None:
     ],
 )
 def test_a_template_that_fails_is_one_message(template: str, problem: str) -> None:
-    with pytest.raises(UserError, match=f"does not render these messages .{problem}.*chat_template=FILE"):
+    with pytest.raises(UserError, match=f"does not render these messages .{problem}.*set tokenizer.chat_template to"):
         render(template, SETTINGS, CHATS[0], False)
 
 
 @pytest.mark.parametrize("template", ["{{ messages[-1].content }}", "the same"])
 def test_a_template_that_does_not_append_is_refused(template: str) -> None:
-    with pytest.raises(UserError, match="puts message 2 elsewhere than behind its prompt"):
+    with pytest.raises(UserError, match="does not put message 2 after its prompt"):
         answers(template, SETTINGS, chat("Hi", "Hello"))
 
 

@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
-from jgpt.data import conversations
+from jgpt.data import corpus
 from jgpt.data.batches import make_batches
 from jgpt.data.chat_template import render
 from jgpt.data.conversations import BEGINS, IDS, LEARNED, ChatCorpus
@@ -83,10 +83,10 @@ def test_meta_counts_what_is_learned(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert meta["train_targets"] == np.count_nonzero(data.train & LEARNED)
     assert (meta["train_tokens"], meta["val_tokens"]) == (len(data.train), len(data.val))
     assert (meta["n_documents"], meta["unanswered_conversations"], meta["split"]) == (40, 2, "conversation")
-    assert "conversations 40" in caplog.text and "2 conversations hold no answer of the assistant" in caplog.text
+    assert "conversations 40" in caplog.text and "2 conversations are left out: they hold no answer" in caplog.text
 
 
-def test_the_template_goes_with_the_tokenizer_and_a_new_one_makes_tokens_anew(tmp_path: Path) -> None:
+def test_the_template_goes_with_the_tokenizer_and_another_template_makes_new_tokens(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     config = make_config(tmp_path, LINES)
@@ -99,7 +99,7 @@ def test_the_template_goes_with_the_tokenizer_and_a_new_one_makes_tokens_anew(tm
     at = (token_directory(config) / "train.bin").stat().st_mtime_ns
     first.tokenizer.save(tmp_path / "tokenizer", 8)
     prepare(config)
-    prepare(config, tmp_path / "tokenizer")  # a run that goes on
+    prepare(config, tmp_path / "tokenizer")  # a resumed run
     assert (token_directory(config) / "train.bin").stat().st_mtime_ns == at
 
     config.tokenizer.update({"kind": "hf", "pretrained": str(tmp_path / "tokenizer"), "chat_template": ""})
@@ -127,14 +127,14 @@ def test_compressed_files_and_only_jsonl_of_a_folder(tmp_path: Path) -> None:
     config.data.text_glob = str(folder)
     assert prepare(config).meta["train_sha256"] == expected
     config.data.text_glob = str(folder / "README.md")
-    with pytest.raises(UserError, match=r"only what is no .jsonl file \(.md\).*Supported are .jsonl, also with .gz"):
+    with pytest.raises(UserError, match=r"only files that are not .jsonl \(.md\).*Supported are .jsonl, also with .gz"):
         prepare(config)
 
 
 def test_bounded_memory_gives_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tmp_path, LINES)
     expected = prepare(config).meta["train_sha256"]
-    monkeypatch.setattr(conversations, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(corpus, "BATCH_CHARACTERS", 100)
     config.out_dir = str(tmp_path / "other")
     assert prepare(config).meta["train_sha256"] == expected
 
@@ -147,10 +147,10 @@ def test_bounded_memory_gives_the_same_words(tmp_path: Path, monkeypatch: pytest
         ('{"conversations": []}', r"has no list of messages: it has the fields \['conversations'\]"),
         ('{"messages": "Hi"}', "has no list of messages"),
         ('{"messages": []}', "has no list of messages: it is an empty list"),
-        ('{"messages": ["Hi"]}', "message 1 is 'Hi', which is no object"),
+        ('{"messages": ["Hi"]}', "message 1 is 'Hi', which is not an object"),
         ('{"messages": [{"role": "human", "content": "Hi"}]}', "message 1 has the role 'human'. Allowed: system, user"),
         ('{"messages": [{"content": "Hi"}]}', "message 1 has the role None"),
-        ('{"messages": [{"role": "user", "content": ["Hi"]}]}', r"message 1 has the content .* which is no text"),
+        ('{"messages": [{"role": "user", "content": ["Hi"]}]}', r"message 1 has the content .* which is not text"),
         ('{"messages": [{"role": "user"}]}', "message 1 has the content 'None'"),
         (json.dumps(line("Hi", " \n")), "message 2 is an empty answer"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "message 1 holds half a surrogate pair"),
@@ -184,7 +184,7 @@ def test_two_conversations_are_one_to_learn_and_one_held_out(tmp_path: Path) -> 
 def test_no_template_is_answered_before_any_work(tmp_path: Path) -> None:
     config = make_config(tmp_path, LINES)
     config.tokenizer.chat_template = ""
-    with pytest.raises(UserError, match="needs a chat template.*--config.tokenizer.chat_template=FILE"):
+    with pytest.raises(UserError, match="needs a chat template.*set tokenizer.chat_template to a Jinja file"):
         prepare(config)
     train_bpe(["Hi"], 300).save(tmp_path / "bare", 8)
     config.tokenizer.update({"kind": "hf", "pretrained": str(tmp_path / "bare")})
@@ -207,7 +207,7 @@ def test_damaged_words_are_named(tmp_path: Path) -> None:
 def test_a_packed_conversation_is_to_the_model_as_if_alone(tmp_path: Path, position: str) -> None:
     """Row by row, beside the same conversations one a row, in one call."""
     context = 120
-    batch = make_batches(prepare(make_config(tmp_path, LINES)), 1, 4, context, 320).batch(0)
+    batch = make_batches(prepare(make_config(tmp_path, LINES)), 1, 4, context, 320, length_key="length").batch(0)
     inputs = batch.tokens[:, :-1]
     texts = [(row, number) for row in range(4) for number in range(batch.segments[row].max() + 1)]
     places = [np.flatnonzero(batch.segments[row] == number) for row, number in texts]

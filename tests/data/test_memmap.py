@@ -1,4 +1,4 @@
-"""Token files: what is in them, when they are made anew, and that half a directory is never taken for a whole one."""
+"""Token files: what is in them, when they are made again, and that an incomplete directory is never used."""
 
 import errno
 import hashlib
@@ -140,7 +140,7 @@ def test_nothing_is_written_when_nothing_changed(tmp_path: Path, caplog: pytest.
     "change",
     ["data.val_fraction=0.2", "data.encoding_errors='replace'", "tokenizer.kind='bpe'", "touch", "new file"],
 )
-def test_a_change_makes_them_anew(tmp_path: Path, change: str) -> None:
+def test_a_change_makes_new_ones(tmp_path: Path, change: str) -> None:
     config = make_config(tmp_path)
     first = prepare(config).meta
     if change == "touch":
@@ -192,12 +192,12 @@ def test_a_crash_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: py
         if at == "encode":
             patch.setattr(Tokenizer, "encode_batch", crash)
         elif at == "sync":
-            patch.setattr(memmap.os, "fsync", crash)
+            patch.setattr(os, "fsync", crash)
         else:
             patch.setattr(Path, "replace", crash_at_rename)
         with pytest.raises(Crash):
             prepare(config)
-    with pytest.raises(UserError, match="holds no whole token files"):
+    with pytest.raises(UserError, match="holds no complete token files"):
         open_token_data(token_directory(config))
     assert not list(token_directory(config).glob("*.tmp"))
     prepare(config)
@@ -269,7 +269,7 @@ def test_an_unreadable_meta_is_no_token_directory(tmp_path: Path, content: str) 
     config = make_config(tmp_path)
     expected = prepare(config).meta
     (token_directory(config) / "meta.json").write_text(content)
-    with pytest.raises(UserError, match="holds no whole token files"):
+    with pytest.raises(UserError, match="holds no complete token files"):
         open_token_data(token_directory(config))
     assert prepare(config).meta == expected
 
@@ -299,7 +299,7 @@ def test_a_mistake_in_the_tokenizers_name_costs_no_tokens(tmp_path: Path) -> Non
     prepare(config)
     before = state(token_directory(config))
     config.tokenizer.kind, config.tokenizer.pretrained = "hf", str(tmp_path / "missing")
-    with pytest.raises(UserError, match="is no directory"):
+    with pytest.raises(UserError, match="is not a directory"):
         prepare(config)
     assert state(token_directory(config)) == before
 
@@ -309,7 +309,7 @@ def test_somebody_elses_token_files_are_left_alone(tmp_path: Path) -> None:
     config.data.cache_dir = str(tmp_path / "nanogpt")
     (tmp_path / "nanogpt").mkdir()
     (tmp_path / "nanogpt" / "train.bin").write_bytes(b"precious")
-    with pytest.raises(UserError, match="train.bin is there already, and jgpt did not write it.*cache_dir=DIR"):
+    with pytest.raises(UserError, match="train.bin exists, and jgpt did not write it.*Set data.cache_dir to"):
         prepare(config)
     assert (tmp_path / "nanogpt" / "train.bin").read_bytes() == b"precious"
 
@@ -318,18 +318,18 @@ def test_a_full_or_unwritable_disk_is_answered(tmp_path: Path, monkeypatch: pyte
     config = make_config(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(memmap.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-        with pytest.raises(UserError, match="has no space left: .*are needed.*cache_dir=DIR"):
+        with pytest.raises(UserError, match="has no space left: .*are needed.*data.cache_dir"):
             prepare(config)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(memmap.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match="has no space left: "):
             prepare(config)
     assert not list(token_directory(config).glob("*.tmp"))
     (tmp_path / "file").write_text("")
     config.data.cache_dir = str(tmp_path / "file" / "tokens")
-    with pytest.raises(UserError, match="cannot be written: .*cache_dir=DIR"):
+    with pytest.raises(UserError, match="cannot be written: .*data.cache_dir"):
         prepare(config)

@@ -42,25 +42,25 @@ def test_many_conversations_take_little_time() -> None:
 
 def test_rows_hold_words_side_by_side_and_zeros_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "SCAN_WORDS", 3)  # a conversation may begin anywhere in what is read at a time
-    found = [conversation(2, 2, 5), conversation(3, 3, 6), conversation(1, 1, 7)]
-    rows = pack_rows(np.concatenate(found), 9, "training")
+    chats = [conversation(2, 2, 5), conversation(3, 3, 6), conversation(1, 1, 7)]
+    rows = pack_rows(np.concatenate(chats), 9, "training", "length")
     assert len(rows) == 2
     words, numbers = rows.row(0)
-    assert words.tolist() == [*found[1], *found[2], 0] and numbers.tolist() == [0] * 6 + [1] * 2 + [2]
+    assert words.tolist() == [*chats[1], *chats[2], 0] and numbers.tolist() == [0] * 6 + [1] * 2 + [2]
     words, numbers = rows.row(1)
-    assert words.tolist() == [*found[0], *[0] * 5] and numbers.tolist() == [0] * 4 + [1] * 5
+    assert words.tolist() == [*chats[0], *[0] * 5] and numbers.tolist() == [0] * 4 + [1] * 5
 
 
 def test_long_conversations_are_cut_or_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     short, cut, left_out = conversation(2, 2), conversation(9, 5), conversation(10, 5)
     with caplog.at_level("INFO", "jgpt"):
-        rows = pack_rows(np.concatenate([short, cut, left_out]), 10, "training")
+        rows = pack_rows(np.concatenate([short, cut, left_out]), 10, "training", "length")
     assert "training: 2 conversations in 2 rows, 70% full" in caplog.text
-    assert "2 conversations are longer than a sequence of 9 tokens: 1 are cut there, and 1, whose" in caplog.text
+    assert "2 conversations are longer than a sequence of 9 tokens: 1 are cut there, and 1 are left out" in caplog.text
     assert rows.row(0)[0].tolist() == cut[:10].tolist()
     caplog.clear()
-    with pytest.raises(UserError, match="none of the 1 validation conversations has an answer .* 9 tokens"):
-        pack_rows(left_out, 10, "validation")
+    with pytest.raises(UserError, match="length is 9, and none of the 1 validation conversations .* 9 tokens"):
+        pack_rows(left_out, 10, "validation", "length")
     with caplog.at_level("WARNING", "jgpt"):
-        pack_rows(short, 4, "training")
+        pack_rows(short, 4, "training", "length")
     assert not caplog.text

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jgpt.data.corpus import Corpus
-from jgpt.data.tokenizer import Tokenizer, _spread, load_pretrained, load_tokenizer, train_bpe, train_char
+from jgpt.data.tokenizer import Tokenizer, _sample, load_pretrained, load_tokenizer, train_bpe, train_char
 from jgpt.errors import UserError
 
 CORPUS = [
@@ -222,19 +222,19 @@ def test_pieces_of_a_document_have_the_ids_of_the_document(tmp_path: Path) -> No
     assert np.array_equal(np.concatenate(bpe.encode_batch(pieces)), bpe.encode(text))
 
 
-def test_training_text_is_spread_over_the_corpus(tmp_path: Path) -> None:
+def test_training_text_is_sample_over_the_corpus(tmp_path: Path) -> None:
     for i in range(100):
         (tmp_path / f"{i:02}.txt").write_text(f"{i:02}" * 500)
     corpus = Corpus(sorted(tmp_path.iterdir()))
-    chosen = [int(text[:2]) for text in _spread(corpus, 10_000)]
+    chosen = [int(text[:2]) for text in _sample(corpus, 10_000)]
     assert 10 <= len(chosen) <= 11 and max(np.diff(chosen)) <= 11 and chosen[-1] >= 89
-    assert len(list(_spread(corpus, 1e9))) == 100
+    assert len(list(_sample(corpus, 1e9))) == 100
 
 
 def test_bad_pretrained_names_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("", "./missing", str(tmp_path / "missing")):
-        with pytest.raises(UserError, match="is no directory.*tokenizer.pretrained="):
+        with pytest.raises(UserError, match="is not a directory.*Set tokenizer.pretrained"):
             load_pretrained(name)
     with pytest.raises(UserError, match="does not open in transformers"):
         load_pretrained(str(tmp_path))
@@ -247,7 +247,7 @@ def test_bad_pretrained_names_are_answered(tmp_path: Path, monkeypatch: pytest.M
 def test_a_saved_tokenizer_that_is_not_whole_is_answered(tmp_path: Path) -> None:
     train_char(["a"]).save(tmp_path, 8)
     (tmp_path / "tokenizer.json").write_text('{"version"')
-    with pytest.raises(UserError, match="holds no whole tokenizer"):
+    with pytest.raises(UserError, match="holds no complete tokenizer"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="holds no whole tokenizer .FileNotFoundError"):
+    with pytest.raises(UserError, match="holds no complete tokenizer .FileNotFoundError"):
         load_tokenizer(tmp_path / "missing")

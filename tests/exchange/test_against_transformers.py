@@ -13,7 +13,6 @@ import pytest
 
 from jgpt.data.tokenizer import train_bpe
 from jgpt.exchange.pretrained import export_model, open_pretrained
-from jgpt.exchange.weights import load_params
 from jgpt.model.gpt import GPT, unembedding
 from jgpt.model.parameters import abstract_params
 from jgpt.model.rope import RopeScaling, frequencies
@@ -76,7 +75,7 @@ def make(directory: Path, kind: str, values: dict[str, Any]) -> Any:
 
 def ours(directory: Path) -> tuple[GPT, Any]:
     pretrained = open_pretrained(directory)
-    params = load_params(pretrained, np.float32, np.float32, lambda path, array: array.copy())
+    params = pretrained.load_params(np.float32, lambda path, array: array.copy())
     return GPT(pretrained.shapes), params
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from jgpt.exchange.pretrained import open_pretrained
-from jgpt.exchange.weights import load_params
 from jgpt.loading.source import load_params as load_source
 from jgpt.loading.source import open_source
 
@@ -36,7 +35,7 @@ def exported(command, trained, tmp_path):
 def test_a_run_goes_out_without_its_padding(exported, trained):
     opened, source = open_pretrained(exported), open_source(str(trained))
     assert opened.shapes.vocab_size == source.tokenizer.vocab_size < source.shapes.vocab_size
-    params = load_params(opened, np.float32, np.float32, lambda path, array: array)
+    params = opened.load_params(np.float32, lambda path, array: array)
     wanted = host_params(trained)
     wanted["wte"]["embedding"] = wanted["wte"]["embedding"][: source.tokenizer.vocab_size]
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
@@ -64,9 +63,7 @@ def test_a_checkpoint_by_its_step(command, trained, tmp_path):
     assert command("convert", "export", str(trained), str(tmp_path / "two"), "--step=2").code == 0
     assert command("convert", "export", str(trained), str(tmp_path / "four"), "--step=4").code == 0
     two, four = (open_pretrained(tmp_path / name) for name in ("two", "four"))
-    changed = [
-        load_params(x, np.float32, np.float32, lambda path, array: array)["wte"]["embedding"] for x in (two, four)
-    ]
+    changed = [x.load_params(np.float32, lambda path, array: array)["wte"]["embedding"] for x in (two, four)]
     assert not np.array_equal(*changed)
     refused(command("convert", "export", str(trained), str(tmp_path / "x"), "--step=3"), "step 3 is not among")
 
@@ -85,10 +82,10 @@ def test_what_is_refused(command, trained, exported, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
-        (lambda d: (d / "model.safetensors").write_bytes(b"\0" * 99), ["is no whole safetensors file"]),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\0" * 99), ["is not a complete safetensors file"]),
         (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), ["pickles (.bin, .pt) are never opened"]),
         (lambda d: (d / "config.json").unlink(), ["holds no model"]),
-        (lambda d: (d / "config.json").write_text("{"), ["config.json is no JSON object"]),
+        (lambda d: (d / "config.json").write_text("{"), ["config.json is not a JSON object"]),
         (lambda d: (d / "tokenizer.json").unlink(), ["does not open"]),
         (
             lambda d: (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jgpt.errors import UserError
-from jgpt.exchange.families import ARCHITECTURES, home, read_config, write_config
+from jgpt.exchange.families import ARCHITECTURES, export_family, read_config, write_config
 from jgpt.model.rope import RopeScaling
 from jgpt.model.shapes import ModelConfig, model_config
 
@@ -183,8 +183,8 @@ HOMES = {
 
 
 @pytest.mark.parametrize(("family", "shapes"), [(family, one) for family, some in HOMES.items() for one in some])
-def test_every_model_with_a_home_comes_back_from_its_config_json(family, shapes):
-    assert home(shapes) == family
+def test_a_model_is_the_same_after_writing_and_reading_its_config_json(family, shapes):
+    assert export_family(shapes) == family
     config = json.loads(json.dumps(write_config(family, shapes, shapes.vocab_size)))
     found_family, model = read_config(config)
     biases = (
@@ -205,7 +205,7 @@ def test_every_model_with_a_home_comes_back_from_its_config_json(family, shapes)
         (replace(OWN, bias=True, n_heads=6), "LlamaForCausalLM: train with --config.model.d_head=0."),
     ],
 )
-def test_a_model_without_a_home_is_told_the_nearest(shapes, change):
-    with pytest.raises(UserError, match="no Hugging Face architecture holds") as error:
-        home(shapes)
+def test_a_model_without_an_architecture_is_refused_with_the_nearest(shapes, change):
+    with pytest.raises(UserError, match="no Hugging Face architecture has") as error:
+        export_family(shapes)
     assert change in str(error.value)

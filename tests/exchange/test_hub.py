@@ -157,7 +157,7 @@ def test_files_that_arrived_are_kept_when_the_download_is_given_up(hub, tmp_path
     hub.status_of["model.safetensors"] = 404
     hub.refuse_after = {"config.json", "tokenizer.json", "chat_template.jinja"}  # the files are fetched side by side
     failed = ask(hub, tmp_path)
-    refused(failed, "'owner/name' cannot be downloaded", "the same command goes on from there")
+    refused(failed, "'owner/name' cannot be downloaded", "the same command continues from there")
     hub.status_of.clear()
     hub.requests.clear()
     assert ask(hub, tmp_path).returncode == 0
@@ -175,7 +175,7 @@ def refused(result: subprocess.CompletedProcess[str], *parts: str) -> None:
 @pytest.mark.parametrize(
     ("status", "code", "parts"),
     [
-        (404, "RepoNotFound", ["it is not on the Hugging Face Hub, or it is private", "Mend the name"]),
+        (404, "RepoNotFound", ["it is not on the Hugging Face Hub, or it is private", "Correct the name"]),
         (401, "RepoNotFound", ["it is not on the Hugging Face Hub, or it is private", "HF_TOKEN"]),
         (403, "GatedRepo", ["its owner gives access on request", "https://huggingface.co/owner/name"]),
         (403, "", ["the Hub answered 403", "HF_TOKEN"]),
@@ -226,7 +226,7 @@ def test_a_directory_and_one_that_is_mounted_below(tmp_path, monkeypatch):
 
 def test_what_is_no_model(tmp_path):
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(UserError, match="holds no model. Needed is config.json"):
+    with pytest.raises(UserError, match="holds no model. It must hold config.json"):
         locate(str(tmp_path))
     for name in (f"{tmp_path}/nothing", "./nothing", "~/nothing", "a/b/c", "../up", "", "owner/"):
         with pytest.raises(UserError, match="there is no directory"):

@@ -12,7 +12,6 @@ import pytest
 from jgpt.data.tokenizer import Tokenizer, train_bpe, train_char
 from jgpt.errors import UserError
 from jgpt.exchange.pretrained import check_export, export_model, open_pretrained
-from jgpt.exchange.weights import load_params
 from jgpt.loading.source import is_run
 from jgpt.model.parameters import abstract_params
 from jgpt.model.shapes import ModelConfig, model_config
@@ -39,7 +38,7 @@ def export(out: Path, tokenizer: Tokenizer, shapes: ModelConfig = OWN, **options
 
 
 def loaded(directory: Path) -> Any:
-    return load_params(open_pretrained(directory), np.float32, np.float32, lambda path, array: array)
+    return open_pretrained(directory).load_params(np.float32, lambda path, array: array)
 
 
 def change(path: Path, **values: Any) -> None:
@@ -144,15 +143,15 @@ def refused(directory: Path, *parts: str) -> None:
 
 
 def test_config_json(tokenizer, tmp_path):
-    refused(tmp_path, "has no config.json", "Needed is a Hugging Face model directory")
+    refused(tmp_path, "has no config.json", "It must be a Hugging Face model directory")
     export(tmp_path / "out", tokenizer)
     path = tmp_path / "out" / "config.json"
     whole = path.read_text()
     for text in ("not json", whole[:50], "[1, 2]", ""):
         path.write_text(text)
-        refused(tmp_path / "out", "config.json is no JSON object", "Download it again")
+        refused(tmp_path / "out", "config.json is not a JSON object", "Download it again")
     path.write_bytes(b"\xff\xfe")
-    refused(tmp_path / "out", "config.json is no JSON object")
+    refused(tmp_path / "out", "config.json is not a JSON object")
     path.write_text(whole)
     change(path, model_type="gemma2", architectures=["Gemma2ForCausalLM"])
     refused(tmp_path / "out", "model_type 'gemma2'", "Supported are GPT-2")
@@ -163,7 +162,7 @@ def test_config_json(tokenizer, tmp_path):
     change(path, intermediate_size=7)
     refused(tmp_path / "out", "down_proj.weight is [8, 6] (wanted: [8, 7])")
     (tmp_path / "out" / "generation_config.json").write_text("{")
-    refused(tmp_path / "out", "generation_config.json is no JSON object")
+    refused(tmp_path / "out", "generation_config.json is not a JSON object")
 
 
 def test_a_tokenizer_of_another_model(tokenizer, tmp_path):

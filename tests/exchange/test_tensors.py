@@ -26,13 +26,13 @@ def test_a_table_holds_the_whole_tree_and_its_rules_undo_one_another(family, sha
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(shapes))
     tree = {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
     entries = list(table(family, shapes))
-    assert {entry.path for entry in entries if entry.there} == tree.keys()
+    assert {entry.path for entry in entries if entry.in_model} == tree.keys()
     assert len({name for entry in entries for name in entry.names}) == sum(len(entry.names) for entry in entries)
     rng = np.random.default_rng(0)
     for entry in entries:
         theirs = [rng.normal(size=shape) for shape in entry.shapes]
         joined = entry.join(theirs)
-        assert not entry.there or joined.shape == tree[entry.path]
+        assert not entry.in_model or joined.shape == tree[entry.path]
         for back, sent in zip(entry.split(joined), theirs, strict=True):
             np.testing.assert_array_equal(back, sent)
 

@@ -1,7 +1,8 @@
 """Safetensors in and out: what is on disk is what is loaded, and what is not whole is refused before it is read."""
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,19 @@ OWN = ModelConfig(11, 8, 2, n_heads=4, n_kv_heads=2, d_model=8, d_head=2, d_ff=6
 INDEX = "model.safetensors.index.json"
 
 
-@dataclass
-class Model:
-    """What load_params takes of a Pretrained."""
-
-    family: str
-    shapes: ModelConfig
-    tensors: dict[str, Stored]
-
-
-def opened(directory: Path, family: str = "llama", shapes: ModelConfig = OWN) -> Any:
-    found = match(find_tensors(directory), table(family, shapes), family, shapes.tie_embeddings)
-    return Model(family, shapes, found)
+def loaded(
+    directory: Path,
+    dtype: Any = np.float32,
+    family: str = "llama",
+    shapes: ModelConfig = OWN,
+    place: Callable[[tuple[str, ...], np.ndarray], Any] = lambda path, array: array,
+) -> Any:
+    tensors = opened(directory, family, shapes)
+    return load_params(tensors, table(family, shapes), dtype, place, tied=shapes.tie_embeddings)
 
 
-def loaded(directory: Path, dtype: Any = np.float32, family: str = "llama", shapes: ModelConfig = OWN) -> Any:
-    return load_params(opened(directory, family, shapes), dtype, np.float32, lambda path, array: array)
+def opened(directory: Path, family: str = "llama", shapes: ModelConfig = OWN) -> dict[str, Stored]:
+    return match(find_tensors(directory), table(family, shapes), family, shapes.tie_embeddings)
 
 
 def random_params(shapes: ModelConfig = OWN) -> Any:
@@ -117,19 +115,18 @@ def test_names_without_the_prefix_and_harmless_extras(tmp_path):
 def test_dtypes(tmp_path):
     params = random_params()
     save(tmp_path, params, dtype=jnp.bfloat16)
-    model = opened(tmp_path)
-    assert main_dtype(model.tensors) == "bf16"
+    assert main_dtype(opened(tmp_path)) == "bf16"
     placed = []
 
     def place(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
         placed.append(path)
         return array
 
-    found = load_params(model, np.float16, np.float32, place)
+    narrow = loaded(tmp_path, np.float16, place=place)
     kernel = params["h_0"]["attn"]["qkv"]["kernel"]
-    assert found["h_0"]["attn"]["qkv"]["kernel"].dtype == np.float16
-    assert np.array_equal(found["h_0"]["attn"]["qkv"]["kernel"], kernel.astype(jnp.bfloat16).astype(np.float16))
-    assert found["norm"]["scale"].dtype == np.float32
+    assert narrow["h_0"]["attn"]["qkv"]["kernel"].dtype == np.float16
+    assert np.array_equal(narrow["h_0"]["attn"]["qkv"]["kernel"], kernel.astype(jnp.bfloat16).astype(np.float16))
+    assert narrow["norm"]["scale"].dtype == np.float32
     leaves = jax.tree_util.tree_leaves_with_path(params)
     assert sorted(placed) == sorted(tuple(key.key for key in path) for path, _ in leaves)
     same(loaded(tmp_path, jnp.bfloat16)["wte"], {"embedding": params["wte"]["embedding"].astype(jnp.bfloat16)})
@@ -163,14 +160,14 @@ def test_a_file_that_is_not_whole(tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:9], b"", whole + b"x", b"version https://git-lfs..."):
         path.write_bytes(damaged)
-        refused(tmp_path, f"{path} is no whole safetensors file", "Download it again")
+        refused(tmp_path, f"{path} is not a complete safetensors file", "Download it again")
     header = {
         "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
         "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
     }
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
-    refused(tmp_path, "is no whole safetensors file", "offset")
+    refused(tmp_path, "is not a complete safetensors file", "offset")
 
 
 def test_tensors_that_do_not_fit_are_named_with_both_shapes(tmp_path):
@@ -209,9 +206,9 @@ def test_the_index_of_shards(tmp_path):
         refused(tmp_path, f"names the file {name!r}", "Do not use this model")
     for text in ("not json", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
         path.write_text(text)
-        refused(tmp_path, f"{path} is no index of safetensors")
+        refused(tmp_path, f"{path} is not an index of safetensors")
     path.write_text(json.dumps({"weight_map": index["weight_map"] | {"model.norm.weight": shard.name}}))
-    refused(tmp_path, f"{shard} has no tensor model.norm.weight")
+    refused(tmp_path, f"{shard} lacks 1 tensors", "such as model.norm.weight")
     path.write_text(json.dumps(index))
     shard.unlink()
     refused(tmp_path, f"{shard} is missing", "Download it again")

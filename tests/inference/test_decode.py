@@ -12,7 +12,7 @@ import pytest
 
 from jgpt.errors import UserError
 from jgpt.inference.decode import NonFiniteLogits, bucket, compilations, generate
-from jgpt.inference.sampling import RULED_OUT, Sampling, sample
+from jgpt.inference.sampling import EXCLUDED, Sampling, sample
 from jgpt.model.gpt import GPT, unembedding
 from jgpt.model.kv_cache import empty_cache
 from jgpt.model.lora import LoRA, init_adapters, merge
@@ -65,7 +65,7 @@ def slow_token(
     model: GPT, sampling: Sampling, params: Any, window: jax.Array, length: int, key: jax.Array
 ) -> jax.Array:
     logits = slow_logits(model, params, window, length)
-    return sample(key[None], logits.at[:, N_IDS:].set(RULED_OUT), sampling)[0]
+    return sample(key[None], logits.at[:, N_IDS:].set(EXCLUDED), sampling)[0]
 
 
 def slow(name: str, prompts: Sequence[Sequence[int]], sampling: Sampling, new: int, seed: int = 0) -> list[list[int]]:
@@ -157,7 +157,7 @@ def test_any_of_many_stop_tokens_ends_a_row():
 
 
 @pytest.mark.parametrize("stops", [[], [EOT, 5, 6]])
-def test_tokens_are_told_while_they_are_made(stops: list[int]):
+def test_tokens_are_reported_while_they_are_made(stops: list[int]):
     """Row by row in order, the first one alone, no more than four at a time; all of them are what is returned."""
     told: list[tuple[int, list[int]]] = []
     got = fast("gpt2", PROMPTS, RANDOM, 60, seed=3, stops=stops, on_tokens=lambda row, ids: told.append((row, ids)))
@@ -240,7 +240,7 @@ def test_half_precision_from_fp32_masters():
     assert results[0] == results[1]
 
 
-def test_overflow_is_told():
+def test_logits_that_overflow_are_refused():
     """Hidden states past 65,504 break fp16 alone; a broken parameter breaks fp32 as well."""
     ask = dict(sampling=GREEDY, max_new_tokens=3, stop_ids=[], n_ids=N_IDS, seed=0)
     params = dict(params_of("gpt2"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jgpt.errors import UserError
-from jgpt.inference.sampling import RULED_OUT, Sampling, keep_min_p, keep_top_k, keep_top_p, penalize, sample
+from jgpt.inference.sampling import EXCLUDED, Sampling, keep_min_p, keep_top_k, keep_top_p, penalize, sample
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (7, 50)).astype(np.float32)
 
@@ -18,8 +18,8 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def kept(filtered) -> np.ndarray:
     filtered = np.asarray(filtered)
-    np.testing.assert_array_equal(filtered[filtered != RULED_OUT], LOGITS[filtered != RULED_OUT])
-    return filtered != RULED_OUT
+    np.testing.assert_array_equal(filtered[filtered != EXCLUDED], LOGITS[filtered != EXCLUDED])
+    return filtered != EXCLUDED
 
 
 def draw(n: int, logits, sampling: Sampling, seed: int = 0) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_repetition_penalty(penalty: float):
 def test_equal_logits_stay_together():
     tied = jnp.zeros((1, 6)).at[0, 4].set(-1)
     for filtered in (keep_top_k(tied, 2), keep_top_p(tied, 0.3), keep_min_p(tied, 0.9)):
-        np.testing.assert_array_equal(np.asarray(filtered)[0] != RULED_OUT, [True, True, True, True, False, True])
+        np.testing.assert_array_equal(np.asarray(filtered)[0] != EXCLUDED, [True, True, True, True, False, True])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_frequencies_are_the_probabilities():
     allowed = logits >= np.sort(logits)[-20]
     for keep in (keep_top_p, keep_min_p):
         p = sampling.top_p if keep is keep_top_p else sampling.min_p
-        allowed &= np.asarray(keep(jnp.where(allowed, logits, RULED_OUT)[None], p))[0] != RULED_OUT
+        allowed &= np.asarray(keep(jnp.where(allowed, logits, EXCLUDED)[None], p))[0] != EXCLUDED
     expected = softmax(np.where(allowed, logits, -np.inf))
     frequencies = np.bincount(draw(n, LOGITS[:1], sampling), minlength=50) / n
     assert 2 < allowed.sum() < 20

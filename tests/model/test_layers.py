@@ -1,5 +1,7 @@
 """Products and lookups of one row, which take another way than those of several, against the several."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +16,8 @@ def test_one_row_is_multiplied_as_among_others(transposed: bool, output: jnp.dty
     random = np.random.default_rng(0)
     x = jnp.asarray(random.normal(size=(3, 24)), jnp.float16)
     kernel = jnp.asarray(random.normal(size=(5, 2, 24) if transposed else (24, 5, 2)), jnp.float16)
-    among = product(x, kernel, transposed, output)
-    alone = product(x[1:2], kernel, transposed, output)
+    among = product(x, kernel, transposed=transposed, output_dtype=output)
+    alone = product(x[1:2], kernel, transposed=transposed, output_dtype=output)
     assert alone.shape == (1, 5, 2) and alone.dtype == among.dtype == output
     np.testing.assert_allclose(alone[0], among[1], rtol=2e-3 if output == jnp.float16 else 1e-5, atol=1e-3)
     exact = np.tensordot(np.float64(x[1]), np.float64(kernel), (0, 2 if transposed else 0))
@@ -29,7 +31,7 @@ def test_a_wide_product_has_the_gradients_of_the_plain_one():
     for rows in (1, 3):
         x = jnp.asarray(random.normal(size=(rows, 4)), jnp.float16)
         cotangent = jnp.asarray(random.normal(size=(rows, 6)), jnp.float32)
-        _, backward = jax.vjp(lambda x, kernel: product(x, kernel, True, jnp.float32), x, kernel)
+        _, backward = jax.vjp(partial(product, transposed=True, output_dtype=jnp.float32), x, kernel)
         d_x, d_kernel = backward(cotangent)
         assert d_x.dtype == d_kernel.dtype == jnp.float16
         np.testing.assert_allclose(d_x, np.float32(cotangent) @ np.float32(kernel), rtol=5e-3, atol=5e-3)

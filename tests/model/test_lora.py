@@ -14,7 +14,7 @@ from jgpt.model.lora import LoRA, init_adapters, merge
 from jgpt.model.parameters import abstract_adapters, abstract_params, count_parameters
 from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.replicate import Pmap
+from jgpt.parallel.replicate import Replicate
 from jgpt.step.eval_step import make_eval_step
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import init_state
@@ -104,8 +104,17 @@ def training(devices: int) -> Any:
     model = GPT(LLAMA, lora=RANK_2)
     o = default_config().optimizer
     o.update({"warmup_steps": 1, "total_steps": 20, "learning_rate": 0.05})
-    optimizer, policy, runner = make_optimizer(o), Policy(), Pmap(jax.local_devices()[:devices])
-    step = make_train_step(model, policy, optimizer, learning_rate_schedule(o), 8 // devices // 2, 3, 16, 1000)
+    optimizer, policy, runner = make_optimizer(o), Policy(), Replicate(jax.local_devices()[:devices])
+    step = make_train_step(
+        model,
+        policy,
+        optimizer,
+        learning_rate_schedule(o),
+        accumulation=8 // devices // 2,
+        seed=3,
+        loss_chunk_tokens=16,
+        growth_steps=1000,
+    )
     first = jax.jit(lambda: init_state(model, policy, optimizer, 5, 1.0))()
     return runner, runner.train_step(step), runner.eval_step(make_eval_step(model, policy, 16)), first
 
@@ -117,8 +126,8 @@ def train(devices: int, steps: int) -> tuple[Any, Any, list[float]]:
     )
     state, losses = runner.place_state(jax.tree.map(np.asarray, first)), []
     for _ in range(steps):
-        batch = Batch(tokens(0).reshape(devices, -1, 2, T + 1))
-        state, metrics = step(state, frozen, runner.place_batch(batch))
+        batch = runner.place_batch(Batch(tokens(0)), 8 // devices // 2)
+        state, metrics = step(state, frozen, batch)
         losses.append(float(runner.on_host(metrics)["loss"]))
     return runner.on_host(state), runner.on_host(frozen), losses
 
@@ -137,8 +146,8 @@ def test_training_moves_the_adapters_and_not_the_base():
 def test_first_loss_is_the_base_models():
     runner, _, evaluate, first = training(2)
     frozen = runner.place_state(base(LLAMA))
-    weights = np.ones((2, 4, T), np.float32)
-    batch = runner.place_batch(Batch(tokens(0).reshape(2, 4, -1), weights))
+    weights = np.ones((8, T), np.float32)
+    batch = runner.place_sequences(Batch(tokens(0), weights))
     plain = runner.eval_step(make_eval_step(GPT(LLAMA), Policy(), 16))
     assert float(evaluate(runner.place_state(first.params), frozen, batch)) == float(plain(frozen, {}, batch))
 

@@ -15,7 +15,7 @@ from jgpt.model.gpt import GPT, unembedding
 from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.evaluation import bits_per_byte, evaluate
-from jgpt.parallel.replicate import Pmap
+from jgpt.parallel.replicate import Replicate
 from jgpt.step.eval_step import make_eval_step
 
 T, V = 8, 32
@@ -41,8 +41,8 @@ def plain_losses() -> Any:
 
 
 @cache
-def running(devices: int) -> tuple[Pmap, Any, Any]:
-    runner = Pmap(jax.local_devices()[:devices])
+def running(devices: int) -> tuple[Replicate, Any, Any]:
+    runner = Replicate(jax.local_devices()[:devices])
     return runner, runner.eval_step(make_eval_step(MODEL, Policy(), 5)), runner.place_state(params())
 
 

@@ -18,8 +18,8 @@ from jgpt.model.gpt import GPT
 from jgpt.model.lora import LoRA
 from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.mesh import TensorParallel
-from jgpt.parallel.replicate import Pmap
+from jgpt.parallel.mesh import Sharded
+from jgpt.parallel.replicate import Replicate
 from jgpt.step.eval_step import make_eval_step
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import init_state
@@ -47,12 +47,23 @@ def base() -> Any:
 class Trained:
     """Three steps of two micro-batches of two sequences, by a runner."""
 
-    def __init__(self, runner: Pmap | TensorParallel, shapes: ModelConfig) -> None:
+    def __init__(self, runner: Replicate | Sharded, shapes: ModelConfig) -> None:
         options = default_config().optimizer
         options.update(warmup_steps=0, learning_rate=0.02)
         optimizer, self.model = make_optimizer(options), GPT(shapes, lora=ADAPTERS)
         schedule = learning_rate_schedule(options)
-        self.step = runner.train_step(make_train_step(self.model, POLICY, optimizer, schedule, 2, SEED, 8, 1000))
+        self.step = runner.train_step(
+            make_train_step(
+                self.model,
+                POLICY,
+                optimizer,
+                schedule,
+                accumulation=2,
+                seed=SEED,
+                loss_chunk_tokens=8,
+                growth_steps=1000,
+            )
+        )
         plain = GPT(CONFIG, lora=ADAPTERS)
         state = runner.place_state(jax.jit(lambda: init_state(plain, POLICY, optimizer, SEED, 1.0))())
 
@@ -62,29 +73,29 @@ class Trained:
         self.runner, self.frozen = runner, jax.tree_util.tree_map_with_path(put, base())
         self.first, self.losses = state, []
         for number in range(STEPS):
-            state, metrics = self.step(state, self.frozen, runner.place_batch(batch(number)))
+            state, metrics = self.step(state, self.frozen, runner.place_batch(batch(number), 2))
             self.losses.append(float(runner.on_host(metrics)["loss"]))
         self.state = state
 
 
 def batch(number: int) -> Batch:
-    """Return two micro-batches of two sequences, [1, 2, 2, T + 1], with weights and texts that share a row."""
+    """Return two micro-batches of two sequences, [4, T + 1], with weights and texts that share a row."""
     random = np.random.default_rng(number)
-    shape = 1, 2, 2, T
+    shape = 4, T
     weights = (random.random(shape) > 0.3).astype(np.float32)
     segments = np.broadcast_to(np.arange(T) // 7, shape).astype(np.int32)
-    return Batch(random.integers(0, 64, (1, 2, 2, T + 1)).astype(np.int32), weights, segments)
+    return Batch(random.integers(0, 64, (4, T + 1)).astype(np.int32), weights, segments)
 
 
 @cache
 def one() -> Trained:
-    return Trained(Pmap(jax.local_devices()[:1]), CONFIG)
+    return Trained(Replicate(jax.local_devices()[:1]), CONFIG)
 
 
 @cache
 def two() -> Trained:
     shapes = for_devices(CONFIG, 2)
-    return Trained(TensorParallel(jax.local_devices(), shapes), shapes)
+    return Trained(Sharded(jax.local_devices(), shapes), shapes)
 
 
 def test_two_devices_train_as_one():
@@ -115,7 +126,7 @@ def test_the_state_is_whole_on_each_device_and_its_memory_is_reused():
 def test_no_frozen_parameter_moves():
     """What one device fetches from the other is no more than the adapters' gradients."""
     trained = two()
-    placed = trained.runner.place_batch(batch(0))
+    placed = trained.runner.place_batch(batch(0), 2)
     program = trained.step.lower(trained.state, trained.frozen, placed).compile().as_text()  # type: ignore[attr-defined]
     results = re.findall(r"= (.*) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", program)
     sizes = [
@@ -128,7 +139,7 @@ def test_evaluation_is_that_of_one_device():
     def total(trained: Trained) -> float:
         runner = trained.runner
         step = runner.eval_step(make_eval_step(trained.model, POLICY, 8))
-        placed = runner.place_batch(jax.tree.map(lambda x: x[:, 0], batch(9)))
+        placed = runner.place_sequences(jax.tree.map(lambda x: x[:2], batch(9)))
         return float(runner.on_host(step(trained.state.params, trained.frozen, placed)))
 
     assert total(two()) == pytest.approx(total(one()), rel=1e-5)
@@ -136,7 +147,7 @@ def test_evaluation_is_that_of_one_device():
 
 def test_texts_while_it_trains_are_those_of_one_device():
     def text(trained: Trained) -> list[list[int]]:
-        adapters, frozen = (trained.runner.on_first(tree) for tree in (trained.state.params, trained.frozen))
+        adapters, frozen = (trained.runner.for_decoding(tree) for tree in (trained.state.params, trained.frozen))
         return generate(
             trained.model, variables(trained.model, adapters, frozen), [[1, 2, 3]], sampling=Sampling(temperature=0),
             max_new_tokens=8, stop_ids=(), n_ids=64, seed=0,

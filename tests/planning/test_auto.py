@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from jgpt.config.defaults import default_config
 from jgpt.errors import UserError
 from jgpt.model.shapes import model_config
-from jgpt.parallel.build import devices_of
+from jgpt.parallel.build import training_devices
 from jgpt.planning import auto
 from jgpt.planning.auto import as_begun, is_auto, settle
 from jgpt.planning.estimate import choice_of, least_bytes, with_choice
@@ -44,7 +44,7 @@ def config_of(**changes) -> ConfigDict:
 
 
 def settled(config: ConfigDict) -> ConfigDict:
-    return settle(config, model_config(config.model, 50), devices_of(config))
+    return settle(config, model_config(config.model, 50), training_devices(config))
 
 
 def test_it_searches_once_and_remembers(cache: Path, searches: list, caplog: pytest.LogCaptureFixture):
@@ -85,7 +85,7 @@ def test_only_what_is_asked_for_is_chosen(cache: Path, searches: list):
 
 def test_a_model_that_cannot_fit_is_refused_with_the_numbers(cache: Path, monkeypatch: pytest.MonkeyPatch):
     machine, config = auto.this_machine, config_of()
-    least = least_bytes(config, model_config(config.model, 50), machine(devices_of(config)))
+    least = least_bytes(config, model_config(config.model, 50), machine(training_devices(config)))
     monkeypatch.setattr(auto, "this_machine", lambda devices: replace(machine(devices), memory_bytes=least + 1000))
     with pytest.raises(
         UserError, match=r"does not fit.*micro_batch_size=1 --config.execution.remat=.*GiB.*Take a smaller model"

@@ -16,11 +16,13 @@ from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
 from jgpt.data.write_tokens import prepare
 from jgpt.errors import OutOfMemory
-from jgpt.parallel.replicate import Pmap
+from jgpt.parallel.build import training_devices
+from jgpt.parallel.replicate import Replicate
 from jgpt.planning.remedies import EVALUATING, PLACING, TRAINING, overrides
 from jgpt.run_dir.manifest import digest, whole_steps
-from jgpt.training import run, setup
-from jgpt.training.loop import train
+from jgpt.training.hooks import sample
+from jgpt.training.setup import set_up
+from jgpt.training.start import train
 
 # Attention scores of so many sequences of 1024, two heads each, take 128 GiB on each of two devices.
 TOO_MANY = {"batch.global_batch_size": 2**15, "execution.micro_batch_size": 2**14}
@@ -87,12 +89,12 @@ def test_an_evaluation_that_does_not_fit_is_found_before_the_first_step(config: 
 def test_evaluation_takes_no_more_than_the_step(config: Callable[..., ConfigDict], chunk: int):
     """So that a run whose first step fits cannot fail in a later evaluation; by XLA's own count."""
     c = config(**{"model.context_length": 64, "batch.global_batch_size": 8, "execution.micro_batch_size": 4})
-    c.update({"remat": "block", "execution.loss_chunk_tokens": chunk})
-    training = setup.set_up(c, prepare(c, None))
+    c.execution.update({"remat": "block", "loss_chunk_tokens": chunk})
+    training = set_up(c, prepare(c, None), training_devices(c)).parts
     state = jax.eval_shape(training.init)
-    tokens = jax.ShapeDtypeStruct((training.runner.shares, 1, training.rows, 65), "int32")
-    weights = jax.ShapeDtypeStruct((training.runner.shares, training.rows, 64), "float32")
-    row = jax.ShapeDtypeStruct((training.runner.shares, training.rows, 65), "int32")
+    tokens = jax.ShapeDtypeStruct((training.strategy.shares, 1, training.rows, 65), "int32")
+    weights = jax.ShapeDtypeStruct((training.strategy.shares, training.rows, 64), "float32")
+    row = jax.ShapeDtypeStruct((training.strategy.shares, training.rows, 65), "int32")
     step: Any = training.train_step
     evaluation: Any = training.eval_step
     programs = step.lower(state, {}, Batch(tokens)), evaluation.lower(state.params, {}, Batch(row, weights))
@@ -106,7 +108,7 @@ def test_samples_that_do_not_fit_do_not_end_the_run(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(run, "generate", lambda *_, **__: jax.block_until_ready(jax.numpy.zeros(1 << 44)))
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: jax.block_until_ready(jax.numpy.zeros(1 << 44)))
     with caplog.at_level(logging.WARNING, "jgpt"):
         train(config(**{"sample.num_samples": 8}))
     assert "no samples at step 2: out of memory in sampling: the cpu was asked for 65536.00 GiB" in caplog.text
@@ -122,7 +124,7 @@ def test_the_machines_own_memory(config: Callable[..., ConfigDict], tmp_path: Pa
             raise MemoryError("Unable to allocate 1.50 GiB for an array with shape (402653184,) and data type float32")
         return jax.device_get(tree)
 
-    monkeypatch.setattr(Pmap, "on_host", full)
+    monkeypatch.setattr(Replicate, "to_save", full)
     with pytest.raises(OutOfMemory, match=r"(?s)in saving: the machine was asked for 1.50 GiB .*each save copies"):
         train(config())
     assert status(tmp_path)["state"] == "failed" and whole_steps(tmp_path / "run" / "checkpoints") == []

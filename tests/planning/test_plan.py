@@ -17,7 +17,7 @@ from jgpt.planning.estimate import ACTIVATIONS
 from jgpt.planning.page import merged, page
 from jgpt.planning.roofline import OpCost, Prediction
 from jgpt.planning.summary import Plan, make_plan, vocabulary_of
-from jgpt.step.state import state_bytes
+from jgpt.step.state import tree_bytes
 
 BASE = f"--config={Path(__file__).parents[2] / 'configs' / 'base.py'}"
 SMALL = {
@@ -53,7 +53,7 @@ def test_the_parts_of_the_memory_are_those_of_the_state(tmp_path: Path):
     # The largest array with a side of the vocabulary: fp32 logits of a micro-batch of 2 x 64 tokens.
     assert found.logits == 2 * 64 * 512 * 4
     assert plan.fits and plan.hours is None and plan.runs is None and plan.advice is None
-    assert plan.checkpoints == (4, state_bytes(state))
+    assert plan.checkpoints == (4, tree_bytes(state))
 
 
 def test_a_larger_micro_batch_takes_more_and_remat_less(tmp_path: Path):

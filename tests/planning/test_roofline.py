@@ -11,7 +11,7 @@ from jgpt.model.gpt import GPT
 from jgpt.model.parameters import flops_per_token
 from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.replicate import Pmap
+from jgpt.parallel.replicate import Replicate
 from jgpt.planning.devices import compile_only
 from jgpt.planning.roofline import GROUPS, Rates, predict
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
@@ -151,10 +151,19 @@ def test_flops_of_a_compiled_t4_step_are_those_of_the_model(optimized: None):
         pytest.skip(str(error))
     policy, options = Policy(compute=jnp.float16), default_config().optimizer
     optimizer, model = make_optimizer(options), GPT(shapes, policy.compute, attention="plain")
-    step = make_train_step(model, policy, optimizer, learning_rate_schedule(options), 3, 0, 0, 1000)
+    step = make_train_step(
+        model,
+        policy,
+        optimizer,
+        learning_rate_schedule(options),
+        accumulation=3,
+        seed=0,
+        loss_chunk_tokens=0,
+        growth_steps=1000,
+    )
     state = jax.eval_shape(lambda: init_state(model, policy, optimizer, 0, 1.0))
     batch = Batch(jax.ShapeDtypeStruct((2, 3, 4, 129), jnp.int32))
-    found = predict(Pmap(devices).train_step(step).lower(state, {}, batch).compile().as_text(), RATES)
+    found = predict(Replicate(devices).train_step(step).lower(state, {}, batch).compile().as_text(), RATES)
     assert found.gemm_flops == pytest.approx(3 * 4 * 128 * flops_per_token(shapes), rel=0.02)
     assert not [op for op in found.ops if op.kind == "fp32 gemm"]
     assert len([op for op in found.ops if op.kind == "collective"]) == 1

@@ -54,7 +54,7 @@ def wide_products(program: Program) -> list[str]:
 
 
 def test_it_fits(plan: Plan):
-    assert plan.found.parts.runner.shares == 2
+    assert plan.found.parts.strategy.shares == 2
     assert plan.fits, f"{plan.found.peak / 2**30:.2f} GiB"
     assert plan.found.peak > plan.found.state > 0
     tight = replace(plan, target=replace(plan.target, memory_bytes=plan.found.peak - 1))

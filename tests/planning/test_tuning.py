@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from jgpt.config.defaults import default_config
 from jgpt.errors import UserError
 from jgpt.model.shapes import model_config
-from jgpt.parallel.build import devices_of
+from jgpt.parallel.build import training_devices
 from jgpt.planning.devices import this_machine
 from jgpt.planning.estimate import Choice
 from jgpt.planning.search import REMATS, SAME, Search, Space, check_least, space_of
@@ -120,7 +120,7 @@ def test_a_model_that_fills_the_device_begins_with_one_sequence():
             "execution.remat": "auto",
         }
     )
-    shapes, machine = model_config(config.model, 50_304), this_machine(devices_of(config))
+    shapes, machine = model_config(config.model, 50_304), this_machine(training_devices(config))
     begins = [
         space_of(config, shapes, replace(machine, memory_bytes=gib * 2**30), False).begin for gib in (10, 14, 24, 80)
     ]
@@ -150,7 +150,7 @@ def config_of(**changes) -> ConfigDict:
 def test_only_what_the_config_leaves_open_is_searched():
     def space(everything: bool = False, **changes) -> Space:
         config = config_of(**changes)
-        return space_of(config, model_config(config.model, 100), this_machine(devices_of(config)), everything)
+        return space_of(config, model_config(config.model, 100), this_machine(training_devices(config)), everything)
 
     own = [("none", "auto")]
     assert space() == Space([4], own, [2048], 256, 32)  # as training takes it: the largest divisor of 12 below 5

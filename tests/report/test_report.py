@@ -1,4 +1,4 @@
-"""Curves, samples and the one-page report: whatever a run directory holds, and whatever a sample says."""
+"""loss.png, samples.txt and report.html, for every kind of run directory and of text."""
 
 import html.parser
 import json
@@ -55,7 +55,7 @@ RUNS = {
 
 @pytest.fixture
 def no_warning(caplog: pytest.LogCaptureFixture) -> Any:
-    """Fail when anything was logged as a warning: the report swallows errors, its tests must not."""
+    """Fail when a warning was logged: in the report an error is only a warning, in its tests it must not pass."""
     yield
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
@@ -99,7 +99,7 @@ def test_no_matplotlib_is_one_line_with_the_command(
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_trouble_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_run(tmp_path, RUNS["gap"])
     (tmp_path / "status.json").write_text("{ torn")
     write_report(tmp_path)
@@ -108,7 +108,7 @@ def test_trouble_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would make of it: the tags, and the text."""
+    """The tags and the text of a page, as an HTML parser reads them."""
 
     def __init__(self, source: str):
         super().__init__()

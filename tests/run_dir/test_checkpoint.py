@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from jgpt.errors import UserError
 from jgpt.run_dir import checkpoint as module
 from jgpt.run_dir.checkpoint import Checkpoints
 from jgpt.run_dir.manifest import digest, verify, whole_steps
 from jgpt.run_dir.params import read_meta, restore_params
-from jgpt.step.state import LossScale, TrainState, state_bytes
+from jgpt.step.state import LossScale, TrainState, tree_bytes
 
 Opened = Callable[..., Checkpoints]
 
@@ -40,6 +41,11 @@ def state_at(step: int) -> TrainState:
 
 
 ABSTRACT = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, state_at(1)))
+
+
+def on(device: jax.Device) -> Any:
+    """Return shardings: the whole state on one device."""
+    return jax.tree.map(lambda _: SingleDeviceSharding(device), ABSTRACT)
 
 
 def meta_at(step: int, val_loss: float | None = None) -> dict[str, Any]:
@@ -81,7 +87,7 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 
 
 def restored_step(checkpoints: Checkpoints) -> int:
-    restored = checkpoints.restore(ABSTRACT, jax.local_devices()[0])
+    restored = checkpoints.restore(ABSTRACT, on(jax.local_devices()[0]))
     assert restored is not None
     state, meta = restored
     assert meta == meta_at(meta["step"]) and bits(state) == bits(state_at(meta["step"]))
@@ -92,7 +98,7 @@ def test_whole_state_comes_back_bitwise(copied: Path, opened: Opened):
     checkpoints = opened()
     assert checkpoints.steps() == [3, 5] and restored_step(checkpoints) == 5
     second = jax.local_devices()[1]
-    restored = checkpoints.restore(ABSTRACT, second)
+    restored = checkpoints.restore(ABSTRACT, on(second))
     assert restored is not None
     state, _ = restored
     assert jax.tree.structure(state) == jax.tree.structure(ABSTRACT)
@@ -101,7 +107,7 @@ def test_whole_state_comes_back_bitwise(copied: Path, opened: Opened):
 
 def test_empty_directory_has_none(opened: Opened):
     checkpoints = opened()
-    assert checkpoints.steps() == [] and checkpoints.restore(ABSTRACT, jax.local_devices()[0]) is None
+    assert checkpoints.steps() == [] and checkpoints.restore(ABSTRACT, on(jax.local_devices()[0])) is None
 
 
 def test_keeps_the_last_ones(tmp_path: Path, opened: Opened):
@@ -219,7 +225,7 @@ def test_none_whole_is_refused_and_nothing_changed(copied: Path, opened: Opened)
         (copied / str(step) / "params" / "_METADATA").write_text("{}")
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="holds checkpoints, and none is whole. Nothing was changed"):
-        opened().restore(ABSTRACT, jax.local_devices()[0])
+        opened().restore(ABSTRACT, on(jax.local_devices()[0]))
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
@@ -355,5 +361,5 @@ def test_state_bytes_is_what_the_disk_holds(tmp_path: Path):
     checkpoints.save(big, meta_at(1))
     checkpoints.close()
     on_disk = sum(path.stat().st_size for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
-    expected = state_bytes(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, big)))
+    expected = tree_bytes(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, big)))
     assert abs(on_disk / expected - 1) < 0.1 and os.path.isdir(tmp_path / "checkpoints" / "1")

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from test_checkpoint import ABSTRACT, meta_at, state_at
 
 from jgpt.config.defaults import default_config
@@ -17,7 +18,7 @@ from jgpt.errors import UserError
 from jgpt.run_dir import disk
 from jgpt.run_dir.checkpoint import SAVE_BYTES_PER_SECOND, Checkpoints
 from jgpt.run_dir.disk import SMALL_FILES, bytes_below, check_room, room
-from jgpt.step.state import state_bytes
+from jgpt.step.state import tree_bytes
 from jgpt.training.setup import check_disk
 
 MB = 1_000_000
@@ -28,6 +29,10 @@ def large(step: int, n_bytes: int = 8 * MB) -> Any:
     state = state_at(step)
     table = np.random.default_rng(step).integers(0, 2**32, n_bytes // 4, np.uint32)
     return state._replace(params=state.params | {"large": table})
+
+
+def restored(checkpoints: Checkpoints, abstract: Any) -> Any:
+    return checkpoints.restore(abstract, jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract))
 
 
 def test_room_is_what_is_free_or_what_the_budget_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -46,7 +51,7 @@ def test_room_is_what_is_free_or_what_the_budget_leaves(tmp_path: Path, monkeypa
 def test_the_plan_counts_the_budget_and_other_files(tmp_path: Path):
     abstract = jax.eval_shape(lambda: large(1))
     options = default_config().checkpoint
-    size = state_bytes(abstract)
+    size = tree_bytes(abstract)
     options.disk_gb = (4 * size + SMALL_FILES + 1000) / 1e9  # keep_last 2, the best one, and one being written
     check_disk(tmp_path, abstract, options)
     (tmp_path / "tokens.bin").write_bytes(b"x" * 2 * MB)
@@ -100,7 +105,7 @@ def test_a_save_without_room_is_refused_and_the_newest_stays(tmp_path: Path):
     checkpoints.save(large(1), meta_at(1))
     with pytest.raises(UserError, match="above its checkpoint.disk_gb=.*Earlier checkpoints are whole"):
         checkpoints.save(large(2), meta_at(2))
-    assert checkpoints.steps() == [1] and checkpoints.restore(jax.eval_shape(lambda: large(1)), jax.devices()[0])
+    assert checkpoints.steps() == [1] and restored(checkpoints, jax.eval_shape(lambda: large(1)))
     checkpoints.close()
 
 
@@ -134,4 +139,4 @@ def test_a_save_is_guessed_from_its_bytes_until_one_was_timed(tmp_path: Path):
     assert checkpoints.expected_seconds(1) == 100.0 and calls[-1] == (tmp_path, 2)
     checkpoints.save(state_at(2), meta_at(2))  # it is there: nothing is written, and nobody called
     checkpoints.close()
-    assert len(calls) == 2 and state_bytes(ABSTRACT) > 0
+    assert len(calls) == 2 and tree_bytes(ABSTRACT) > 0

@@ -15,7 +15,7 @@ from jgpt.data.batches import Batch
 from jgpt.model.gpt import GPT
 from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.replicate import Pmap
+from jgpt.parallel.replicate import Replicate
 from jgpt.step.eval_step import make_eval_step
 from jgpt.step.loss_scale import MAX_LOSS_SCALE
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
@@ -34,7 +34,7 @@ class Parts(NamedTuple):
     model: GPT
     optimizer: optax.GradientTransformation
     pure: Any
-    runner: Pmap
+    runner: Replicate
     step: Any
     initial: TrainState  # on the host
     accumulation: int
@@ -70,8 +70,18 @@ def parts(
     o.update({"eps": 1e-2, "warmup_steps": 2, "total_steps": 20, "learning_rate": 0.05, "clip_norm": 0.5})
     optimizer = make_optimizer(o)
     schedule = learning_rate_schedule(o)
-    pure = make_train_step(model, policy, optimizer, schedule, accumulation, seed, 16, 2, average)
-    runner = Pmap(jax.local_devices()[:devices])
+    pure = make_train_step(
+        model,
+        policy,
+        optimizer,
+        schedule,
+        accumulation=accumulation,
+        seed=seed,
+        loss_chunk_tokens=16,
+        growth_steps=2,
+        average_dtype=average,
+    )
+    runner = Replicate(jax.local_devices()[:devices])
     abstract = jax.eval_shape(lambda: init_state(model, policy, optimizer, SEED, 8.0))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
     params = jax.tree_util.tree_map_with_path(_random, abstract.params)
@@ -87,8 +97,7 @@ def run(p: Parts, state: TrainState, *batches: np.ndarray) -> tuple[TrainState, 
     """Train on global batches [rows, T+1], cut for the devices and the micro-batches as the loop does."""
     placed, metrics = p.runner.place_state(state), []
     for batch in batches:
-        shape = len(p.runner.devices), p.accumulation, -1, T + 1
-        placed, numbers = p.step(placed, {}, p.runner.place_batch(Batch(batch.reshape(shape))))
+        placed, numbers = p.step(placed, {}, p.runner.place_batch(Batch(batch), p.accumulation))
         metrics.append(p.runner.on_host(numbers))
     return placed, metrics
 
@@ -286,14 +295,14 @@ def test_scale_cancels_out():
 def test_state_is_donated():
     p = parts(accumulation=2)
     before = p.runner.place_state(p.initial)
-    p.step(before, {}, p.runner.place_batch(Batch(tokens(0).reshape(2, 2, 2, T + 1))))
+    p.step(before, {}, p.runner.place_batch(Batch(tokens(0)), 2))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
 
 
 def test_one_gradient_all_reduce():
     """The compiled step holds one all-reduce of everything, though two micro-batches make the gradient."""
     p = parts(accumulation=2)
-    state, batch = p.runner.place_state(p.initial), p.runner.place_batch(Batch(tokens(0).reshape(2, 2, 2, T + 1)))
+    state, batch = p.runner.place_state(p.initial), p.runner.place_batch(Batch(tokens(0)), 2)
     text = p.step.lower(state, {}, batch).compile().as_text()
     reduces = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
     n_parameters = sum(x.size for x in jax.tree.leaves(p.initial.params))
@@ -308,8 +317,8 @@ def test_one_gradient_all_reduce():
 def test_gradients_averaged_in_fp16_are_those_averaged_in_fp32_to_rounding():
     """Two devices with different batches; what they send is fp16, and the loss is not rounded with it."""
     wide, narrow = parts(FP16, accumulation=2), parts(FP16, accumulation=2, average=jnp.float16)
-    state, batch = narrow.runner.place_state(narrow.initial), tokens(0).reshape(2, 2, 2, T + 1)
-    lowered = narrow.step.lower(state, {}, narrow.runner.place_batch(Batch(batch))).as_text()
+    state, batch = narrow.runner.place_state(narrow.initial), tokens(0)
+    lowered = narrow.step.lower(state, {}, narrow.runner.place_batch(Batch(batch), 2)).as_text()
     n_parameters = sum(x.size for x in jax.tree.leaves(narrow.initial.params))
     sent = re.findall(r"all_reduce.*?: \(tensor<([\dx]*)x?(f\d+)>\) ->", lowered, re.DOTALL)
     assert (str(n_parameters) + "x", "f16") in [(size.rstrip("x") + "x", dtype) for size, dtype in sent]
@@ -381,7 +390,7 @@ def test_eval_step_counts_what_its_weights_say_and_drops_nothing():
     params, batch = p.runner.place_state(p.initial.params), tokens(0)
 
     def total(weights: np.ndarray) -> float:
-        placed = p.runner.place_batch(Batch(batch.reshape(2, 4, -1), weights.reshape(2, 4, -1)))
+        placed = p.runner.place_sequences(Batch(batch, weights))
         return float(evaluate(params, {}, placed))
 
     @jax.jit

@@ -21,12 +21,13 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
 from jgpt.errors import TrainingDiverged, UserError
-from jgpt.parallel import build
-from jgpt.parallel.replicate import Pmap
+from jgpt.parallel.replicate import Replicate
 from jgpt.run_dir import checkpoint
 from jgpt.run_dir.manifest import digest, whole_steps
-from jgpt.training import run as run_module
-from jgpt.training.loop import EXIT_SECONDS, train
+from jgpt.training import start as start_module
+from jgpt.training.hooks import health
+from jgpt.training.loop import EXIT_SECONDS
+from jgpt.training.start import train
 from jgpt.training.stop import Stop
 
 REPOSITORY = Path(__file__).parents[2]
@@ -254,7 +255,7 @@ def test_other_devices(config: Callable[..., ConfigDict], tmp_path: Path, caplog
     with stop_after(4):
         train(changing)
     one = jax.local_devices()[:1]
-    with stop_after(4), mock.patch.object(build, "training_devices", lambda size: one):
+    with stop_after(4), mock.patch.object(start_module, "training_devices", lambda config: one):
         with caplog.at_level(logging.INFO, "jgpt"):
             train(changing)
     assert "saved on 2 devices, going on with 1" in caplog.text
@@ -299,7 +300,7 @@ def test_from_fp32_to_fp16_begins_with_the_configured_scale(copy: Path, config: 
 
 def test_divergence(copy: Path, config: Callable[..., ConfigDict]):
     """A parameter that became NaN: no step changes anything, and after some the run gives up, its checkpoints good."""
-    place = Pmap.place_state
+    place = Replicate.place_state
 
     def poison(self: Any, state: Any) -> Any:
         table = np.array(state.params["wte"]["embedding"])
@@ -307,8 +308,8 @@ def test_divergence(copy: Path, config: Callable[..., ConfigDict]):
         return place(self, state._replace(params=state.params | {"wte": {"embedding": table}}))
 
     patched = (
-        mock.patch.object(Pmap, "place_state", poison),
-        mock.patch.object(run_module, "MOST_SKIPS_IN_A_ROW", 3),
+        mock.patch.object(Replicate, "place_state", poison),
+        mock.patch.object(health, "MAX_SKIPPED_IN_A_ROW", 3),
     )
     before = digest(copy / "checkpoints" / "12")
     with patched[0], patched[1], pytest.raises(TrainingDiverged, match="not finite in 3 steps in a row, up to step 15"):

@@ -20,10 +20,11 @@ from jgpt.loading.adopt import adopt_source
 from jgpt.model.parameters import abstract_params, count_parameters, flops_per_token
 from jgpt.model.shapes import ModelConfig, model_config
 from jgpt.parallel import build
+from jgpt.parallel.strategy import laid_out
 from jgpt.run_dir.checkpoint import Checkpoints
 from jgpt.run_dir.identity import read_config
-from jgpt.step.state import state_bytes
-from jgpt.training.setup import check_disk, set_up
+from jgpt.step.state import tree_bytes
+from jgpt.training.setup import Setup, check_disk, set_up
 
 GPT2 = ModelConfig(
     50304, 1024, 12, 12, 12, 768, 64, 3072, position="learned", norm="layernorm", mlp="gelu", bias=True
@@ -42,17 +43,25 @@ def data_of(n_ids: int = 50, n_tokens: int = 2000) -> TokenData:
     return TokenData(tokens, tokens[:500], {}, SimpleNamespace(vocab_size=n_ids))  # type: ignore[arg-type]
 
 
+def set_up_of(config: ConfigDict) -> Setup:
+    return set_up(config, data_of(), build.training_devices(config))
+
+
+def batch_of(training: Setup, step: int) -> Any:
+    return training.parts.strategy.place_batch(training.batches.batch(step), training.parts.accumulation)
+
+
 @pytest.fixture
 def with_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let set_up see so many devices; it only counts them."""
 
     def pretend(n: int) -> None:
         devices = jax.local_devices()
-        monkeypatch.setattr(build, "training_devices", lambda size: [devices[i % 2] for i in range(n)])
+        monkeypatch.setattr(build, "training_devices", lambda config: [devices[i % 2] for i in range(n)])
         if n > 2:
-            monkeypatch.setattr(build, "Pmap", lambda devices: SimpleNamespace(
+            monkeypatch.setattr(build, "Replicate", lambda devices: SimpleNamespace(
                 devices=devices, shares=n, train_step=lambda step: step, eval_step=lambda step: step,
-                place_batch=lambda x: x,
+                place_batch=lambda batch, accumulation: laid_out(batch, n, accumulation),
             ))  # fmt: skip
 
     return pretend
@@ -62,15 +71,13 @@ def with_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_rows_times_accumulation_times_devices_is_the_global_batch(devices: int, with_devices: Callable[[int], None]):
     with_devices(devices)
     for size, micro in [(24, 24), (24, 1), (24, 2), (24, 3), (24, 4), (24, 12), (48, 16), (240, 5), (72, 36)]:
-        training = set_up(
-            config_of(**{"batch.global_batch_size": size, "execution.micro_batch_size": micro}), data_of()
-        )
-        assert training.rows * training.accumulation * devices == size
-        assert training.rows <= micro
+        training = set_up_of(config_of(**{"batch.global_batch_size": size, "execution.micro_batch_size": micro}))
+        assert training.parts.rows * training.parts.accumulation * devices == size
+        assert training.parts.rows <= micro
         share = size // devices
-        assert training.rows == max(n for n in range(1, micro + 1) if share % n == 0)  # as large as allowed
-        assert training.tokens_per_step == size * 8
-        assert training.batch(0).tokens.shape == (devices, training.accumulation, training.rows, 9)
+        assert training.parts.rows == max(n for n in range(1, micro + 1) if share % n == 0)  # as large as allowed
+        assert training.parts.tokens_per_step == size * 8
+        assert batch_of(training, 0).tokens.shape == (devices, training.parts.accumulation, training.parts.rows, 9)
 
 
 @pytest.mark.parametrize("step", [0, 7])
@@ -79,23 +86,23 @@ def test_global_batch_does_not_depend_on_devices_or_micro_batches(step: int, wit
     seen = []
     for devices, micro in [(1, 24), (1, 2), (2, 12), (2, 3), (4, 6), (8, 1)]:
         with_devices(devices)
-        training = set_up(config_of(**{"batch.global_batch_size": 24, "execution.micro_batch_size": micro}), data_of())
-        seen.append(np.asarray(training.batch(step).tokens).reshape(24, 9))
+        training = set_up_of(config_of(**{"batch.global_batch_size": 24, "execution.micro_batch_size": micro}))
+        seen.append(np.asarray(batch_of(training, step).tokens).reshape(24, 9))
     for batch in seen:
         np.testing.assert_array_equal(batch, seen[0])
     np.testing.assert_array_equal(seen[0], Batches(data_of().train, 1337, 24, 8, 64).batch(step).tokens)
 
 
 def test_validation_blocks_are_as_many_as_planned():
-    training = set_up(config_of(**{"batch.global_batch_size": 4, "eval.batches": 3}), data_of())
+    training = set_up_of(config_of(**{"batch.global_batch_size": 4, "eval.batches": 3}))
     assert [block.tokens.shape for block in training.val_blocks] == [(9,)] * 12
-    assert len(set_up(config_of(**{"eval.batches": 9}), data_of()).val_blocks) == 62  # all there are
+    assert len(set_up_of(config_of(**{"eval.batches": 9})).val_blocks) == 62  # all there are
 
 
 def test_half_precision_parameters_come_with_a_warning(caplog: pytest.LogCaptureFixture):
-    training = set_up(config_of(**{"precision.params": "bf16"}), data_of())
+    training = set_up_of(config_of(**{"precision.params": "bf16"}))
     assert "precision.params=bf16: updates smaller than" in caplog.text
-    state = jax.eval_shape(training.init)
+    state = jax.eval_shape(training.parts.init)
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"bfloat16"}
 
 
@@ -150,8 +157,8 @@ def test_flops_count_matrix_products_alone():
 
 @pytest.fixture(scope="module")
 def abstract() -> Any:
-    training = set_up(config_of(**{"model.d_model": 128, "model.n_layers": 2, "batch.global_batch_size": 2}), data_of())
-    return jax.eval_shape(training.init)
+    training = set_up_of(config_of(**{"model.d_model": 128, "model.n_layers": 2, "batch.global_batch_size": 2}))
+    return jax.eval_shape(training.parts.init)
 
 
 def test_check_disk_knows_the_size_of_a_checkpoint(tmp_path: Path, abstract: Any, monkeypatch: pytest.MonkeyPatch):
@@ -162,7 +169,7 @@ def test_check_disk_knows_the_size_of_a_checkpoint(tmp_path: Path, abstract: Any
     checkpoints.save(state, {})
     checkpoints.close()
     on_disk = sum(path.stat().st_size for path in (tmp_path / "measured").rglob("*") if path.is_file())
-    size = state_bytes(abstract)
+    size = tree_bytes(abstract)
     assert abs(size / on_disk - 1) < 0.1
     options = default_config().checkpoint
     free = 0
@@ -171,34 +178,36 @@ def test_check_disk_knows_the_size_of_a_checkpoint(tmp_path: Path, abstract: Any
         options.update({"keep_last": keep_last, "keep_best": keep_best})
         planned = keep_last + keep_best + 1  # one is being written
         free = planned * size
-        check_disk(tmp_path, abstract, options)
+        check_disk(tmp_path, tree_bytes(abstract), options)
         free -= 1
         with pytest.raises(UserError, match=f"too small for the checkpoints planned: {planned} of .*keep_last=1"):
-            check_disk(tmp_path, abstract, options)
+            check_disk(tmp_path, tree_bytes(abstract), options)
 
 
 def test_check_disk_counts_what_the_old_checkpoints_hold(
     tmp_path: Path, abstract: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """A run that goes on writes over its own."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=state_bytes(abstract)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=tree_bytes(abstract)))
     options = default_config().checkpoint
     options.update({"keep_last": 1, "keep_best": False})
     with pytest.raises(UserError):
-        check_disk(tmp_path, abstract, options)
+        check_disk(tmp_path, tree_bytes(abstract), options)
     (tmp_path / "checkpoints" / "5" / "params").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "5" / "params" / "data").write_bytes(b"x" * state_bytes(abstract))
-    check_disk(tmp_path, abstract, options)
+    (tmp_path / "checkpoints" / "5" / "params" / "data").write_bytes(b"x" * tree_bytes(abstract))
+    check_disk(tmp_path, tree_bytes(abstract), options)
 
 
 def test_sequence_length_is_what_is_trained_on(trained: Path):
     """Batches, validation and FLOPs have it; the model sees its whole context."""
-    whole = set_up(config_of(), data_of())
-    short = set_up(config_of(**{"batch.sequence_length": 4}), data_of())
-    assert short.model.config.context_length == 8 and short.sequence_length == 4
-    assert short.batch(0).tokens.shape[-1] == 5 and all(len(block.tokens) == 5 for block in short.val_blocks)
-    assert short.tokens_per_step == whole.tokens_per_step / 2
-    assert whole.flops_per_token - short.flops_per_token == 12 * 2 * 8 * 4  # attention's: 12 L N H for each position
+    whole = set_up_of(config_of())
+    short = set_up_of(config_of(**{"batch.sequence_length": 4}))
+    assert short.parts.model.config.context_length == 8 and short.parts.sequence_length == 4
+    assert batch_of(short, 0).tokens.shape[-1] == 5 and all(len(block.tokens) == 5 for block in short.val_blocks)
+    assert short.parts.tokens_per_step == whole.parts.tokens_per_step / 2
+    assert (
+        whole.parts.flops_per_token - short.parts.flops_per_token == 12 * 2 * 8 * 4
+    )  # attention's: 12 L N H for each position
 
 
 def test_frozen_matrices_cost_two_thirds():
@@ -244,13 +253,15 @@ def test_what_contradicts_the_source_is_refused(changes: dict[str, Any], message
 
 def test_adapters_need_a_layer_to_adapt():
     lora = {"init_from": "some/model", "lora.rank": 2}
-    training = set_up(config_of(**lora, **{"lora.targets": "qkv, up"}), data_of())
-    assert set(jax.eval_shape(training.init).params["h_0"]) == {"attn"}  # the other name is of the other architecture
+    training = set_up_of(config_of(**lora, **{"lora.targets": "qkv, up"}))
+    assert set(jax.eval_shape(training.parts.init).params["h_0"]) == {
+        "attn"
+    }  # the other name is of the other architecture
     with pytest.raises(UserError, match=r"lora.targets='up', .* has none of these layers.*gate_up"):
-        set_up(config_of(**lora, **{"lora.targets": "up"}), data_of())
+        set_up_of(config_of(**lora, **{"lora.targets": "up"}))
 
 
 def test_a_model_without_a_home_is_refused_where_export_is_required():
-    set_up(config_of(**{"export.require": True}), data_of())
+    set_up_of(config_of(**{"export.require": True}))
     with pytest.raises(UserError, match="no Hugging Face architecture"):
-        set_up(config_of(**{"export.require": True, "model.mlp": "gelu"}), data_of())
+        set_up_of(config_of(**{"export.require": True, "model.mlp": "gelu"}))

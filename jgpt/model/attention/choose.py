@@ -1,4 +1,4 @@
-"""The forms of causal attention: which one a device takes, and the call of each.
+"""The forms of causal attention: choose one for a device, and call the one chosen.
 
 In the data path: called by every block of `model/gpt.py`, whose legend names the dimensions.
 """
@@ -11,26 +11,45 @@ import jax.numpy as jnp
 from jax import Array
 
 from jgpt.errors import UserError
-from jgpt.model.attention.chunked import CHUNKS, attend_in_chunks
+from jgpt.model.attention.chunked import attend_in_chunks, chunk_bounds
 from jgpt.model.attention.plain import attend
 
 
-def choose_attention(attention: str, compute: Any, platform: str, compute_capability: tuple[int, int] | None) -> str:
-    """Resolve the config's `attention` for a device, given as to `choose_policy`; `compute` is the products' dtype.
+def choose_attention(
+    attention: str,
+    compute: Any,
+    platform: str,
+    compute_capability: tuple[int, int] | None,
+    d_head: int = 64,
+    deterministic: bool = False,
+) -> str:
+    """Return the form that `execution.attention` means on a device.
 
-    "auto" is "chunked" on CPU, whose cost is arithmetic, and "chunked_vjp" on GPUs, whose cost is memory traffic.
-    Raises UserError for "flash" where there is none: below sm_80, and for fp32.
+    `compute` is the dtype of the matrix products; `platform` is "cpu", "gpu" or "tpu"; `compute_capability` is (7, 5)
+    for a T4, None where there is none; `d_head` is the width of a head. "auto" is "chunked" on a CPU, where arithmetic
+    is the cost. On a GPU, where memory traffic is, it is "flash" if cuDNN has the kernel (on an H100 the fastest, see
+    docs/benchmarks) and results need not be `deterministic`, else "chunked_vjp". cuDNN takes sm_80 and above, fp16 and
+    bf16, and heads of 8, 16, ... 128. Raises UserError for "flash" where there is none.
 
     >>> choose_attention("auto", jnp.float16, "gpu", (7, 5))
     'chunked_vjp'
     """
+    has_cudnn = (compute_capability or (0, 0)) >= (8, 0) and compute != jnp.float32
+    has_cudnn = has_cudnn and d_head % 8 == 0 and d_head <= 128
     if attention == "auto":
-        return "chunked_vjp" if platform == "gpu" else "chunked"
-    if attention == "flash" and (compute == jnp.float32 or (compute_capability or (0, 0)) < (8, 0)):
+        return "flash" if has_cudnn and not deterministic else "chunked_vjp" if platform == "gpu" else "chunked"
+    if attention == "flash" and has_cudnn and deterministic:
+        raise UserError(
+            "execution.attention='flash' with execution.deterministic=True: cuDNN's fused attention is not the same bit"
+            " for bit after a restart. Allowed: one of them. Take --config.execution.deterministic=false, or"
+            " --config.execution.attention=auto."
+        )
+    if attention == "flash" and not has_cudnn:
         device = "sm_{}{}".format(*compute_capability) if compute_capability else platform
         raise UserError(
-            f"attention='flash' on {device} in {jnp.dtype(compute).name}: cuDNN's fused attention needs a GPU of"
-            " compute capability 8.0 or above (a T4 is 7.5), and fp16 or bf16. Allowed here: 'auto', 'plain',"
+            f"attention='flash' on {device} in {jnp.dtype(compute).name} with heads {d_head} wide: cuDNN's fused"
+            " attention needs a GPU of compute capability 8.0 or above (a T4 is 7.5), fp16 or bf16, and heads of a"
+            " width that 8 divides, at most 128. Allowed here: 'auto', 'plain',"
             " 'chunked', 'chunked_vjp', 'chunked_vjp_recompute'. Take --config.execution.attention=auto."
         )
     return attention
@@ -45,30 +64,32 @@ def attend_causally(
     drop: Callable[[Array], Array] | None = None,
     scores_dtype: Any = None,
 ) -> Array:
-    """Softmax attention of a sequence to itself (S = T), where no query looks past its own place.
+    """Compute causal softmax attention of a sequence to itself (S = T), in the form that `attention` names.
 
-    Shapes are those of `attend` in `plain.py`. `attention` names the form; all agree to rounding:
+    `q` [B, T, K, G, H], `k` and `v` [B, T, K, H], `mask` bool [B or 1, T, T], true where a query may attend to a key;
+    it must be causal. `drop` is dropout on the weights. The scores are products in `scores_dtype`, by default q's.
+    Returns [B, T, K, G, H] in the dtype of `v`. The forms agree to rounding:
 
-    - "plain": all pairs at once.
-    - "chunked": the queries go in four pieces, each with the keys up to its end only: 5/8 of the work and the memory.
-    - "chunked_vjp", "chunked_vjp_recompute": the same pieces, with a backward pass of our own (`chunked.py`).
-    - "flash": a fused kernel, which knows no mask but the causal one.
+    - "plain": all pairs of a query and a key at once.
+    - "chunked": the queries in four chunks, each with the keys up to its end: 5/8 of the work and of the memory.
+    - "chunked_vjp", "chunked_vjp_recompute": the same chunks, with a backward pass of our own (`chunked.py`).
+    - "flash": cuDNN's fused kernel.
 
-    Dropout, a `scores_dtype` and texts that share a row are computed as "chunked" where a form does not support them.
+    Only "plain" and "chunked" support `drop` and `scores_dtype`; with these, the other forms compute as "chunked".
+    "flash" supports no mask but the causal one: where texts share a row, it computes as "chunked_vjp".
     """
-    alone = drop is None and scores_dtype is None
-    if attention == "flash" and alone and mask.shape[0] == 1:
-        heads = q.reshape(*q.shape[:2], -1, q.shape[-1])  # [B, T, N, H]; G query heads in a row share a key
+    supports_vjp = drop is None and scores_dtype is None
+    if attention == "flash" and supports_vjp and mask.shape[0] == 1:
+        heads = q.reshape(*q.shape[:2], -1, q.shape[-1])  # [B, T, N, H]: G neighbouring query heads share a key head
         return jax.nn.dot_product_attention(heads, k, v, is_causal=True, implementation="cudnn").reshape(q.shape)
-    if attention in ("chunked_vjp", "chunked_vjp_recompute", "flash") and alone:
-        return attend_in_chunks(q, k, v, mask, attention != "chunked_vjp_recompute")
+    if attention in ("chunked_vjp", "chunked_vjp_recompute", "flash") and supports_vjp:
+        store_weights = attention != "chunked_vjp_recompute"
+        return attend_in_chunks(q, k, v, mask, store_weights)
     drop = drop or (lambda weights: weights)
     if attention == "plain":
         return attend(q, k, v, mask, drop, scores_dtype)
-    length = q.shape[1]
-    size = -(-length // CHUNKS)
-    pieces = []
-    for start in range(0, length, size):
-        end = min(start + size, length)
-        pieces.append(attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end], drop, scores_dtype))
-    return jnp.concatenate(pieces, axis=1)
+    chunks = [
+        attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end], drop, scores_dtype)
+        for start, end in chunk_bounds(q.shape[1])
+    ]
+    return jnp.concatenate(chunks, axis=1)

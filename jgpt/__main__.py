@@ -1,0 +1,55 @@
+"""Train, resume, fine-tune and run GPT language models in JAX.
+
+    jgpt COMMAND [--FLAG=VALUE ...]
+    jgpt COMMAND --help
+
+`jgpt COMMAND` and `python -m jgpt.COMMAND` are the same.
+
+Beside the data path: the console script `jgpt`, and `python -m jgpt`.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+from jgpt.cli.text import columns, did_you_mean, first_line
+
+FOLDER = Path(__file__).parent
+COMMANDS = {
+    "train": FOLDER / "train.py",
+    "prepare": FOLDER / "prepare.py",
+    "generate": FOLDER / "generate.py",
+    "chat": FOLDER / "chat.py",
+    "evaluate": FOLDER / "evaluate.py",
+    "plan": FOLDER / "plan.py",
+    "convert": FOLDER / "convert.py",
+    "check_env": FOLDER / "check_env.py",
+    "kaggle": FOLDER / "kaggle" / "__main__.py",
+}
+EXIT_USER = 2
+
+
+def entry() -> None:
+    """Run the command that the first argument names, as `python -m jgpt.COMMAND` does; without one, list them all."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    command = name.replace("-", "_")  # check-env
+    if command in COMMANDS:
+        del sys.argv[1]
+        runpy.run_module(f"jgpt.{command}", run_name="__main__", alter_sys=True)
+    elif name in ("-h", "--help", "-help", "help"):
+        print(overview())
+    else:
+        hint = did_you_mean(command, COMMANDS)
+        print(f"error: {name!r} is no command.{hint} Allowed: {', '.join(COMMANDS)}.", file=sys.stderr)
+        print("What they do: jgpt --help", file=sys.stderr)
+        sys.exit(EXIT_USER)
+
+
+def overview() -> str:
+    """List the commands with a line each, from their docstrings."""
+    usage = (__doc__ or "").split("\n\nBeside")[0]
+    return f"{usage}\n\nCommands:\n" + columns((name, first_line(path)) for name, path in COMMANDS.items())
+
+
+if __name__ == "__main__":
+    entry()

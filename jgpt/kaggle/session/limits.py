@@ -1,0 +1,71 @@
+"""The limits of Kaggle's machine: a session ends after 12 hours, and 20 GB of its working folder are kept.
+
+Beside the data path: `jgpt.train` adapts its config to the machine first. On other machines nothing changes.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from jgpt.kaggle.session.paths import on_kaggle, scratch_dir, working_dir
+from jgpt.run_dir.disk import bytes_below
+
+SESSION_HOURS = 12.0  # then Kaggle kills a GPU session, and may delete what it wrote
+DEADLINE_HOURS = 11.0  # one hour is left for packing, the last upload and Kaggle's own copying
+LEAST_HOURS = 0.25  # in a session that seems to be older: time for some steps and a checkpoint
+KEPT_GB = 19.5  # of the 20 GB, as a filesystem takes a little more than its files hold
+
+log = logging.getLogger("jgpt")
+
+
+def fit_to_kaggle(config: ConfigDict) -> ConfigDict:
+    """Return the config with the limits of Kaggle's machine in keys that were not set; unchanged on other machines.
+
+    `deadline_hours` becomes 11 minus the age of the session. Where the run directory is in the working folder,
+    `checkpoint.disk_gb` becomes 19.5 minus the size of other files there, and token files go to scratch.
+    """
+    if not on_kaggle():
+        return config
+    config = config.copy_and_resolve_references()
+    if not config.deadline_hours:
+        age = session_hours()
+        config.deadline_hours = round(max(DEADLINE_HOURS - age, LEAST_HOURS), 2)
+        log.info(
+            "deadline_hours=%g: Kaggle kills a session after %g hours, this one is %.2f hours old, and the last hour is"
+            " for packing and uploading", config.deadline_hours, SESSION_HOURS, age,
+        )  # fmt: skip
+    run_dir, working = Path(config.out_dir).expanduser().resolve(), working_dir().resolve()
+    if run_dir.is_relative_to(working):
+        budget, others = config.checkpoint.disk_gb or KEPT_GB, (bytes_below(working) - bytes_below(run_dir)) / 1e9
+        config.checkpoint.disk_gb = max(budget - round(others, 2), 0.01)
+        if others >= 0.01:
+            log.info("checkpoint.disk_gb=%.2f: other files in %s take %.2f GB", budget - others, working, others)
+        config.data.cache_dir = config.data.cache_dir or str(scratch_dir() / "jgpt" / "tokens" / run_dir.name)
+    return config.lock()
+
+
+def session_hours() -> float:
+    """Return the age of the session in hours: the age of its oldest process among our parent processes.
+
+    On Kaggle that is the notebook that runs the script or the cell. The container's first process does not count:
+    Kaggle may have started it long before the session.
+    """
+    try:
+        return (float(Path("/proc/uptime").read_text().split()[0]) - min(_start_times())) / 3600
+    except (OSError, ValueError):  # not Linux
+        return 0.0
+
+
+def _start_times() -> Iterator[float]:
+    """Yield the start times of this process, its parent and so on, as long as they belong to the session.
+
+    In seconds after the machine started (man 5 proc).
+    """
+    pid = os.getpid()
+    while pid == os.getpid() or (pid > 1 and b"KAGGLE_KERNEL_RUN_TYPE=" in Path(f"/proc/{pid}/environ").read_bytes()):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name may have spaces
+        yield int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        pid = int(fields[1])

@@ -1,0 +1,115 @@
+"""The loss of a loaded model on text of the user's, or on the validation split of its run.
+
+After training, in the data path: `jgpt.evaluate` prints it.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import jax
+
+from jgpt.data.batches import Batch, validation_blocks
+from jgpt.data.blocks import TokenStream, blocks
+from jgpt.data.corpus import Corpus
+from jgpt.data.find_files import find_files
+from jgpt.data.token_files import TokenData, open_token_data, token_directory
+from jgpt.errors import UserError
+from jgpt.loading.load import LoadedModel
+from jgpt.parallel.evaluation import bits_per_byte, evaluate
+from jgpt.parallel.mesh import Sharded
+from jgpt.parallel.replicate import Replicate
+from jgpt.parallel.strategy import Strategy
+from jgpt.step.eval_step import make_eval_step
+
+LONGEST = 2048  # tokens of a block, where neither the user nor a run says how many
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured: `loss` is the mean over `n_tokens` predicted tokens of `n_bytes` of text, in nats."""
+
+    loss: float
+    n_tokens: int
+    n_bytes: int
+    bits_per_byte: float
+
+    @property
+    def perplexity(self) -> float:
+        """Return e to the loss."""
+        return math.exp(self.loss)
+
+
+def block_length(loaded: LoadedModel, given: int) -> int:
+    """Return the tokens of a block: as given, as the run was trained, or what the model sees up to LONGEST.
+
+    Raises UserError where the model sees less than was given.
+    """
+    most = loaded.model.config.context_length
+    length = given or loaded.config.batch.sequence_length or min(most, LONGEST)
+    if length > most:
+        raise UserError(f"sequence_length={length}, and the model sees {most} tokens. Allowed: up to that. Give less.")
+    return length
+
+
+def measure_text(loaded: LoadedModel, text_glob: str, text_field: str, encoding_errors: str, length: int) -> Measured:
+    """Measure a model on text files, in blocks of `length` tokens. Raises UserError of the files."""
+    stream = TokenStream(Corpus(find_files(text_glob), text_field, encoding_errors), loaded.tokenizer)
+    loss, n_tokens = evaluate_loaded(loaded, _some(blocks(stream, length)), _rows(length), length)
+    return Measured(loss, n_tokens, stream.n_bytes, bits_per_byte(loss, n_tokens + 1, stream.n_bytes))
+
+
+def measure_validation_split(loaded: LoadedModel, run_dir: str, length: int) -> Measured:
+    """Measure a run on all of its validation split; of conversations, on the tokens that are learned."""
+    data = _own_tokens(loaded, run_dir)
+    sequences = blocks([data.val], length)
+    if data.is_chat:
+        sequences = iter(validation_blocks(data, length, len(data.val), length_key="sequence_length"))
+    loss, n_tokens = evaluate_loaded(loaded, _some(sequences), _rows(length), length)
+    n_bytes = data.meta["val_bytes"]
+    return Measured(loss, n_tokens, n_bytes, bits_per_byte(loss, data.val_targets, n_bytes))
+
+
+def evaluate_loaded(
+    loaded: LoadedModel, blocks: Iterable[Batch], rows: int = 8, context_length: int = 0
+) -> tuple[float, int]:
+    """Evaluate a loaded model on `blocks`, on every device of this machine; returns as `evaluate` does.
+
+    A model that one device holds is copied to all of them. `context_length` is the blocks' (0: the model's).
+    """
+    strategy: Strategy
+    if len(loaded.placement.devices) > 1:
+        strategy, params = Sharded(loaded.placement.devices, loaded.placement.config), loaded.params
+    else:
+        strategy = Replicate(jax.local_devices())
+        params = strategy.place_state(loaded.params)
+    step = strategy.eval_step(make_eval_step(loaded.model, loaded.policy, loaded.config.execution.loss_chunk_tokens))
+    return evaluate(strategy, step, params, {}, blocks, rows, context_length or loaded.model.config.context_length)
+
+
+def _rows(length: int) -> int:
+    return max(1, min(8, 8192 // length))
+
+
+def _own_tokens(loaded: LoadedModel, run_dir: str) -> TokenData:
+    """Open the token directory that a run was trained on."""
+    if loaded.step is None:
+        raise UserError(f"{run_dir} is no run: it has no validation split. Name the text by --text_glob=GLOB.")
+    loaded.config.out_dir = run_dir  # where the run is now: it may have been moved
+    directory = token_directory(loaded.config)
+    data = open_token_data(directory)
+    if data.tokenizer.sha256 != loaded.tokenizer.sha256:
+        raise UserError(
+            f"{directory} holds tokens of another tokenizer ({data.tokenizer.vocab_size:,} ids) than the run's "
+            f"({loaded.tokenizer.vocab_size:,} ids). They must be the same. Name the text itself by --text_glob=GLOB."
+        )
+    return data
+
+
+def _some(found: Iterator[Batch]) -> Iterator[Batch]:
+    """Return the same blocks; raise UserError when there are none."""
+    first = next(found, None)
+    if first is None:
+        raise UserError("the text is too short. At least 2 tokens are needed: one to predict another. Give more text.")
+    return chain([first], found)

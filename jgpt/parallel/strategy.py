@@ -1,0 +1,100 @@
+"""What every way to run a step on devices can do: the Protocol that `Replicate` and `Sharded` fulfil.
+
+In the data path: between the pure step of `step/` and the devices. Nobody else asks `execution.parallel`: who trains,
+evaluates, restores or plans asks the strategy.
+"""
+
+from math import prod
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax import Array
+
+from jgpt.data.batches import Batch
+from jgpt.step.eval_step import EvalStep
+from jgpt.step.train_step import Step, TrainStep
+
+
+class Strategy(Protocol):
+    """How a step runs on devices: what lies where, and how many of them share a batch."""
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """The devices, in the order of the batch's shares."""
+        ...
+
+    @property
+    def shares(self) -> int:
+        """How many equal parts a batch is divided into: one for each device that has sequences of its own."""
+        ...
+
+    def train_step(self, step: Step) -> TrainStep:
+        """Compile (state, frozen, batch as `place_batch` lays it out) -> (state, metrics).
+
+        The memory of the state is used again for the next one.
+        """
+        ...
+
+    def eval_step(self, step: EvalStep) -> EvalStep:
+        """Compile (params, frozen, batch as `place_sequences` lays it out) -> the loss summed over all sequences."""
+        ...
+
+    def lower(self, step: TrainStep, state: Any, frozen: Any, batch: Batch, accumulation: int) -> jax.stages.Lowered:
+        """Trace a train step from shapes alone; `batch` is that of all devices, [G, ...]."""
+        ...
+
+    def place_state(self, state: Any) -> Any:
+        """Put a state, or a part of one, on the devices, laid out as the step returns it (else it compiles twice)."""
+        ...
+
+    def shardings(self, state: Any) -> Any:
+        """Return where each array of a state (or of its shapes) lies, as `place_state` puts it: for restoring it."""
+        ...
+
+    def place_param(self, path: tuple[str, ...], array: np.ndarray) -> Array:
+        """Put one frozen parameter of the plain model on the devices; `path` is its keys in the tree."""
+        ...
+
+    def place_batch(self, batch: Batch, accumulation: int) -> Batch:
+        """Put a host batch [G, ...] on the devices: each gets its share, cut into `accumulation` micro-batches."""
+        ...
+
+    def place_sequences(self, batch: Batch) -> Batch:
+        """Put a host batch [G, ...] on the devices for an evaluation step: each gets its share, in one piece."""
+        ...
+
+    def bytes_per_device(self, state: Any, frozen: Any) -> int:
+        """Return the bytes that a device holds of a state and of frozen parameters (arrays or their shapes)."""
+        ...
+
+    def for_decoding(self, tree: Any) -> Any:
+        """Return parameters as decoding takes them; nothing moves."""
+        ...
+
+    def to_save(self, state: Any) -> Any:
+        """Return what a checkpoint is written from: arrays that the next step does not overwrite."""
+        ...
+
+    def on_host(self, tree: Any) -> Any:
+        """Fetch a tree that is the same on every device as numpy arrays (views of the device's memory on CPU)."""
+        ...
+
+
+def laid_out(batch: Batch, *lead: int) -> Batch:
+    """Cut the sequences of a batch [G, ...] into [*lead, G / product of lead, ...]; of arrays, or of their shapes."""
+
+    def cut(x: Any) -> Any:
+        shape = (*lead, x.shape[0] // prod(lead), *x.shape[1:])
+        return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(shape)
+
+    return jax.tree.map(cut, batch)
+
+
+def saved_from(tree: Any, device: jax.Device) -> Any:
+    """Return arrays that Orbax may write in the background while the next step reuses the memory of `tree`.
+
+    On CPU Orbax would write from that very memory, so this copies it; elsewhere Orbax itself copies it to the host
+    before its `save` returns.
+    """
+    return jax.tree.map(np.array, tree) if device.platform == "cpu" else tree

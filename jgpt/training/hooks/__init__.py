@@ -1,0 +1,1 @@
+"""What a run does every so many steps: one file for each."""

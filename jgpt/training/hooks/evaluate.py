@@ -1,0 +1,30 @@
+"""Every `eval.every_steps` and at the end: the loss on held-out text.
+
+In the data path: beside the step, on the same devices.
+"""
+
+from jgpt.parallel.evaluation import bits_per_byte, evaluate
+from jgpt.planning.remedies import EVALUATING
+from jgpt.training.run import Run
+
+
+def evaluation_due(run: Run) -> bool:
+    """Tell whether this step is evaluated."""
+    return run.is_done or run.step % run.config.eval.every_steps == 0
+
+
+def evaluate_run(run: Run) -> dict[str, float]:
+    """Return the loss on the validation blocks in nats per token, and in bits per byte."""
+    parts = run.parts
+    with run.status.during(EVALUATING):
+        loss, _ = evaluate(
+            parts.strategy,
+            parts.eval_step,
+            run.state.params,
+            run.frozen,
+            run.val_blocks,
+            parts.rows,
+            parts.sequence_length,
+        )
+    run.val_loss, data = loss, run.data
+    return {"val_loss": loss, "bits_per_byte": bits_per_byte(loss, data.val_targets, data.meta["val_bytes"])}

@@ -1,0 +1,73 @@
+"""Every `log_every_steps`: the numbers of a step into metrics.jsonl and onto the terminal.
+
+In the data path: beside the step. The numbers are read one step late, while the devices are busy.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from jgpt.run_dir.metrics_file import MetricsLog
+from jgpt.step.train_step import Numbers
+from jgpt.training.progress import Progress, Throughput
+from jgpt.training.run import Run
+
+
+class Log:
+    """The metrics file, the progress line and the stopwatch of one process."""
+
+    def __init__(self, run: Run, peak_flops: float | None) -> None:
+        """`peak_flops` is that of all devices together, None where it is not known."""
+        # A run that was killed before its first checkpoint starts from step 0, and its metrics with it.
+        self._metrics = MetricsLog(run.run_dir / "metrics.jsonl", run.step if run.resumed else -1)
+        self._progress = Progress(run.total_steps, run.step)
+        parts = run.parts
+        self._throughput = Throughput(
+            run.total_steps, run.step, parts.tokens_per_step, parts.flops_per_token, peak_flops
+        )
+
+    def due(self, run: Run) -> bool:
+        """Tell whether the numbers of this step are reported."""
+        return run.step % run.config.log_every_steps == 0
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Leave the time of a block out of the speed: what is done in it is no training."""
+        return self._throughput.pause()
+
+    def restart(self, run: Run) -> None:
+        """Measure speed from this step on: the first one compiled, and says nothing of the others."""
+        self._throughput.restart(run.step)
+
+    def measure(self, run: Run, numbers: Numbers) -> tuple[dict[str, Any], float | None]:
+        """Fetch the numbers of this step, which waits for it; return its record, and the seconds to the end."""
+        values = {name: number.item() for name, number in run.parts.strategy.on_host(numbers).items()}
+        speed = self._throughput.measure(run.step)
+        scales = run.parts.policy.scales_loss
+        record = {
+            "step": run.step,
+            "tokens": run.tokens,
+            "loss": values["loss"],
+            "learning_rate": values["learning_rate"],
+            "grad_norm": values["grad_norm"],
+            "loss_scale": values["loss_scale"] if scales else None,
+            "skipped_steps": values["skipped_steps"] if scales or values["skipped_steps"] else None,
+            "tokens_per_second": speed.tokens_per_second or None,
+            "mfu": speed.mfu,
+        }
+        return record, speed.eta_seconds
+
+    def write(self, run: Run, record: Mapping[str, Any], eta_seconds: float | None = None) -> None:
+        """Put a record into metrics.jsonl and on the terminal."""
+        self._metrics.write({**record, "elapsed_seconds": run.elapsed_seconds})
+        self._progress.log(record, eta_seconds)
+        self._progress.update(run.step)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.close()
+        self._metrics.close()

@@ -1,0 +1,85 @@
+"""From a config to a trained run directory: the table of contents of training.
+
+In the data path: it calls everything else, in order.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from jgpt.config.check import check
+from jgpt.data.find_files import find_files
+from jgpt.data.write_tokens import prepare
+from jgpt.errors import OutOfMemory
+from jgpt.hardware.process import keep_compiled_programs, set_up_process
+from jgpt.loading.adopt import adopt_source
+from jgpt.model.shapes import model_config
+from jgpt.parallel.build import training_devices
+from jgpt.planning.auto import as_begun, settle
+from jgpt.run_dir.checkpoint import Checkpoints
+from jgpt.run_dir.identity import look_for_run, open_run_dir, write_identity
+from jgpt.run_dir.samples import drop_samples_after
+from jgpt.training.hooks.log import Log
+from jgpt.training.hooks.save import Save
+from jgpt.training.loop import loop
+from jgpt.training.run import begin
+from jgpt.training.setup import check_devices, check_disk, peak_flops, set_up, text_bytes
+from jgpt.training.status import Status, failures_explained
+from jgpt.training.stop import Stop
+
+
+def train(config: ConfigDict, command: str = "", on_saved: Callable[[Path, int], None] | None = None) -> None:
+    """Train until `optimizer.total_steps`, a signal or the deadline; save; say how it ended in status.json.
+
+    A run directory that holds a run goes on from its newest whole checkpoint. `command` is what a user would type to go
+    on. `on_saved(run directory, step)` is called in a background thread once a checkpoint is whole; it should be quick,
+    as the next save waits for it, and must not raise.
+
+    Raises UserError for what the user can fix, before the first step wherever it can be known, OutOfMemory and
+    TrainingDiverged.
+    """
+    try:
+        return _train(config, command, on_saved)
+    except OutOfMemory as error:
+        message = str(error)
+    # A new one: the frames of the first hold the arrays on the devices, and a notebook keeps the last error.
+    raise OutOfMemory(message)
+
+
+def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], None] | None) -> None:
+    stop = Stop(config.deadline_hours)
+    set_up_process(config.execution.deterministic)
+    files = find_files(config.data.text_glob, "chat" if config.data.format == "chat" else "text")
+    check(config, text_bytes(files))
+    with open_run_dir(config.out_dir) as run_dir:
+        # What the run is: from the config, the model it begins from, the run that is there, and the devices.
+        config, source = adopt_source(config, run_dir)
+        config = as_begun(config, run_dir)
+        resuming = look_for_run(run_dir, config)
+        devices = training_devices(config)
+        check_devices(config, devices)
+        keep_compiled_programs()
+
+        # The text, as tokens; then the model and its steps, which need the vocabulary.
+        data = prepare(config, run_dir / "tokenizer" if resuming else None, files)
+        config = settle(config, model_config(config.model, data.tokenizer.vocab_size), devices)
+        setup = set_up(config, data, devices)
+        check_disk(run_dir, setup.parts.state_bytes, config.checkpoint)
+
+        # From here on the run directory is this run's.
+        if not resuming:
+            data.tokenizer.save(run_dir / "tokenizer", config.model.context_length)
+        write_identity(run_dir, config)
+        status = Status(run_dir, config.optimizer.total_steps, command)
+        c = config.checkpoint
+        with (
+            closing(Checkpoints(run_dir, c.keep_last, c.keep_best, c.disk_gb, on_saved)) as checkpoints,
+            failures_explained(status, config, setup.parts),
+            stop,  # not before: preparing the text may be interrupted at any time
+        ):
+            run = begin(config, run_dir, setup, source, checkpoints, status)
+            drop_samples_after(run_dir / "samples.txt", run.step)
+            with Log(run, peak_flops(setup.parts)) as metrics:
+                loop(run, metrics, Save(run, checkpoints), stop)

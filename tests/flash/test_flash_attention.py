@@ -1,0 +1,128 @@
+"""The JAX functions, with kernels on an emulated GPU: values, gradients, one array, remat; and the check for GPUs."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulated import Emulator, build
+
+from jgpt.model.attention.choose import attend_causally
+from jgpt.model.flash import attention, flash, flash_qkv
+
+if shutil.which("g++") is None:
+    pytest.skip("needs g++", allow_module_level=True)
+
+BENCH = Path(__file__).parents[2] / "scripts" / "bench"
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return build(tmp_path_factory.mktemp("emulated"), widths=(32,))
+
+
+@pytest.fixture(autouse=True)
+def emulated(gpu: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the host run what would be launched."""
+
+    def launch(
+        kernel: str, operands: Sequence[jax.Array], results: Sequence[Any], dims: tuple[int, ...], fused: bool,
+        packed: bool, capability: int, aliases: dict[int, int] | None = None,
+    ) -> Sequence[jax.Array]:  # fmt: skip
+        def run(*arrays: Any) -> list[Any]:
+            given, written = [np.array(x) for x in arrays], [np.full(r.shape, np.nan, r.dtype) for r in results]
+            for operand, result in (aliases or {}).items():
+                written[result] = given[operand]
+            gpu.run(kernel, [*given, *written], 2, (*dims, fused), packed, seed=1)
+            return written
+
+        return jax.pure_callback(run, list(results), *operands)
+
+    monkeypatch.setattr(attention, "launch", launch)
+
+
+def inputs(shape: tuple[int, ...] = (2, 40, 2, 2, 32)) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    small = (*shape[:3], shape[4])
+    return tuple(jax.random.normal(k, s, jnp.float16) for k, s in zip(keys, (shape, small, small, shape), strict=True))
+
+
+def both_ways(form: Callable[..., jax.Array], *arrays: jax.Array) -> list[jax.Array]:
+    out, pull = jax.vjp(form, *arrays[:-1])
+    return [out, *pull(arrays[-1])]
+
+
+def close(found: list[jax.Array], expected: list[jax.Array]) -> None:
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == jnp.float16 and got.shape == wanted.shape
+        np.testing.assert_allclose(got.astype(jnp.float32), wanted, atol=6e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_and_gradients(packed: bool):
+    q, k, v, d_out = inputs()
+    segments = jnp.asarray(np.arange(40) // 15, jnp.int32)[None].repeat(2, axis=0) if packed else None
+    mask = jnp.tril(jnp.ones((40, 40), bool))[None]
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+    wide = [x.astype(jnp.float32) for x in (q, k, v, d_out)]
+    expected = both_ways(lambda q, k, v: attend_causally(q, k, v, mask, "plain"), *wide)
+    found = both_ways(lambda q, k, v: flash(q, k, v, segments, capability=75), q, k, v, d_out)
+    close(found, expected)
+
+    qkv = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=3)
+    out, d_qkv = both_ways(lambda qkv: flash_qkv(qkv, segments, capability=75), qkv, d_out)
+    fused = [out, d_qkv[..., :2, :], d_qkv[..., 2, :], d_qkv[..., 3, :]]
+    for a, b in zip(fused, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_recomputed_in_the_backward_pass():
+    q, k, v, d_out = inputs()
+
+    def step(form: Callable[..., jax.Array]) -> Any:
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return jnp.sum(form(q, k, v).astype(jnp.float32) * d_out.astype(jnp.float32))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    plain = step(lambda q, k, v: flash(q, k, v, capability=75))
+    remat = step(jax.checkpoint(lambda q, k, v: flash(q, k, v, capability=75)))
+    for a, b in zip(plain, remat, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_there_is_no_kernel_for():
+    q, k, v, _ = inputs((1, 8, 1, 1, 80))
+    with pytest.raises(AssertionError, match="no kernel for float16 of shape"):
+        flash(q, k, v)
+    q, k, v, _ = (x.astype(jnp.float32) for x in inputs())
+    with pytest.raises(AssertionError, match="no kernel for float32"):
+        flash(q, k, v)
+
+
+@pytest.mark.slow
+def test_the_check_for_a_gpu_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """All of scripts/bench/flash_check.py in miniature; cuDNN is not here, and is reported as failed."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import flash_check
+
+    monkeypatch.setattr(flash_check, "VALUES", [(1, 30, 1, 2, 32, False), (1, 30, 2, 1, 32, True)] * 3)
+    monkeypatch.setattr(flash_check, "SPEED", [(1, 16, 1, 1, 32)] * 4)
+    monkeypatch.setattr(flash_check, "LARGEST", (1, 33, 1, 1, 32))
+    monkeypatch.setattr(flash_check, "REPEATS", 1)
+    monkeypatch.setattr(flash_check, "RUNS", 2)
+    monkeypatch.setattr(sys, "argv", ["flash_check", "--json", str(tmp_path / "found.json"), "--budget_seconds", "600"])
+    assert flash_check.main() == 1
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert all("cudnn" in name for name in found["failed"]), found["failed"]
+    assert not found["left_out"] and found["determinism"]["20 runs"]["ok"]
+    flash_check.find_sanitizer = lambda: None
+    monkeypatch.setattr(sys, "argv", ["flash_check", "--sanitize"])
+    assert flash_check.main() == 1
