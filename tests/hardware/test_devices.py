@@ -17,7 +17,7 @@ def fake_gpu(kind: str, capability: str) -> Any:
 
 
 def in_new_process(code: str, **environment: str) -> str:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_NUM", "NCCL_", "TF_CPP"))}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "NCCL_", "TF_CPP"))}
     inherited["JAX_PLATFORMS"] = "cpu"
     code = "import os, jax; from jgpt.hardware.process import set_up_process\n" + code
     done = subprocess.run(
