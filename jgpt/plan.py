@@ -41,14 +41,21 @@ def main() -> int:
     """Compile, print, and return the exit code."""
     args, config = flags.FLAGS, load_config()
     if args.device != THIS:
-        jax.config.update("jax_platforms", "cpu")  # of a GPU that is not here there is no driver to ask
+        jax.config.update("jax_platforms", "cpu")  # there is no driver for a GPU that is not here
     set_up_process()
     check(config)
 
-    def tell(found: Estimate) -> None:
+    def print_progress(found: Estimate) -> None:
         print(f"compiled in {found.compile_seconds:.0f} s: {tried_row(found)}", file=sys.stderr)
 
-    plan = make_plan(config, args.device, args.tune, args.run_hours, args.weekly_hours, tell)
+    plan = make_plan(
+        config,
+        args.device,
+        tune=args.tune,
+        run_hours=args.run_hours,
+        weekly_hours=args.weekly_hours,
+        on_compiled=print_progress,
+    )
     print(json.dumps(as_dict(plan, args.top), indent=2) if args.json else page(plan, args.top))
     return EXIT_DONE if plan.fits else EXIT_MEMORY
 

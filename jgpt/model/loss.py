@@ -17,7 +17,7 @@ from jax import Array
 SCALE = 1024.0
 
 
-@jax.named_scope("loss")  # by which planning/roofline.py knows its ops
+@jax.named_scope("loss")  # one of model/scopes.py
 def cross_entropy(hidden: Array, unembedding: Array, targets: Array, weights: Array, chunk_tokens: int = 0) -> Array:
     """Sum weights * -log softmax(hidden @ unembedding.T)[targets] over all tokens, in fp32.
 

@@ -165,14 +165,29 @@ def training_devices(global_batch_size: int) -> list[jax.Device]:
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         return devices[: max(n for n in range(1, len(devices) + 1) if global_batch_size % n == 0)]
-    if global_batch_size % len(devices):
-        nearest = max(1, round(global_batch_size / len(devices))) * len(devices)
-        raise UserError(
-            f"batch.global_batch_size is {global_batch_size}, and this machine has {len(devices)} devices. Each takes "
-            f"the same number of sequences, so it must be a multiple of {len(devices)}: set "
-            f"--config.batch.global_batch_size={nearest}, or hide devices with CUDA_VISIBLE_DEVICES=0."
-        )
+    _check_shares(global_batch_size, len(devices))
     return devices
+
+
+def batch_shares(config: ConfigDict, n_devices: int) -> int:
+    """Return how many equal parts the global batch is divided into on so many devices. Raises UserError.
+
+    One for each device, or one in all where the devices split the model.
+    """
+    if config.execution.parallel == "tensor":
+        return 1
+    _check_shares(config.batch.global_batch_size, n_devices)
+    return n_devices
+
+
+def _check_shares(size: int, n_devices: int) -> None:
+    if size % n_devices:
+        nearest = max(1, round(size / n_devices)) * n_devices
+        raise UserError(
+            f"batch.global_batch_size is {size}, and there are {n_devices} devices. Each takes the same number of"
+            f" sequences, so it must be a multiple of {n_devices}: set --config.batch.global_batch_size={nearest}, or"
+            " use fewer devices (CUDA_VISIBLE_DEVICES=0)."
+        )
 
 
 def devices_of(config: ConfigDict) -> list[jax.Device]:

@@ -23,9 +23,9 @@ from jgpt.hardware.process import keep_compiled_programs, set_up_process
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import model_config
 from jgpt.parallel.build import choose_device_policy, devices_of
-from jgpt.planning.auto import as_begun, settle
+from jgpt.planning.auto import choose_execution, with_execution_of_run
 from jgpt.planning.devices import this_machine
-from jgpt.planning.search import check_least
+from jgpt.planning.search import check_parameters_fit
 from jgpt.run_dir.checkpoint import SAVE_BYTES_PER_SECOND
 from jgpt.run_dir.identity import look_for_run, open_run_dir, write_identity
 from jgpt.step.train_step import Numbers
@@ -64,16 +64,16 @@ def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], Non
     check(config, Corpus(files, config.data.text_field, config.data.encoding_errors).n_bytes if plain else None)
     with open_run_dir(config.out_dir) as run_dir:
         config, source = adopt_source(config, run_dir)
-        config = as_begun(config, run_dir)
+        config = with_execution_of_run(config, run_dir)
         resuming = look_for_run(run_dir, config)
         p, devices = config.precision, devices_of(config)
         choose_device_policy(p.compute, p.params, devices[0])  # refuse before the long work
         target = this_machine(devices)
         if target.chip.memory_bytes:  # of its own; what a CPU's programs leave each other is a guess
-            check_least(config, model_config(config.model, 1), target)
+            check_parameters_fit(config, model_config(config.model, 1), target)
         keep_compiled_programs()
         data = prepare(config, run_dir / "tokenizer" if resuming else None)
-        config = settle(config, model_config(config.model, data.tokenizer.vocab_size), devices)
+        config = choose_execution(config, model_config(config.model, data.tokenizer.vocab_size), devices)
         training = set_up(config, data, source)
         abstract = jax.eval_shape(training.init)
         check_disk(run_dir, abstract, config.checkpoint)

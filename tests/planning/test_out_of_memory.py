@@ -17,7 +17,7 @@ from jgpt.data.batches import Batch
 from jgpt.data.write_tokens import prepare
 from jgpt.errors import OutOfMemory
 from jgpt.parallel.replicate import Pmap
-from jgpt.planning.remedies import EVALUATING, PLACING, TRAINING, overrides
+from jgpt.planning.remedies import EVALUATING, PLACING, TRAINING, device_remedies
 from jgpt.run_dir.manifest import digest, whole_steps
 from jgpt.training import run, setup
 from jgpt.training.loop import train
@@ -134,7 +134,7 @@ def advice(doing: str, rows: int = 8, accumulation: int = 3, remat: str = "none"
     training: Any = SimpleNamespace(
         rows=rows, accumulation=accumulation, sequence_length=1024, model=SimpleNamespace(remat=remat, lora=lora)
     )
-    return "\n".join(overrides(doing, config, training))
+    return "\n".join(device_remedies(doing, config, training))
 
 
 def test_overrides_are_those_that_change_something():
