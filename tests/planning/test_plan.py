@@ -1,6 +1,7 @@
 """What a config takes: read from the compiled step, printed as a page and as JSON; refused where it cannot be."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from jgpt.data.tokenizer import train_char
 from jgpt.errors import UserError
 from jgpt.hardware.chips import Rates
 from jgpt.model.scopes import SCOPES
+from jgpt.model.shapes import ModelConfig
 from jgpt.planning import search
 from jgpt.planning import summary as planning
 from jgpt.planning.devices import Target
 from jgpt.planning.estimate import ACTIVATIONS, Estimate, estimate
-from jgpt.planning.execution import execution_of
 from jgpt.planning.page import merge_layers, page
 from jgpt.planning.roofline import OpCost, Prediction, predict
 from jgpt.planning.summary import Plan, make_plan, vocabulary_of
@@ -47,9 +48,25 @@ def bytes_of(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once() -> Iterator[None]:
+    """Compile a config's step once for all tests of this file, whatever memory its target has."""
+    compiled: dict[str, Estimate] = {}
+
+    def estimate_once(config: ConfigDict, shapes: ModelConfig, target: Target) -> Estimate:
+        key = repr([config.to_dict() | {"out_dir": ""}, shapes, target.devices])
+        compiled[key] = compiled.get(key) or estimate(config, shapes, target)
+        return compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "estimate", estimate_once)
+        patch.setattr(search, "estimate", estimate_once)
+        yield
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Compile the step of SMALL, once; no test changes it."""
+    """Return the plan of SMALL."""
     return plan_of(config_of(tmp_path_factory.mktemp("small")))
 
 
@@ -121,15 +138,7 @@ def test_a_config_that_does_not_fit_is_answered_with_what_does(
     small: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config, whole = config_of(tmp_path), small.found
-    machine, compiled = planning.this_machine, {whole.execution: whole}
-
-    def estimate_once(config: ConfigDict, *rest: Any) -> Estimate:
-        execution = execution_of(config)
-        compiled[execution] = compiled.get(execution) or estimate(config, *rest)
-        return compiled[execution]
-
-    for room in (planning, search):
-        monkeypatch.setattr(room, "estimate", estimate_once)
+    machine = planning.this_machine
 
     def with_memory(n_bytes: int) -> Plan:
         def tight(devices: list[jax.Device]) -> Target:
@@ -170,7 +179,6 @@ def test_ops_of_all_layers_are_added_up():
 
 def test_the_command_prints_a_page_and_json(command, tmp_path: Path):
     flags = [f"--config.{key}={value}" for key, value in (SMALL | {"out_dir": tmp_path / "run"}).items()]
-    flags.append("--config.batch.global_batch_size=2")
     result = command("plan", BASE, *flags, "--device=this")
     assert result.code == 0, result.err
     assert "micro-batch 2, remat none" in result.out and "in all, at the peak" in result.out
