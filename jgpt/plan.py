@@ -52,7 +52,14 @@ def main() -> int:
     def print_progress(found: Estimate) -> None:
         say(f"compiled in {found.compile_seconds:.0f} s: {tried_row(found)}")
 
-    plan = make_plan(config, args.device, args.tune, args.run_hours, args.weekly_hours, print_progress)
+    plan = make_plan(
+        config,
+        args.device,
+        tune=args.tune,
+        run_hours=args.run_hours,
+        weekly_hours=args.weekly_hours,
+        on_compiled=print_progress,
+    )
     print(json.dumps(as_dict(plan, args.top), indent=2) if args.json else page(plan, args.top))
     return EXIT_DONE if plan.fits else EXIT_MEMORY
 

@@ -212,7 +212,7 @@ EXECUTION = Group(
         "loss_chunk_tokens": Key(2048, "tokens whose logits are in memory at one time; 0: all", low=0),
         "deterministic": Key(
             True,
-            "GPUs: a resumed run has the same bits as one that never stopped; without, XLA may choose faster algorithms",
+            "on GPUs a resumed run has the bits of one that never stopped; False: XLA may use faster algorithms",
         ),
     },
 )

@@ -55,17 +55,17 @@ def set_up_process(deterministic: bool = False) -> None:
 
 
 def user_cache() -> Path:
-    """Return the directory for what this user's runs may find again; it need not exist, and nothing depends on it."""
+    """Return the per-user cache directory, which may not exist yet. It is safe to delete."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jgpt"
 
 
 def keep_compiled_programs() -> None:
-    """Let JAX keep what it compiles on disk, so that a run that goes on does not compile its step again.
+    """Let JAX keep what it compiles on disk, so that a resumed run does not compile its step again.
 
     For accelerators only, so call it once the devices may be touched: XLA refuses most of its own entries for a CPU
     with a page of errors each, or runs into illegal instructions (jax issue 38445). Nothing happens where the user has
-    named a directory (JAX_COMPILATION_CACHE_DIR) or there is none to write in. JAX_ENABLE_COMPILATION_CACHE=false
-    switches it off. JAX warns of a damaged entry and compiles anew.
+    named a directory (JAX_COMPILATION_CACHE_DIR), or the cache directory cannot be written.
+    JAX_ENABLE_COMPILATION_CACHE=false switches it off. JAX warns of a damaged entry and compiles again.
     """
     if jax.config.jax_compilation_cache_dir is not None or jax.default_backend() == "cpu":  # pyright: ignore[reportAttributeAccessIssue]
         return

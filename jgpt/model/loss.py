@@ -17,7 +17,7 @@ from jax import Array
 SCALE = 1024.0  # of the logits' gradients while they are in the compute dtype: fp16 then holds the small ones too
 
 
-@jax.named_scope("loss")  # planning/roofline.py recognizes the ops by this name
+@jax.named_scope("loss")  # one of model/scopes.py
 def cross_entropy(hidden: Array, unembedding: Array, targets: Array, weights: Array, chunk_tokens: int = 0) -> Array:
     """Return the sum of weights * -log softmax(hidden @ unembedding.T)[targets] over all tokens, an fp32 scalar.
 

@@ -1,7 +1,7 @@
 """What a compiled program multiplies and exchanges: the dtypes of its matrix products, the bytes of its all-reduces.
 
-Beside the data path: a plan says both, because one fp32 product in an fp16 step, or a second exchange of gradients,
-costs a T4 more than it looks.
+Beside the data path: a plan reports both, because one fp32 product in an fp16 step, or a second exchange of
+gradients, costs a T4 much time.
 """
 
 from collections import Counter

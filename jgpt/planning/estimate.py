@@ -9,49 +9,27 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from jgpt.model.scopes import SCOPES
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.build import Parts, make_parts
-from jgpt.planning.devices import Target, compile_for
+from jgpt.planning.devices import Target, compile_for, lower_for
+from jgpt.planning.execution import Execution, execution_of
 from jgpt.planning.hlo import Program, parse
 from jgpt.planning.roofline import Prediction, predict
 
-
-class Choice(NamedTuple):
-    """What changes a step's memory and speed and not, but for rounding, its result: config keys, by other names."""
-
-    micro_batch_size: int
-    remat: str
-    loss_chunk_tokens: int
-    attention: str
-
-    def overrides(self) -> dict[str, Any]:
-        """Return them by their keys in a config."""
-        micro, remat, chunk, attention = self
-        return {
-            "execution.micro_batch_size": micro, "execution.remat": remat,
-            "execution.loss_chunk_tokens": chunk, "execution.attention": attention,
-        }  # fmt: skip
-
-    def described(self) -> str:
-        """Say it in words."""
-        chunk = f"loss in chunks of {self.loss_chunk_tokens}" if self.loss_chunk_tokens else "loss in one chunk"
-        return f"micro-batch {self.micro_batch_size}, remat {self.remat}, attention {self.attention}, {chunk}"
-
-    def flags(self) -> str:
-        """Return them as a command line has them."""
-        return " ".join(f"--config.{key}={value}" for key, value in self.overrides().items())
+ACTIVATIONS = "activations, workspace"  # a part of the memory
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step takes of each device, and how long it takes. Of `memory` bytes, the parts add up to `peak`."""
+    """What a step takes of each device, and how long it takes; the parts of `memory`, in bytes, add up to `peak`."""
 
-    choice: Choice
+    execution: Execution
     parts: Parts
     memory: Mapping[str, int]
     logits: int  # bytes of the largest array with a side of the vocabulary, among the activations
@@ -80,56 +58,36 @@ class Estimate:
         return self.parts.tokens_per_step / self.seconds if self.seconds else None
 
 
-ACTIVATIONS = "activations, workspace"
-
-
-def choice_of(config: ConfigDict) -> Choice:
-    """Return what a config chooses."""
-    return Choice(
-        config.execution.micro_batch_size,
-        config.execution.remat,
-        config.execution.loss_chunk_tokens,
-        config.execution.attention,
-    )
-
-
-def with_choice(config: ConfigDict, choice: Choice) -> ConfigDict:
-    """Return a copy of a config with another choice."""
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(choice.overrides())
-    return config.lock()
-
-
 def least_bytes(config: ConfigDict, shapes: ModelConfig, target: Target) -> int:
-    """Return the bytes of a device that any choice takes: parameters, moments, the frozen ones of LoRA. No compile."""
-    parts = make_parts(with_choice(config, Choice(1, "none", 0, config.execution.attention)), shapes, target.devices)
-    everywhere = _bytes(jax.eval_shape(parts.init)) + _bytes(parts.abstract_frozen())
-    return everywhere // (len(target.devices) if config.execution.parallel == "tensor" else 1)
+    """Return the bytes of a device that any execution takes: parameters, moments, LoRA's frozen ones. No compile."""
+    cheapest = Execution(1, "none", 0, config.execution.attention)
+    parts = make_parts(cheapest.put_into(config), shapes, target.devices)
+    return parts.least_bytes()
 
 
 def estimate(config: ConfigDict, shapes: ModelConfig, target: Target) -> Estimate:
     """Compile the train step that a config asks for, and read what it takes. Raises UserError."""
-    parts, began = make_parts(config, shapes, target.devices), time.perf_counter()
-    compiled = compile_for(target, parts.lower())
-    text = compiled.as_text() or ""
-    found: Any = compiled.memory_analysis()
-    made = found.output_size_in_bytes - found.alias_size_in_bytes  # the rest lies where the old state was
+    parts, start = make_parts(config, shapes, target.devices), time.perf_counter()
+    compiled = compile_for(target, lower_for(target, parts.lower))
+    text = compiled.as_text()
     program = parse(text) if text else None
+    usage: Any = compiled.memory_analysis()
+    made = usage.output_size_in_bytes - usage.alias_size_in_bytes  # the rest lies where the old state was
     state = jax.eval_shape(parts.init)
     memory = {"parameters": _bytes(state.params), "moments": _bytes(state.opt_state)}
-    memory["batch, frozen parameters"] = found.argument_size_in_bytes + made - sum(memory.values())
+    memory["batch, frozen parameters"] = usage.argument_size_in_bytes + made - sum(memory.values())
     if program is not None:
         memory |= _of_the_loop(program, state.params, parts)
-    taken = found.argument_size_in_bytes + made + found.temp_size_in_bytes
+    taken = usage.argument_size_in_bytes + made + usage.temp_size_in_bytes
     memory[ACTIVATIONS] = taken - sum(memory.values())
     return Estimate(
-        choice=choice_of(config),
+        execution=execution_of(config),
         parts=parts,
         memory=memory,
         logits=_logits(program, shapes) if program else 0,
-        prediction=predict(text, target.rates) if text and target.rates else None,
+        prediction=predict(program, target.rates, SCOPES) if program and target.rates else None,
         program=program,
-        compile_seconds=time.perf_counter() - began,
+        compile_seconds=time.perf_counter() - start,
     )
 
 
@@ -140,8 +98,8 @@ def _bytes(tree: Any) -> int:
 def _of_the_loop(program: Program, params: Any, parts: Parts) -> dict[str, int]:
     """Return the bytes of the gradients' sums and of the compute copy, which the loop over micro-batches carries.
 
-    Both are told by their shapes, which are the parameters'. With one micro-batch there is no such loop, and they are
-    among the activations.
+    Both are recognized by their shapes, which are the parameters'. With one micro-batch there is no such loop, and both
+    are among the activations.
     """
     loops = [op.shapes for op in program.computations[program.entry] if op.opcode == "while"]
     if parts.accumulation == 1 or not loops:
@@ -161,17 +119,7 @@ def _of_the_loop(program: Program, params: Any, parts: Parts) -> dict[str, int]:
 
 
 def _logits(program: Program, shapes: ModelConfig) -> int:
-    """Return the bytes of the largest array with a side of the vocabulary that is no parameter's shape."""
-    sides = {shapes.vocab_size}
-    return int(
-        max(
-            (
-                shape.bytes
-                for ops in program.computations.values()
-                for op in ops
-                for shape in op.shapes
-                if sides & set(shape.dims) and shapes.d_model not in shape.dims
-            ),
-            default=0,
-        )
-    )
+    """Return the bytes of the largest array with a side of the vocabulary and none of the model's width."""
+    arrays = (shape for ops in program.computations.values() for op in ops for shape in op.shapes)
+    logits = (a for a in arrays if shapes.vocab_size in a.dims and shapes.d_model not in a.dims)
+    return int(max((a.bytes for a in logits), default=0))

@@ -1,4 +1,4 @@
-"""Optimized HLO, read: the text of a compiled program in, its computations and ops out.
+"""Read optimized HLO: the text of a compiled program in, its computations and ops out.
 
 Beside the data path: `planning/roofline.py` adds up what these ops cost. The grammar is that of XLA's own printer
 (https://openxla.org/xla/operation_semantics), as `compiled.as_text()` gives it on jax 0.7 to 0.12.
@@ -59,11 +59,19 @@ class Op:
         return self.find(r'op_name="([^"]*)"')
 
     @property
+    def custom_call_target(self) -> str:
+        """The library function that a custom call runs; "" for other ops."""
+        return self.find(r'custom_call_target="([^"]*)"') if self.opcode == "custom-call" else ""
+
+    @property
     def is_product(self) -> bool:
         """Tell a matrix product: XLA's own, or a call of cuBLAS."""
-        return self.opcode == "dot" or (
-            self.opcode == "custom-call" and "__cublas" in self.find(r'custom_call_target="([^"]*)"')
-        )
+        return self.opcode == "dot" or "__cublas" in self.custom_call_target
+
+    @property
+    def is_fused_attention(self) -> bool:
+        """Tell a call of cuDNN's attention."""
+        return self.custom_call_target.startswith("__cudnn$fmha")
 
     def find(self, pattern: str) -> str:
         """Return the first group of a pattern in `rest`, or ""."""

@@ -1,6 +1,6 @@
-"""A plan for people, as a page; and for programs, as a dictionary.
+"""A plan as text for people, and as a dictionary for programs.
 
-Beside the data path: `jgpt.plan` prints both.
+Beside the data path: `jgpt.plan` prints one of them.
 """
 
 import re
@@ -38,21 +38,21 @@ def page(plan: Plan, top: int) -> str:
 
 def verdict(plan: Plan) -> str:
     """Say whether it fits, and what to take."""
-    choice, best = plan.found.choice, plan.advice
+    execution, best = plan.found.execution, plan.advice
     if plan.fits:
-        line = f"It fits: {choice.described()}."
+        line = f"It fits: {execution.described()}."
     else:
         over = (plan.found.peak - (plan.target.memory_bytes or 0)) / GIB
-        line = f"It does not fit: {choice.described()} takes {over:.2f} GiB more than there is."
+        line = f"It does not fit: {execution.described()} takes {over:.2f} GiB more than there is."
         if best is None:
             return f"{line}\nNothing does: {plan.refusal()}"
     return line if best is None else f"{line} The fastest found that fits:\n  {best.flags()}"
 
 
 def tried_row(found: Estimate) -> str:
-    """Write one compiled choice as a row: what was chosen, its memory, its speed."""
+    """Write one estimate as a row: the execution, its memory, its speed."""
     speed = f"{found.tokens_per_second:9,.0f} tokens/s" if found.tokens_per_second else ""
-    return f"{found.choice.described():<68}{found.peak / GIB:7.2f} GiB  {speed}".rstrip()
+    return f"{found.execution.described():<68}{found.peak / GIB:7.2f} GiB  {speed}".rstrip()
 
 
 def _line(label: str, text: str) -> str:
@@ -74,7 +74,7 @@ def _model(plan: Plan) -> str:
             f"{c.batch.global_batch_size} sequences of {parts.sequence_length} = devices {parts.strategy.shares}"
             f" x micro-batches {parts.accumulation} x {parts.rows}, {parts.tokens_per_step:,} tokens a step",
         ),
-        _line("step", f"{plan.found.choice.described()}, computing in {compute}"),
+        _line("step", f"{plan.found.execution.described()}, computing in {compute}"),
     ]
     return "\n".join([f"Plan for {plan.target.kind} ({plan.target.name})", *lines])
 
@@ -127,16 +127,17 @@ def _compute(found: Estimate) -> str:
 
 
 def _ops(prediction: Prediction, top: int) -> str:
-    lines = [f"What takes longest ({top} of {len(merged(prediction))} kinds of op; * stands for every layer)"]
+    kinds = merge_layers(prediction)
+    lines = [f"What takes longest ({top} of {len(kinds)} kinds of op; * stands for every layer)"]
     lines.append(f"  {'ms a step':>9}  {'share':>5}  {'times':>6}  {'waits for':<9}  {'group':<10}  op")
-    for op in merged(prediction)[:top]:
+    for op in kinds[:top]:
         cost = f"{op.seconds * 1e3:9.1f}  {100 * op.seconds / prediction.seconds:4.1f}%  {op.times:6}"
         lines.append(f"  {cost}  {op.unit:<9}  {op.group:<10}  {op.kind} {op.op_name}")
     return "\n".join(lines)
 
 
-def merged(prediction: Prediction) -> list[OpCost]:
-    """Add up the ops that do the same in every layer, the dearest first; `op_name` is the end of JAX's scopes."""
+def merge_layers(prediction: Prediction) -> list[OpCost]:
+    """Add up the ops that do the same in every layer, the slowest first; `op_name` is the end of JAX's scopes."""
     same: dict[tuple[str, ...], list[OpCost]] = defaultdict(list)
     for op in prediction.ops:
         scopes = re.sub(r"\bh_\d+\b", "h_*", op.op_name).split("/")
@@ -177,14 +178,14 @@ def _run(plan: Plan) -> str:
 def as_dict(plan: Plan, top: int) -> dict[str, Any]:
     """Return the same facts for a program: bytes, seconds and hours as plain numbers."""
     found, (count, size) = plan.found, plan.checkpoints
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": plan.target.name,
         "devices": plan.target.kind,
         "parameters": count_parameters(found.parts.shapes),
         "flops_per_token": found.parts.flops_per_token,
         "tokens_per_step": found.parts.tokens_per_step,
         "micro_batches": found.parts.accumulation,
-        "choice": found.choice.overrides(),
+        "choice": found.execution.overrides(),
         "memory_bytes": dict(found.memory),
         "peak_bytes": found.peak,
         "usable_bytes": plan.target.memory_bytes,
@@ -199,14 +200,14 @@ def as_dict(plan: Plan, top: int) -> dict[str, Any]:
     }
     if found.prediction is not None:
         assert found.program is not None
-        told["matrix_products"] = {str(product): n for product, n in products(found.program).items()}
-        told["all_reduce_bytes"] = all_reduces(found.program)
-        told["seconds_by_group"] = found.prediction.by_group()
-        told["top_ops"] = [vars(op) for op in merged(found.prediction)[:top]]
+        facts["matrix_products"] = {str(product): n for product, n in products(found.program).items()}
+        facts["all_reduce_bytes"] = all_reduces(found.program)
+        facts["seconds_by_group"] = found.prediction.by_group()
+        facts["top_ops"] = [vars(op) for op in merge_layers(found.prediction)[:top]]
     if plan.searched is not None:
-        told["tried"] = [
-            one.choice.overrides() | {"peak_bytes": one.peak, "seconds_per_step": one.seconds}
+        facts["tried"] = [
+            one.execution.overrides() | {"peak_bytes": one.peak, "seconds_per_step": one.seconds}
             for one in plan.searched.tried.values()
         ]
-        told["advice"] = plan.advice.overrides() if plan.advice else None
-    return told
+        facts["advice"] = plan.advice.overrides() if plan.advice else None
+    return facts

@@ -1,4 +1,4 @@
-"""How long a compiled program takes at least: optimized HLO and a device's rates in, seconds of every op out.
+"""How long a compiled program takes at least: a parsed program and a device's rates in, seconds of every op out.
 
 Beside the data path: the planner and `scripts/bench/t4_predicted.py` ask it what a step costs on a device that is not
 here. Nothing is fitted to a measurement. The assumptions, all of them:
@@ -8,46 +8,27 @@ here. Nothing is fitted to a measurement. The assumptions, all of them:
 - A kernel reads every operand once and writes every result once, whatever it computes in between; no operand is found
   in a cache. Of an operand that is only sliced or gathered from it reads what is taken, and an update in place moves
   the update. A GEMM reaches its unit's rate at any shape.
+- cuDNN's fused attention is one kernel: it multiplies in 16 bits, under a causal mask half of the pairs, and moves its
+  operands and results only. (Measured on an H100, heads of 64: a sixth of that speed.)
 - A GEMM whose operands are 16 bits wide runs on tensor cores (`fp16_flops`), any other at `fp32_flops`.
 - Element-wise work runs at `fp32_flops`, one FLOP for each op and element, and `_SLOW_FLOPS` where it takes several
   instructions (exponential, division, ...).
 - A ring moves 2 (n - 1) / n of an all-reduce's bytes over `link`, and waits for nothing; no collective overlaps.
-- A loop runs as often as XLA or its condition says (once where neither does), a conditional takes its dearest branch.
+- A loop runs as often as XLA or its condition says (once where neither does), a conditional takes its slowest branch.
 """
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from jgpt.planning.hlo import Op, Program, Shape, parse
+from jgpt.hardware.chips import Rates
+from jgpt.planning.hlo import Op, Program, Shape
+from jgpt.planning.kernels import FREE, PRODUCT_KINDS, work_of
 
-GROUPS = ("attention", "mlp", "loss", "optimizer", "collective", "other")
-
-# Scopes of the model and the step: a norm belongs to what it feeds.
-_SCOPES = {"attn": "attention", "attn_norm": "attention", "mlp": "mlp", "mlp_norm": "mlp", "loss": "loss"}
-_SCOPES |= {"accumulate": "optimizer", "optimizer": "optimizer"}
-
-_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
-_FREE |= {"opt-barrier", "domain"}
-_MOVES = _FREE | {"broadcast", "iota", "reshape", "transpose", "slice", "dynamic-slice", "dynamic-update-slice", "pad"}
-_MOVES |= {"concatenate", "copy", "gather", "reverse", "copy-start"}
-_SLOW = {"exponential", "exponential-minus-one", "log", "log-plus-one", "tanh", "logistic", "power", "divide", "sqrt"}
-_SLOW |= {"rsqrt", "cbrt", "sine", "cosine", "tan", "erf", "atan2", "remainder"}
-_SLOW_FLOPS = 8
+COLLECTIVE, OTHER = "collective", "other"  # the groups of ops that no scope has
 _COLLECTIVES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "collective-permute": 1}
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a device sustains: FLOP/s of GEMMs with 16-bit and other operands, bytes/s of its memory and of its link."""
-
-    fp16_flops: float
-    fp32_flops: float
-    bandwidth: float
-    link: float
 
 
 @dataclass(frozen=True)
@@ -55,8 +36,8 @@ class OpCost:
     """One op, all its runs together: `bytes` and `flops` moved and done, `unit` what it waits for."""
 
     name: str
-    kind: str  # "fp16 gemm", "fp32 gemm" (by the width of the operands), "collective", or HLO's opcode
-    group: str  # one of GROUPS
+    kind: str  # "fp16 gemm", "fp32 gemm", "fused attention", "collective", or HLO's opcode
+    group: str  # by the scopes that the op comes from, COLLECTIVE, or OTHER
     op_name: str  # JAX's scopes
     times: int
     bytes: float
@@ -67,9 +48,10 @@ class OpCost:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The ops of a program that cost time, in program order."""
+    """The ops of a program that cost time, in program order, and the names of all groups."""
 
     ops: tuple[OpCost, ...]
+    groups: tuple[str, ...]
 
     @cached_property
     def seconds(self) -> float:
@@ -78,46 +60,101 @@ class Prediction:
 
     @cached_property
     def gemm_flops(self) -> float:
-        """FLOPs of the matrix products."""
-        return math.fsum(op.flops for op in self.ops if op.kind.endswith(" gemm"))
+        """FLOPs of the matrix products, those inside fused attention included."""
+        return math.fsum(op.flops for op in self.ops if op.kind in PRODUCT_KINDS)
 
     def by_group(self) -> dict[str, float]:
-        """Return the seconds of each of GROUPS."""
-        seconds: dict[str, float] = dict.fromkeys(GROUPS, 0.0)
+        """Return the seconds of each group."""
+        seconds = dict.fromkeys(self.groups, 0.0)
         for op in self.ops:
             seconds[op.group] += op.seconds
         return seconds
 
 
-def predict(hlo_text: str, rates: Rates) -> Prediction:
-    """Predict a program of optimized HLO (`compiled.as_text()`) at a device's `rates`.
+def predict(program: Program, rates: Rates, scopes: Mapping[str, str]) -> Prediction:
+    """Predict the seconds of a program at a device's `rates`.
 
-    Raises ValueError where the text is no such program.
+    `scopes` maps the names of JAX scopes to the groups in which their ops are added up.
     """
-    program = parse(hlo_text)
-    return Prediction(tuple(_costs(program, program.entry, 1, rates)))
+    groups = (*dict.fromkeys(scopes.values()), COLLECTIVE, OTHER)
+    return Prediction(tuple(_Walk(program, rates, scopes).costs(program.entry, 1)), groups)
 
 
-def _costs(program: Program, computation: str, times: int, rates: Rates) -> Iterator[OpCost]:
-    """Yield the cost of every op of a computation that runs so many `times`."""
-    ops = program.computations[computation]
-    shapes = {op.name: op.shapes for op in ops}
-    for op in ops:
-        if op.opcode in _FREE or op.opcode.endswith(("-done", "-update")):
-            continue
-        if op.opcode == "while":
-            trips = times * _trips(program, op)
-            yield from _costs(program, op.called("body")[0], trips, rates)
-        elif op.opcode == "conditional":
-            names = op.called("branch_computations") or op.called("true_computation") + op.called("false_computation")
-            branches = [list(_costs(program, name, times, rates)) for name in names]
-            yield from max(branches, key=lambda branch: sum(cost.seconds for cost in branch))
-        elif op.opcode in ("call", "async-start"):
-            yield from _costs(program, (op.called("to_apply") or op.called("calls"))[0], times, rates)
-        elif (kind := op.opcode.removesuffix("-start")) in _COLLECTIVES:
-            yield _collective(program, op, kind, shapes, times, rates)
+def group_of(op_name: str, scopes: Mapping[str, str]) -> str:
+    """Return the group of an op, by the first of the `scopes` on its path.
+
+    >>> scopes = {"attn": "attention"}
+    >>> group_of("jit(step)/transpose(jvp(GPT))/h_3/attn/qkv/dot", scopes), group_of("jit(step)/add", scopes)
+    ('attention', 'other')
+    """
+    found = re.search(rf"\b({'|'.join(scopes)})\b", op_name) if scopes else None
+    return scopes[found[1]] if found else OTHER
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """A walk through a program, which yields the costs of its ops."""
+
+    program: Program
+    rates: Rates
+    scopes: Mapping[str, str]
+
+    def costs(self, computation: str, times: int) -> Iterator[OpCost]:
+        """Yield the cost of every op of a computation that runs so many `times`."""
+        ops = self.program.computations[computation]
+        shapes = {op.name: op.shapes for op in ops}
+        for op in ops:
+            if op.opcode in FREE or op.opcode.endswith(("-done", "-update")):
+                continue
+            if op.opcode == "while":
+                yield from self.costs(op.called("body")[0], times * _trips(self.program, op))
+            elif op.opcode == "conditional":
+                either = op.called("true_computation") + op.called("false_computation")
+                branches = [list(self.costs(name, times)) for name in op.called("branch_computations") or either]
+                yield from max(branches, key=lambda branch: sum(cost.seconds for cost in branch))
+            elif op.opcode in ("call", "async-start"):
+                yield from self.costs((op.called("to_apply") or op.called("calls"))[0], times)
+            elif (kind := op.opcode.removesuffix("-start")) in _COLLECTIVES:
+                yield self._collective(op, kind, shapes, times)
+            else:
+                yield self._kernel(op, shapes, times)
+
+    def _collective(self, op: Op, kind: str, shapes: dict[str, tuple[Shape, ...]], times: int) -> OpCost:
+        sent = sum(shape.bytes for name in op.operands for shape in shapes[name])
+        n = _group_size(op, self.program.devices)
+        share = 1.0 if kind == "collective-permute" else _COLLECTIVES[kind] * (n - 1) / n
+        moved = sent * (n if kind == "all-gather" else 1) * share * times
+        seconds = moved / self.rates.link
+        return OpCost(op.name, "collective", COLLECTIVE, op.op_name, times, moved, 0.0, "link", seconds)
+
+    def _kernel(self, op: Op, shapes: dict[str, tuple[Shape, ...]], times: int) -> OpCost:
+        """Cost one kernel: a fusion, or a lone op, which is a fusion of itself."""
+        if op.opcode == "fusion":
+            body = self.program.computations[op.called("calls")[0]]
         else:
-            yield _kernel(program, op, shapes, times, rates)
+            inputs = [Op(name, "parameter", shapes[name], (), "", False) for name in dict.fromkeys(op.operands)]
+            shapes_out = op.shapes[:1] if op.opcode.endswith("-start") else op.shapes  # the others: operands, context
+            body = [*inputs, Op(op.name, op.opcode, shapes_out, op.operands, op.rest, True)]
+        work = work_of(op.opcode, body)
+        seconds = {
+            "memory": work.bytes * times / self.rates.bandwidth,
+            "fp16": work.fp16_flops * times / self.rates.fp16_flops,
+            "fp32": work.fp32_flops * times / self.rates.fp32_flops,
+        }
+        unit = max(seconds, key=lambda name: seconds[name])
+        paths = [op.op_name, *(inside.op_name for inside in reversed(body))]
+        path = next((path for path in paths if group_of(path, self.scopes) != OTHER), op.op_name)
+        return OpCost(
+            name=op.name,
+            kind=work.kind,
+            group=group_of(path, self.scopes),
+            op_name=path,
+            times=times,
+            bytes=work.bytes * times,
+            flops=(work.fp16_flops + work.fp32_flops) * times,
+            unit=unit,
+            seconds=seconds[unit],
+        )
 
 
 def _trips(program: Program, loop: Op) -> int:
@@ -130,16 +167,6 @@ def _trips(program: Program, loop: Op) -> int:
     return int(constants[0]) if len(constants) == 1 and constants[0] else 1
 
 
-def _collective(
-    program: Program, op: Op, kind: str, shapes: dict[str, tuple[Shape, ...]], times: int, rates: Rates
-) -> OpCost:
-    sent = sum(shape.bytes for name in op.operands for shape in shapes[name])
-    n = _group_size(op, program.devices)
-    share = 1.0 if kind == "collective-permute" else _COLLECTIVES[kind] * (n - 1) / n
-    moved = sent * (n if kind == "all-gather" else 1) * share * times
-    return OpCost(op.name, "collective", "collective", op.op_name, times, moved, 0.0, "link", moved / rates.link)
-
-
 def _group_size(op: Op, devices: int) -> int:
     """Return how many devices take part, from any of the three ways in which XLA prints replica_groups."""
     if listed := op.find(r"replica_groups=\{\{([\d,]+)\}"):
@@ -150,102 +177,3 @@ def _group_size(op: Op, devices: int) -> int:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", op.find(r"\] \{([^}]*)\}")))
     return devices
-
-
-def _kernel(program: Program, op: Op, shapes: dict[str, tuple[Shape, ...]], times: int, rates: Rates) -> OpCost:
-    """Cost one kernel: a fusion, or a lone op, which is a fusion of itself."""
-    if op.opcode == "fusion":
-        body = program.computations[op.called("calls")[0]]
-    else:
-        inputs = [Op(name, "parameter", shapes[name], (), "", False) for name in dict.fromkeys(op.operands)]
-        shapes_out = op.shapes[:1] if op.opcode.endswith("-start") else op.shapes  # the others: operands, context
-        body = [*inputs, Op(op.name, op.opcode, shapes_out, op.operands, op.rest, True)]
-    inner = {o.name: o for o in body}
-    moved = _bytes(body, inner) * times
-    flops, kind = {"fp16": 0.0, "fp32": sum(_elementwise_flops(o, inner) for o in body) * times}, op.opcode
-    for product in (o for o in body if o.is_product):
-        narrow = all(inner[name].shapes[0].itemsize <= 2 for name in product.operands[:2])
-        flops["fp16" if narrow else "fp32"] += _product_flops(product, inner) * times
-        kind = "fp16 gemm" if narrow else "fp32 gemm"
-    seconds = {
-        "memory": moved / rates.bandwidth,
-        "fp16": flops["fp16"] / rates.fp16_flops,
-        "fp32": flops["fp32"] / rates.fp32_flops,
-    }
-    unit = max(seconds, key=lambda name: seconds[name])
-    names = [op.op_name, *(o.op_name for o in reversed(body))]
-    op_name = next((name for name in names if group_of(name) != "other"), op.op_name)
-    return OpCost(op.name, kind, group_of(op_name), op_name, times, moved, sum(flops.values()), unit, seconds[unit])
-
-
-def group_of(op_name: str) -> str:
-    """Return the group of an op by the scopes of the model and the step.
-
-    >>> group_of("jit(step)/while/body/transpose(jvp(GPT))/h_3/attn/qkv/dot_general"), group_of("jit(step)/add")
-    ('attention', 'other')
-    """
-    scope = re.search(rf"\b({'|'.join(_SCOPES)})\b", op_name)
-    return _SCOPES[scope[1]] if scope else "other"
-
-
-def _bytes(body: list[Op], inner: dict[str, Op]) -> float:
-    """Count the bytes that a kernel reads and writes.
-
-    Walked from the results back, every op asks for the elements of its operands that it touches, at most all of them.
-    """
-    root = next(op for op in body if op.is_root)
-    results = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    asked: defaultdict[str, float] = defaultdict(float)
-    written = 0.0
-    in_place = set()
-    for result in results:
-        while result.opcode in ("bitcast", "get-tuple-element") and not _is_scratch(result, inner):
-            asked[result.name] = result.elements
-            result = inner[result.operands[0]]
-        if result.opcode in ("dynamic-update-slice", "scatter"):
-            in_place.add(result.name)
-            update = inner[result.operands[1 if result.opcode == "dynamic-update-slice" else -1]]
-            written += update.elements * result.shapes[0].itemsize
-        elif result.is_product:
-            written += result.shapes[0].bytes
-        elif not _is_scratch(result, inner):
-            written += sum(shape.bytes for shape in result.shapes)
-        asked[result.name] = result.elements
-    read = 0.0
-    for op in reversed(body):
-        share = min(asked[op.name] / op.elements, 1.0) if op.elements else 0.0
-        if op.opcode == "parameter":
-            read += share * sum(shape.bytes for shape in op.shapes)
-        for place, name in enumerate(op.operands):
-            asked[name] += share * _touched(op, place, inner, op.name in in_place)
-    return read + written
-
-
-def _touched(op: Op, place: int, inner: dict[str, Op], in_place: bool) -> float:
-    """Return how many elements of its operand at `place` an op touches to make all of its result."""
-    if place == 0 and op.opcode in ("slice", "dynamic-slice", "gather"):
-        return op.elements
-    if place == 0 and in_place:
-        return inner[op.operands[-1]].elements if op.opcode == "scatter" else 0.0
-    return inner[op.operands[place]].elements
-
-
-def _is_scratch(op: Op, inner: dict[str, Op]) -> bool:
-    """Tell the second result of a call of cuBLAS, its scratch space."""
-    return op.opcode == "get-tuple-element" and inner[op.operands[0]].is_product and op.find(r"index=(\d+)") != "0"
-
-
-def _product_flops(op: Op, inner: dict[str, Op]) -> float:
-    """Return 2 for every element of the result and every place of the contracted dimensions."""
-    contracted = re.findall(
-        r"\d+", op.find(r"lhs_contracting_dims=\{([\d,]*)\}") or op.find(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
-    )
-    left = inner[op.operands[0]].shapes[0].dims
-    return 2.0 * op.shapes[0].elements * math.prod(left[int(d)] for d in contracted)
-
-
-def _elementwise_flops(op: Op, inner: dict[str, Op]) -> float:
-    if op.opcode in _MOVES or op.opcode in ("custom-call", "dot"):
-        return 0.0
-    elements = inner[op.operands[0]].elements if op.opcode.startswith("reduce") else op.elements
-    return elements * (_SLOW_FLOPS if op.opcode in _SLOW else 1)

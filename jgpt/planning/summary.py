@@ -1,6 +1,7 @@
-"""What a config takes on a device before it is run there: memory, speed, hours, disk.
+"""What a config takes on a device before it runs there: memory, speed, hours, disk.
 
-Beside the data path: `jgpt.plan` asks, `page.py` writes the answer down. No text is read, and no step runs.
+Beside the data path: `jgpt.plan` makes a plan here, and `page.py` writes it as text. No text of the user is read, and
+no step runs.
 """
 
 import math
@@ -12,14 +13,14 @@ import jax
 from ml_collections import ConfigDict
 
 from jgpt.data.tokenizer import load_pretrained
-from jgpt.errors import UserError
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import ModelConfig, model_config
-from jgpt.parallel.build import training_devices
+from jgpt.parallel.build import batch_shares, training_devices
 from jgpt.planning.auto import is_auto
 from jgpt.planning.devices import THIS, Target, compile_only, this_machine
-from jgpt.planning.estimate import Choice, Estimate, choice_of, estimate, with_choice
-from jgpt.planning.search import Search, check_least, refusal, search
+from jgpt.planning.estimate import Estimate, estimate
+from jgpt.planning.execution import Execution, execution_of
+from jgpt.planning.search import Search, check_parameters_fit, refusal, search
 from jgpt.step.state import tree_bytes
 
 GPT2_IDS = 50_257
@@ -33,7 +34,7 @@ class Plan:
     config: ConfigDict
     target: Target
     vocabulary: str  # where the number of ids comes from
-    found: Estimate  # of the config as it is, or of the best choice where it was searched for
+    found: Estimate  # of the config as it is, or of the best execution where it was searched for
     searched: Search[Estimate] | None
     run_hours: float
     weekly_hours: float
@@ -62,10 +63,10 @@ class Plan:
         return c.keep_last + c.keep_best + 1, int(tree_bytes(jax.eval_shape(self.found.parts.init)))
 
     @property
-    def advice(self) -> Choice | None:
-        """Return the choice to take instead of the config's own: the fastest that fits; None without a search."""
+    def advice(self) -> Execution | None:
+        """Return the execution to take instead of the config's own: the fastest that fits; None without a search."""
         best = self.searched.best() if self.searched else None
-        return best.choice if best else None
+        return best.execution if best else None
 
     def refusal(self) -> str:
         """Say by how much nothing fits."""
@@ -74,45 +75,51 @@ class Plan:
 
 
 def make_plan(
-    config: ConfigDict, device: str, tune: bool, run_hours: float, weekly_hours: float, tell: Callable[[Estimate], None]
+    config: ConfigDict,
+    device: str,
+    *,
+    tune: bool,
+    run_hours: float,
+    weekly_hours: float,
+    on_compiled: Callable[[Estimate], None],
 ) -> Plan:
-    """Compile the step of a config for a device of `targets.TARGETS`, or "this" machine's. Raises UserError.
+    """Compile the step of a config for a device of `devices.TARGETS`, or "this" machine's. Raises UserError.
 
-    The choice is searched for where the config leaves it open, and with `tune` wholly. Where the config does not fit
-    as it is, its micro-batch and remat are searched for. `tell` hears of each compile. A run takes `run_hours` at most,
-    and a week has `weekly_hours` of them.
+    The keys of `execution` that the config leaves open are searched for, and with `tune` all of them. Where the config
+    does not fit as it is, its micro-batch and remat are searched for. `on_compiled` is called after each compile. A run
+    takes `run_hours` at most, and a week has `weekly_hours` of them.
     """
     target = None if device == THIS else compile_only(device)
     config, source = adopt_source(config, Path(config.out_dir).expanduser().absolute())
     ids, vocabulary = (source.tokenizer.vocab_size, "of init_from") if source else vocabulary_of(config)
     shapes = model_config(config.model, ids)
     target = target or this_machine(training_devices(config))
-    _check_shares(config, target)
+    batch_shares(config, len(target.devices))  # refuses a batch that they cannot share, as training would
 
     def plan(found: Estimate, searched: Search[Estimate] | None) -> Plan:
         return Plan(config, target, vocabulary, found, searched, run_hours, weekly_hours)
 
     if tune or is_auto(config):
-        return plan(*_searched(config, shapes, target, tell, tune))
-    check_least(config, shapes, target)  # a search does so itself
+        return plan(*_search(config, shapes, target, on_compiled, tune))
+    check_parameters_fit(config, shapes, target)  # a search does so itself
     found = estimate(config, shapes, target)
     if plan(found, None).fits:
         return plan(found, None)
-    tell(found)
-    opened = with_choice(config, choice_of(config)._replace(micro_batch_size=0, remat="auto"))
-    return plan(found, _searched(opened, shapes, target, tell, False)[1])
+    on_compiled(found)
+    opened = execution_of(config)._replace(micro_batch_size=0, remat="auto").put_into(config)
+    return plan(found, _search(opened, shapes, target, on_compiled, everything=False)[1])
 
 
-def _searched(
-    config: ConfigDict, shapes: ModelConfig, target: Target, tell: Callable[[Estimate], None], everything: bool
+def _search(
+    config: ConfigDict, shapes: ModelConfig, target: Target, on_compiled: Callable[[Estimate], None], everything: bool
 ) -> tuple[Estimate, Search[Estimate]]:
-    """Search, and return the fastest that fits, else the least."""
-    found = search(config, shapes, target, tell, everything)
-    return found.best() or min(found.tried.values(), key=lambda tried: tried.peak), found
+    """Search; return the fastest that fits, else the smallest, and the search."""
+    found = search(config, shapes, target, on_compiled, everything)
+    return found.best() or found.smallest(), found
 
 
 def vocabulary_of(config: ConfigDict) -> tuple[int, str]:
-    """Return how many ids the tokenizer of a config has or will have, and how that is known. Nothing is downloaded."""
+    """Return how many ids the tokenizer of a config has, and how that is known. Nothing is downloaded."""
     t = config.tokenizer
     if config.model.vocab_size:
         return 1, "of model.vocab_size"
@@ -124,14 +131,3 @@ def vocabulary_of(config: ConfigDict) -> tuple[int, str]:
         return load_pretrained(t.pretrained).vocab_size, "of the tokenizer"
     assumed = "GPT-2's" if "gpt2" in t.pretrained else "GPT-2's assumed; set model.vocab_size for another"
     return GPT2_IDS, assumed
-
-
-def _check_shares(config: ConfigDict, target: Target) -> None:
-    """Refuse a batch that the devices cannot share equally, as training would."""
-    size, n = config.batch.global_batch_size, len(target.devices)
-    if config.execution.parallel == "data" and size % n:
-        raise UserError(
-            f"batch.global_batch_size is {size}, and {target.name} has {n} devices. Each takes the same number of"
-            f" sequences, so it must be a multiple of {n}: set --config.batch.global_batch_size="
-            f"{max(1, round(size / n)) * n}."
-        )

@@ -22,7 +22,7 @@ from jgpt.model.precision import dtype_name
 from jgpt.model.shapes import model_config
 from jgpt.parallel.build import Parts, choose_device_policy, make_parts
 from jgpt.planning.devices import this_machine
-from jgpt.planning.search import check_least
+from jgpt.planning.search import check_parameters_fit
 from jgpt.run_dir.disk import bytes_below, room
 from jgpt.wording import format_count
 
@@ -41,7 +41,7 @@ def check_devices(config: ConfigDict, devices: list[jax.Device]) -> None:
     choose_device_policy(config.precision.compute, config.precision.params, devices[0])
     target = this_machine(devices)
     if target.chip.memory_bytes:  # accelerators only: how much of a CPU's memory is free cannot be known
-        check_least(config, model_config(config.model, 1), target)
+        check_parameters_fit(config, model_config(config.model, 1), target)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jgpt.hardware.process import keep_compiled_programs, set_up_process
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import model_config
 from jgpt.parallel.build import training_devices
-from jgpt.planning.auto import as_begun, settle
+from jgpt.planning.auto import choose_execution, with_execution_of_run
 from jgpt.run_dir.checkpoint import Checkpoints
 from jgpt.run_dir.identity import look_for_run, open_run_dir, write_identity
 from jgpt.run_dir.samples import drop_samples_after
@@ -56,7 +56,7 @@ def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], Non
     with open_run_dir(config.out_dir) as run_dir:
         # What the run is: from the config, the model it begins from, the run that is there, and the devices.
         config, source = adopt_source(config, run_dir)
-        config = as_begun(config, run_dir)
+        config = with_execution_of_run(config, run_dir)
         resuming = look_for_run(run_dir, config)
         devices = training_devices(config)
         check_devices(config, devices)
@@ -64,7 +64,7 @@ def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], Non
 
         # The text, as tokens; then the model and its steps, which need the vocabulary.
         data = prepare(config, run_dir / "tokenizer" if resuming else None, files)
-        config = settle(config, model_config(config.model, data.tokenizer.vocab_size), devices)
+        config = choose_execution(config, model_config(config.model, data.tokenizer.vocab_size), devices)
         setup = set_up(config, data, devices)
         check_disk(run_dir, setup.parts.state_bytes, config.checkpoint)
 

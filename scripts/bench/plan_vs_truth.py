@@ -2,9 +2,10 @@
 
     python scripts/bench/plan_vs_truth.py [--steps 5] [--json plan_vs_truth.json]
 
-Predicted: what `jgpt.plan --device this` says of the compiled step, with the rates of this card in planning/devices.
+Predicted: what `jgpt.plan --device this` says of the compiled step, with the rates of this card in hardware/chips.py.
 Measured: that same step on random tokens, the median of so many steps after one that warms up. The memory is XLA's
-analysis beside the most that JAX's allocator has held so far, which only grows: the configs are in that order.
+analysis beside the most that JAX's allocator has held so far, which only grows: so the config that needs most
+memory comes last.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main() -> None:
     if target.rates is None:
         raise SystemExit(
             f"no prediction to compare: the rates of a {target.chip.name} are not known. Run this on a GPU that "
-            "planning/devices knows."
+            "hardware/chips.py knows."
         )
     print(f"{target.kind}: {target.constants()}\n")
     print(f"{'config':<26}{'predicted ms':>14}{'measured ms':>14}{'ratio':>8}{'plan GiB':>10}{'seen GiB':>10}")
@@ -80,10 +81,10 @@ def seconds_per_step(parts: Parts, steps: int) -> float:
     state = parts.strategy.place_state(jax.jit(parts.init)())
     seconds = []
     for _ in range(1 + steps):
-        began = time.perf_counter()
+        start = time.perf_counter()
         state, numbers = parts.train_step(state, {}, batch)
         jax.block_until_ready((state, numbers))
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
 

@@ -5,7 +5,8 @@
 
 The first table takes GPT-2 124M (T=1024, vocabulary 50304, 8 micro-batches of 8 a step) from a GPT as one writes it in
 plain linen to jgpt's own, change by change; the second asks which size of GPT-2 fits two T4s. Peak memory is XLA's
-analysis of the compiled step; the times are those of `jgpt/planning/roofline.py` at the rates below, none measured.
+analysis of the compiled step; the times are those of `jgpt/planning/roofline.py` at a T4's rates in
+`jgpt/hardware/chips.py`, none measured.
 """
 
 import argparse
@@ -30,19 +31,20 @@ from jgpt.model.gpt import GPT, Block, Context, Mode, Output
 from jgpt.model.layers import Embedding, Norm
 from jgpt.model.parameters import count_parameters
 from jgpt.model.precision import Policy
+from jgpt.model.scopes import SCOPES
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.replicate import Replicate
 from jgpt.planning.devices import Target, compile_only
+from jgpt.planning.hlo import parse
 from jgpt.planning.page import tried_row
-from jgpt.planning.roofline import GROUPS, Rates, predict
+from jgpt.planning.roofline import COLLECTIVE, OTHER, predict
 from jgpt.planning.search import search
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import init_state
 from jgpt.step.train_step import make_train_step
 
-# Assumed of a T4 at its 70 W: on paper 65 and 8.1 TFLOP/s, 320 GB/s. The link goes through the host.
-T4 = Rates(fp16_flops=24e12, fp32_flops=6e12, bandwidth=256e9, link=4e9)
 USABLE_GIB, T, V, A = 14.0, 1024, 50_304, 8
+GROUPS = (*dict.fromkeys(SCOPES.values()), COLLECTIVE, OTHER)  # the columns of the first table
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 
 
@@ -212,10 +214,11 @@ def compile_for(variant: Variant, devices: Any) -> Any:
     return Replicate(devices).train_step(step).lower(state, {}, Batch(batch)).compile()  # type: ignore[attr-defined]
 
 
-def row(name: str, variant: Variant, devices: Any) -> None:
+def row(name: str, variant: Variant, target: Target) -> None:
     """Compile, and print a row of the first table."""
-    began, compiled = time.process_time(), compile_for(variant, devices)
-    m, prediction = compiled.memory_analysis(), predict(compiled.as_text(), T4)
+    assert target.rates is not None
+    start, compiled = time.process_time(), compile_for(variant, target.devices)
+    m, prediction = compiled.memory_analysis(), predict(parse(compiled.as_text()), target.rates, SCOPES)
     peak = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes) / 2**30
     groups = " ".join(f"{1e3 * prediction.by_group()[group]:10.0f}" for group in GROUPS)
     tokens = A * variant.rows * T / prediction.seconds
@@ -223,7 +226,7 @@ def row(name: str, variant: Variant, devices: Any) -> None:
     reduces = sum(op.kind == "collective" and op.bytes > 1e4 for op in prediction.ops)
     print(
         f"{name:<15}{variant.rows:>3} {variant.remat:<6}{peak:>6.2f} {groups} {1e3 * prediction.seconds:>7.0f}"
-        f"{tokens:>8.0f}{fp32:>6}{reduces:>8}   compiled in {time.process_time() - began:.0f} s of CPU",
+        f"{tokens:>8.0f}{fp32:>6}{reduces:>8}   compiled in {time.process_time() - start:.0f} s of CPU",
         flush=True,
     )
 
@@ -238,7 +241,7 @@ def fit(size: str, target: Target) -> None:
         found = search(config, shapes, target, lambda tried: print(f"    tried {tried_row(tried)}", flush=True))
     except UserError as error:  # before anything is compiled
         return print(f"{named}: {error}", flush=True)
-    best = found.best() or min(found.tried.values(), key=lambda tried: tried.peak)
+    best = found.best() or found.smallest()
     verdict = "fits" if best.peak <= found.limit else "does not fit"
     print(f"{named}: {verdict}: {tried_row(best)}", flush=True)
 
@@ -250,11 +253,13 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES), help="of the second table, of " + ", ".join(SIZES))
     flags = parser.parse_args()
     target = compile_only("t4x2")
-    print(f"predicted for two T4s at {T4}, A={A}, T={T}, V={V}, jax {jax.__version__}: tokens a second of each")
+    print(
+        f"predicted for two T4s at {target.rates}, A={A}, T={T}, V={V}, jax {jax.__version__}: tokens a second of each"
+    )
     heads = " ".join(f"{group:>10}" for group in GROUPS)
     print(f"{'':<15}{'B':>3} {'remat':<6}{'GiB':>6} {heads} {'all ms':>7}{'tok/s':>8}{'fp32':>6}{'reduces':>8}")
     for name in filter(None, flags.rows.split(",")):
-        row(name, STEPS[name], target.devices)
+        row(name, STEPS[name], target)
     print(f"which GPT-2 fits {USABLE_GIB} GiB on each; tokens a second of both")
     for size in filter(None, flags.sizes.split(",")):
         fit(size, replace(target, memory_bytes=int(USABLE_GIB * 2**30)))

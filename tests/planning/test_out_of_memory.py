@@ -1,8 +1,10 @@
 """Runs that need more memory than any machine here has: what they say, and what they leave."""
 
+import functools
 import gc
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +20,20 @@ from jgpt.data.write_tokens import prepare
 from jgpt.errors import OutOfMemory
 from jgpt.parallel.build import training_devices
 from jgpt.parallel.replicate import Replicate
-from jgpt.planning.remedies import EVALUATING, PLACING, TRAINING, overrides
+from jgpt.planning.remedies import EVALUATING, PLACING, TRAINING, device_remedies
 from jgpt.run_dir.manifest import digest, whole_steps
 from jgpt.training.hooks import sample
 from jgpt.training.setup import set_up
 from jgpt.training.start import train
 
-# Attention scores of so many sequences of 1024, two heads each, take 128 GiB on each of two devices.
-TOO_MANY = {"batch.global_batch_size": 2**15, "execution.micro_batch_size": 2**14}
+# Attention scores of so many sequences of 1024, eight heads each, take 128 GiB on each of two devices.
+TOO_MANY = {"batch.global_batch_size": 2**13, "execution.micro_batch_size": 2**12}
+SMALL = {
+    "tokenizer.kind": "char", "model.n_layers": 1, "model.n_heads": 8, "model.d_model": 16,
+    "model.context_length": 1024, "optimizer.total_steps": 2, "optimizer.warmup_steps": 1,
+    "batch.global_batch_size": 2, "execution.micro_batch_size": 1, "eval.every_steps": 100, "eval.batches": 1,
+    "sample.num_samples": 0, "checkpoint.every_steps": 2,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -36,39 +44,47 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+def config_of(directory: Path, **changes: Any) -> ConfigDict:
+    """Make a small run of 2 steps in a directory, with changes."""
+    text = directory / "text.txt"
+    text.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(3000)))
+    made = default_config()
+    made.update_from_flattened_dict(SMALL | {"out_dir": str(directory / "run"), "data.text_glob": str(text)} | changes)
+    return made
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., ConfigDict]:
-    """Make a small run of 2 steps, with changes."""
-    (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(3000)))
-    flat = {
-        "out_dir": str(tmp_path / "run"), "data.text_glob": str(tmp_path / "text.txt"), "tokenizer.kind": "char",
-        "model.n_layers": 1, "model.n_heads": 2, "model.d_model": 8, "model.context_length": 1024,
-        "optimizer.total_steps": 2, "optimizer.warmup_steps": 1, "batch.global_batch_size": 2,
-        "execution.micro_batch_size": 1, "eval.every_steps": 100, "eval.batches": 1, "sample.num_samples": 0,
-        "checkpoint.every_steps": 2,
-    }  # fmt: skip
-
-    def make(**changes: Any) -> ConfigDict:
-        made = default_config()
-        made.update_from_flattened_dict(flat | changes)
-        return made
-
-    return make
+    return functools.partial(config_of, tmp_path)
 
 
-def status(tmp_path: Path) -> dict[str, Any]:
-    return json.loads((tmp_path / "run" / "status.json").read_text())
+@pytest.fixture(scope="module")
+def without_samples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Train, where the samples do not fit; return the directory and what was logged."""
+    directory, lines = tmp_path_factory.mktemp("without_samples"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("jgpt").addHandler(handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "generate", lambda *_, **__: jax.block_until_ready(jax.numpy.zeros(1 << 44)))
+        train(config_of(directory, **{"sample.num_samples": 8}))
+    logging.getLogger("jgpt").removeHandler(handler)
+    return directory, "\n".join(lines)
 
 
-def test_a_step_that_does_not_fit(config: Callable[..., ConfigDict], tmp_path: Path):
-    """Explained without JAX's traceback; the checkpoint stays, no array does, and the same process goes on."""
-    train(config())
+def status(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "run" / "status.json").read_text())
+
+
+def test_a_step_that_does_not_fit(config: Callable[..., ConfigDict], without_samples: tuple[Path, str], tmp_path: Path):
+    """Explained without JAX's traceback; the checkpoint stays, no array does, and the same process can go on."""
+    shutil.copytree(without_samples[0] / "run", tmp_path / "run")
     before, arrays = digest(tmp_path / "run" / "checkpoints" / "2"), len(jax.live_arrays())
     with pytest.raises(OutOfMemory) as caught:
         train(config(**TOO_MANY, **{"optimizer.total_steps": 3}), "python -m jgpt.train --config=x.py --config.seed=1")
     first, *rest = str(caught.value).splitlines()
     assert first.startswith("out of memory in training: the cpu was asked for ") and " GiB are free. Take " in first
-    assert first.endswith("--config.execution.micro_batch_size=8192 (it was 16384; the global batch stays as it is).")
+    assert first.endswith("--config.execution.micro_batch_size=2048 (it was 4096; the global batch stays as it is).")
     assert rest[0].startswith("  or --config.execution.remat=block (")
     assert "  python -m jgpt.plan --config=x.py --config.seed=1 --tune" in rest
     gc.collect()
@@ -81,7 +97,7 @@ def test_a_step_that_does_not_fit(config: Callable[..., ConfigDict], tmp_path: P
 
 
 def test_an_evaluation_that_does_not_fit_is_found_before_the_first_step(config: Callable[..., ConfigDict]):
-    with pytest.raises(OutOfMemory, match=r"(?s)in evaluation: .*micro_batch_size=8192 .*loss_chunk_tokens=1024"):
+    with pytest.raises(OutOfMemory, match=r"(?s)in evaluation: .*micro_batch_size=2048 .*loss_chunk_tokens=1024"):
         train(config(**TOO_MANY))
 
 
@@ -102,18 +118,11 @@ def test_evaluation_takes_no_more_than_the_step(config: Callable[..., ConfigDict
     assert 0 < of_evaluation < of_the_step
 
 
-def test_samples_that_do_not_fit_do_not_end_the_run(
-    config: Callable[..., ConfigDict],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr(sample, "generate", lambda *_, **__: jax.block_until_ready(jax.numpy.zeros(1 << 44)))
-    with caplog.at_level(logging.WARNING, "jgpt"):
-        train(config(**{"sample.num_samples": 8}))
-    assert "no samples at step 2: out of memory in sampling: the cpu was asked for 65536.00 GiB" in caplog.text
-    assert "Take --config.sample.num_samples=4 (it was 8; 0: no samples)" in caplog.text
-    assert status(tmp_path)["state"] == "finished" and whole_steps(tmp_path / "run" / "checkpoints") == [2]
+def test_samples_that_do_not_fit_do_not_end_the_run(without_samples: tuple[Path, str]):
+    directory, logged = without_samples
+    assert "no samples at step 2: out of memory in sampling: the cpu was asked for 65536.00 GiB" in logged
+    assert "Take --config.sample.num_samples=4 (it was 8; 0: no samples)" in logged
+    assert status(directory)["state"] == "finished" and whole_steps(directory / "run" / "checkpoints") == [2]
 
 
 def test_the_machines_own_memory(config: Callable[..., ConfigDict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -136,7 +145,7 @@ def advice(doing: str, rows: int = 8, accumulation: int = 3, remat: str = "none"
     training: Any = SimpleNamespace(
         rows=rows, accumulation=accumulation, sequence_length=1024, model=SimpleNamespace(remat=remat, lora=lora)
     )
-    return "\n".join(overrides(doing, config, training))
+    return "\n".join(device_remedies(doing, config, training))
 
 
 def test_overrides_are_those_that_change_something():
@@ -144,7 +153,7 @@ def test_overrides_are_those_that_change_something():
     assert "micro_batch_size" not in advice(TRAINING, rows=1, accumulation=8)
     assert "remat=block" in advice(TRAINING, remat="dots")
     assert "remat" not in advice(TRAINING, remat="block") and "remat" not in advice(EVALUATING)
-    assert "loss_chunk_tokens=512 " in advice(TRAINING, rows=1, accumulation=1, loss_chunk_tokens=0)
-    assert "loss_chunk_tokens" not in advice(TRAINING, loss_chunk_tokens=256)
+    assert "loss_chunk_tokens=512 " in advice(TRAINING, rows=1, accumulation=1, **{"execution.loss_chunk_tokens": 0})
+    assert "loss_chunk_tokens" not in advice(TRAINING, **{"execution.loss_chunk_tokens": 256})
     assert "batch" not in advice(PLACING) and "smaller model" in advice(PLACING)
     assert "lora.rank=8" in advice(PLACING, lora=object(), **{"lora.rank": 16})

@@ -1,35 +1,29 @@
 """The devices that a step can be planned for: those of this machine, and compile-only ones that are not here.
 
-Beside the data path: a plan compiles for them, and asks what they hold and how fast they are. All numbers that a
-prediction rests on stand here, each with its reason; `planning/roofline.py` has the rules. The files beside this one
-are what XLA must know of a GPU to compile for it: its GpuTargetConfigProto as text, with what CUDA's deviceQuery says.
+Beside the data path: a plan compiles for them, and asks what they hold and how fast they are. What is known of each
+kind is its record in `hardware/chips.py`. The files beside this one are what XLA must know of a GPU to compile for it:
+its GpuTargetConfigProto as text, with what CUDA's deviceQuery says.
 """
 
 import difflib
 import importlib.metadata
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 
 import jax
 
 from jgpt.errors import UserError
-from jgpt.hardware.devices import MEMORY_SHARE, Chip, describe
-from jgpt.planning.roofline import Rates
+from jgpt.hardware.chips import CHIPS, Chip, Rates
+from jgpt.hardware.devices import MEMORY_SHARE, describe
 
 OLDEST_JAX = (0, 10)  # that compiles a pmap for devices that are not there, and shows the program
-TARGETS = {"t4x2": ("t4", 2), "t4": ("t4", 1), "p100": ("p100", 1), "l4": ("l4", 1), "a100": ("a100", 1)}
-TARGETS |= {"h100": ("h100", 1)}  # the name: its device file, how many
+# The name on the command line: its device file, how many. Kaggle lends T4s in pairs.
+TARGETS = {"t4x2": ("t4", 2)} | {chip.target_file: (chip.target_file, 1) for chip in CHIPS if chip.target_file}
 THIS = "this"
-# What CUDA leaves of the card's memory, in GiB: deviceQuery's totalGlobalMem, of the T4 what is seen on Kaggle.
-_MEMORY_GIB = {"t4": 14.6, "p100": 15.8, "l4": 22.0, "a100": 39.4, "h100": 79.1}
+CUDNN_WHEEL = "nvidia-cudnn-cu12"
 _CPU_MEMORY_SHARE = 0.5  # of the machine's memory, for the step: the text, the samples and other programs have theirs
-# A T4 sustains 24 of its 65 TFLOP/s in fp16: a product of 4096^3 at its 70 W (NVIDIA's answer in its developer forum,
-# thread 264462). fp32 three quarters of 8.1, memory 80% of 320 GB/s: estimates. Two on Kaggle talk through the host: 2
-# to 6 GB/s are expected, 4 is assumed.
-_T4_RATES = Rates(fp16_flops=24e12, fp32_flops=6e12, bandwidth=256e9, link=4e9)
-# Of the others nothing was measured here: shares of the data sheet that large products and copies commonly reach.
-_SUSTAINED, _BANDWIDTH, _LINK = 0.6, 0.8, 4e9
 
 
 @dataclass(frozen=True)
@@ -63,14 +57,14 @@ def this_machine(devices: list[jax.Device]) -> Target:
     """Return the devices that are here as a target."""
     chip = describe(devices[0])
     stats = devices[0].memory_stats() or {} if devices[0].platform != "cpu" else {}
-    memory = stats.get("bytes_limit", chip.memory_bytes and int(MEMORY_SHARE * chip.memory_bytes))
+    memory = stats.get("bytes_limit", _for_jax(chip))
     if devices[0].platform == "cpu":
         memory = int(_CPU_MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices))
-    return Target(THIS, devices, chip, memory, sustained_rates(chip))
+    return Target(THIS, devices, chip, memory, chip.rates)
 
 
 def compile_only(name: str) -> Target:
-    """Return devices of a kind that is not here. Raises UserError for a name that is none, and without the wheels."""
+    """Return devices of a kind that is not here. Raises UserError for an unknown name, and without the wheels."""
     if name not in TARGETS:
         known = [*TARGETS, THIS]
         close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
@@ -84,45 +78,55 @@ def compile_only(name: str) -> Target:
     topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x1x{count}")
     devices = list(topology.devices)
     chip = describe(devices[0])
-    return Target(name, devices, chip, int(MEMORY_SHARE * _MEMORY_GIB[kind] * 2**30), sustained_rates(chip))
+    return Target(name, devices, chip, _for_jax(chip), chip.rates)
 
 
-def sustained_rates(chip: Chip) -> Rates | None:
-    """Return what a known GPU sustains; None for others."""
-    peaks = chip.peak_flops
-    half, single, bandwidth = peaks["fp16"], peaks["fp32"], chip.memory_bandwidth
-    if half is None or single is None or bandwidth is None:
-        return None
-    if chip.name == "T4":
-        return _T4_RATES
-    if chip.compute_capability and chip.compute_capability < (7, 0):
-        half = single  # no tensor cores, and XLA sums fp16 products in fp32
-    return Rates(_SUSTAINED * half, _SUSTAINED * single, _BANDWIDTH * bandwidth, _LINK)
+def _for_jax(chip: Chip) -> int | None:
+    return int(MEMORY_SHARE * chip.usable_bytes) if chip.usable_bytes else None
 
 
 def check_wheels() -> None:
-    """Refuse to compile for GPUs that are not here without what that takes, each with the pip line for this JAX."""
+    """Raise UserError, with the pip line for this JAX, where a package for compiling without a GPU is missing."""
     version, jaxlib = jax.__version__, importlib.metadata.version("jaxlib")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_JAX:
         oldest = ".".join(map(str, OLDEST_JAX))
         raise UserError(
-            f"jax {version} cannot compile this step for devices that are not here: that takes jax {oldest} or newer. "
-            "In an environment of its own: pip install -U jax jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12. "
+            f"jax {version} cannot compile this step for devices that are not here: that needs jax {oldest} or newer. "
+            "In another environment: pip install -U jax jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12. "
             "Or plan for the devices that are here: --device=this."
         )
     found = {name: _version(name) for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt")}
     if any(there != jaxlib for there in found.values()):
         have = ", ".join(f"{name} {there or 'is missing'}" for name, there in found.items())
         raise UserError(
-            f"to compile for GPUs that are not here takes JAX's CUDA wheels of jaxlib's version, {jaxlib}: {have}. No"
+            f"compiling for GPUs that are not here needs JAX's CUDA wheels of jaxlib's version, {jaxlib}: {have}. No"
             f" GPU and no driver are needed. {pip_line(jaxlib)}"
         )
 
 
 def pip_line(jaxlib: str = "") -> str:
-    """Say how to install what compiling for GPUs that are not here takes."""
+    """Return the command that installs what compiling for GPUs that are not here needs."""
     jaxlib = jaxlib or importlib.metadata.version("jaxlib")
     return f"Run: pip install jax-cuda12-plugin=={jaxlib} jax-cuda12-pjrt=={jaxlib} nvidia-cuda-nvcc-cu12"
+
+
+def has_cudnn(target: Target) -> bool:
+    """Tell whether fused attention can be compiled for a target: XLA asks cuDNN itself, which is a wheel of its own."""
+    return target.name == THIS or _version(CUDNN_WHEEL) is not None
+
+
+def lower_for(target: Target, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Lowered:
+    """Call `lower`; raise UserError where it has fused attention for the target and cuDNN is missing."""
+    try:
+        return lower()
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise UserError(
+            f"fused attention (execution.attention=flash, which auto takes where the GPU has it) cannot be compiled for"
+            f" {target.chip.name}: {error} Run: pip install {CUDNN_WHEEL} (600 MB; no GPU is needed). Or plan with"
+            " another form: --config.execution.attention=chunked_vjp."
+        ) from None
 
 
 def compile_for(target: Target, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
