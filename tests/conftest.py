@@ -25,9 +25,9 @@ from fake_machine import python_without
 jax.config.update("jax_num_cpu_devices", 2)  # before any test touches a device
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compiling is most of what the tests do. Few optimizations halve it, and what one test, worker or program of the session
-# compiled is read by the others. Programs that tests start must agree with this process bit for bit, so they get the
-# same settings. Sessions on an imitated Kaggle have an environment of their own.
+# Compiling is most of what the tests do. Few optimizations halve it, and what one test, worker or program of the
+# session compiled is read by the others. Programs that tests start must agree with this process bit for bit, so they
+# get the same settings. Sessions on an imitated Kaggle have an environment of their own.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # pytest-xdist's workers have that of the process that started them
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jgpt-tests-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -45,6 +45,10 @@ if jax.__version_info__ <= (0, 7, 2):  # its way to compile fused loops takes fo
 
 # 1,289 characters and an end-of-text token: 1,161 tokens to train on, and for validation 8 blocks of 16 and one.
 TEXT = ("".join(f"{n} times {n} is {n * n}, says the table.\n" for n in range(99)))[:1289]
+
+# What a run that starts from another model, with its tokenizer, sets; and one that trains adapters only.
+FROM_A_MODEL = ["--config.tokenizer.kind=bpe"]
+LORA = ["--config.lora.rank=2", "--config.optimizer.learning_rate=0.1"]
 
 
 @dataclass
@@ -150,6 +154,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = _run("train", *_tiny(root))
     assert result.code == 0, result.err
     return root / "run"
+
+
+@pytest.fixture(scope="session")
+def adapted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train adapters to a copy of the trained run, once for all tests; return the folder of both, `base` and `run`."""
+    root = tmp_path_factory.mktemp("adapted")
+    base = shutil.copytree(trained, root / "base")
+    result = _run("train", *_tiny(root), *FROM_A_MODEL, *LORA, f"--config.init_from={base}")
+    assert result.code == 0, result.err
+    return root
 
 
 @pytest.fixture(scope="session")

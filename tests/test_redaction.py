@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,53 +40,71 @@ def planted(tmp_path: Path) -> dict[str, str]:
     return environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
+def assert_hidden(printed: str, root: Path) -> None:
+    """Assert that no token is in what a command printed and wrote."""
+    assert "planted" not in printed
+    for path in root.rglob("*"):
+        if path.is_file() and not path.is_relative_to(root / "home"):
+            assert b"planted" not in path.read_bytes(), path
+
+
 @pytest.fixture
 def start(planted: dict[str, str], tmp_path: Path) -> Started:
-    """Run a line of Python's with them, and look at everything that it printed and wrote."""
+    """Run a line of Python's as a process with them, and look at everything that it printed and wrote."""
 
     def started(*line: str, code: int) -> subprocess.CompletedProcess[str]:
         done = subprocess.run([sys.executable, *line], env=planted, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
-        assert "planted" not in done.stdout + done.stderr
-        for path in tmp_path.rglob("*"):
-            if path.is_file() and not path.is_relative_to(tmp_path / "home"):
-                assert b"planted" not in path.read_bytes(), path
+        assert_hidden(done.stdout + done.stderr, tmp_path)
         return done
 
     return started
 
 
-@pytest.mark.slow
-def test_a_run_that_succeeds_whatever_it_is_told(
-    start: Started, planted: dict[str, str], tiny: list[str], tmp_path: Path
+@pytest.fixture
+def train(command: Any, planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Train in this process with them, and look at everything that the command printed and wrote."""
+
+    def trained(*arguments: str, code: int) -> str:
+        with monkeypatch.context() as patch:
+            for name, value in planted.items():
+                patch.setenv(name, value)
+            result = command("train", *arguments)
+        assert result.code == code, result.out + result.err
+        assert_hidden(result.out + result.err, tmp_path)
+        return result.err
+
+    return trained
+
+
+def test_a_run_that_succeeds_whatever_it_is_given(
+    train: Callable[..., str], planted: dict[str, str], tiny: list[str], tmp_path: Path
 ):
     """Also where a token is in an override, which config.json, status.json and report.html repeat."""
     own = f"--config.sample.prompt={planted['WANDB_API_KEY']}"
-    start("-m", "jgpt.train", *tiny, own, "--config.sample.num_samples=0", code=0)
+    train(*tiny, own, "--config.sample.num_samples=0", code=0)
     assert HIDDEN in (tmp_path / "run" / "status.json").read_text()
     assert HIDDEN in (tmp_path / "run" / "config.json").read_text()
     assert (tmp_path / "run" / "report.html").exists()
 
 
-@pytest.mark.slow
-def test_what_the_user_got_wrong(start: Started, planted: dict[str, str], tiny: list[str]):
+def test_what_the_user_got_wrong(train: Callable[..., str], planted: dict[str, str], tiny: list[str]):
     glob = f"--config.data.text_glob=/{planted['KAGGLE_KEY']}/*.txt"
-    assert f"/{HIDDEN}/*.txt" in start("-m", "jgpt.train", *tiny, glob, code=2).stderr
+    assert f"/{HIDDEN}/*.txt" in train(*tiny, glob, code=2)
     model = f"--config.init_from=https://me:{planted['HF_TOKEN']}@huggingface.co/owner/name"
-    assert HIDDEN in start("-m", "jgpt.train", *tiny, model, code=2).stderr
+    assert HIDDEN in train(*tiny, model, code=2)
 
 
-@pytest.mark.slow
 def test_a_crash_with_a_traceback(start: Started, tiny: list[str], tmp_path: Path):
     """Of a library that quotes headers and addresses, in the middle of a run."""
     (tmp_path / "crash.py").write_text(
-        "import os, sys\n"
-        "from jgpt.training import run as module\n"
-        "def save(self):\n"
+        "import os\n"
+        "from jgpt.run_dir.checkpoint import Checkpoints\n"
+        "def save(self, *arguments):\n"
         "    secrets = [value for value in os.environ.values() if value.startswith('plan' 'ted')]\n"
         "    files = [open(os.path.expanduser(name)).read() for name in ('~/session', '~/.netrc')]\n"
         "    raise RuntimeError(f'401 for https://a:{secrets[0]}@host/x with {secrets} and {files}')\n"
-        "module.Run.save = save\n"
+        "Checkpoints.save = save\n"
         "from jgpt import train\n"
         "from jgpt.cli.flags import define_config\nfrom jgpt.cli.run import run\n"
         "define_config()\n"

@@ -16,8 +16,6 @@ from jgpt.loading.source import Source, load_params, open_source
 from jgpt.run_dir.identity import look_for_run, read_config
 from jgpt.run_dir.params import restore_params
 
-LORA = ["--config.lora.rank=2", "--config.tokenizer.kind=bpe", "--config.optimizer.learning_rate=0.1"]
-
 
 def as_stored(source: Source) -> Any:
     return load_params(source, np.float32, lambda path, array: array)
@@ -37,18 +35,6 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def adapted(trained: Path, command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Train adapters to a copy of the trained run; return both directories."""
-    from conftest import _tiny
-
-    root = tmp_path_factory.mktemp("adapted")
-    base = shutil.copytree(trained, root / "base")
-    result = command("train", *_tiny(root), *LORA, f"--config.init_from={base}")
-    assert result.code == 0, result.err
-    return root / "run", base
-
-
 def test_a_run_and_its_export_are_one_model(trained: Path, exported: Path):
     run, theirs = open_source(str(trained)), open_source(str(exported))
     assert_same(as_stored(run), as_stored(theirs))
@@ -59,8 +45,8 @@ def test_a_run_and_its_export_are_one_model(trained: Path, exported: Path):
         open_source(str(exported), 4)
 
 
-def test_a_lora_run_is_its_base_with_the_adapters_merged(adapted: tuple[Path, Path]):
-    run, base = adapted
+def test_a_lora_run_is_its_base_with_the_adapters_merged(adapted: Path):
+    run, base = adapted / "run", adapted / "base"
     source = open_source(str(run))
     assert source.base is not None and source.base.directory == base
     merged, plain = as_stored(source), as_stored(open_source(str(base)))
@@ -80,15 +66,15 @@ def test_a_lora_run_is_its_base_with_the_adapters_merged(adapted: tuple[Path, Pa
     )
 
 
-def test_the_base_may_move_and_must_be_the_same(adapted: tuple[Path, Path], trained: Path, tmp_path: Path):
-    run, base = (shutil.copytree(path, tmp_path / path.name) for path in adapted)
+def test_the_base_may_move_and_must_be_the_same(adapted: Path, trained: Path, tmp_path: Path):
+    run, base = (shutil.copytree(adapted / name, tmp_path / name) for name in ("run", "base"))
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"init_from": str(tmp_path / "gone")}))
     with pytest.raises(
         UserError, match=r"holds LoRA adapters.*looked for at .*/gone.*--base=DIR, or mend init_from in .*config.json"
     ):
         open_source(str(run))
-    assert_same(as_stored(open_source(str(run), base=str(base))), as_stored(open_source(str(adapted[0]))))
+    assert_same(as_stored(open_source(str(run), base=str(base))), as_stored(open_source(str(adapted / "run"))))
     for step in (2, 4):
         manifest = base / "checkpoints" / f"{step}.sha256"
         manifest.write_text(manifest.read_text().replace("a", "b"))
@@ -96,9 +82,9 @@ def test_the_base_may_move_and_must_be_the_same(adapted: tuple[Path, Path], trai
         open_source(str(run), base=str(base))
 
 
-def test_a_base_that_was_trained_on_is_still_found(adapted: tuple[Path, Path], tmp_path: Path):
+def test_a_base_that_was_trained_on_is_still_found(adapted: Path, tmp_path: Path):
     """Its fingerprint is that of the checkpoint which the run began from, not that of the newest."""
-    base = shutil.copytree(adapted[1], tmp_path / "base")
+    base = shutil.copytree(adapted / "base", tmp_path / "base")
     fingerprints = [open_source(str(base), step).fingerprint for step in (2, 4)]
     assert len(set(fingerprints)) == 2
     assert [open_source(str(base), fingerprint=one).step for one in fingerprints] == [2, 4]
