@@ -86,7 +86,8 @@ def attend_causally(
 
     `q` [B, T, K, G, H], `k` and `v` [B, T, K, H], `mask` bool [B or 1, T, T], true where a query may attend to a key;
     it must be causal, and exclude other segments where `segments` int32 [B, T] are given. `drop` is dropout on the
-    weights. The scores are products in `scores_dtype`, by default q's. Returns [B, T, K, G, H] in the dtype of `v`. The forms agree to rounding:
+    weights. The scores are products in `scores_dtype`, by default q's. Returns [B, T, K, G, H] in the dtype of `v`.
+    The forms agree to rounding:
 
     - "plain": all pairs of a query and a key at once.
     - "chunked": the queries in four chunks, each with the keys up to its end: 5/8 of the work and of the memory.
