@@ -1,5 +1,6 @@
 """Two CPU devices for every test, and no silent rank promotion; the commands, and one small trained run."""
 
+import atexit
 import contextlib
 import importlib
 import io
@@ -7,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,10 +24,24 @@ from fake_machine import python_without
 
 jax.config.update("jax_num_cpu_devices", 2)  # before any test touches a device
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiling is most of what the tests do, and takes half as long so. Not for the sessions on an imitated Kaggle, which
-# have an environment of their own. Programs that are started compare with this process bit for bit: both the same.
-jax.config.update("jax_disable_most_optimizations", True)
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+# Compiling is most of what the tests do. Few optimizations halve it, and what one test, worker or program of the session
+# compiled is read by the others. Programs that tests start must agree with this process bit for bit, so they get the
+# same settings. Sessions on an imitated Kaggle have an environment of their own.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # pytest-xdist's workers have that of the process that started them
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jgpt-tests-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+COMPILING: dict[str, Any] = {
+    "jax_compilation_cache_dir": os.environ["JAX_COMPILATION_CACHE_DIR"],
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_disable_most_optimizations": True,
+}
+for _name, _value in COMPILING.items():
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
+if jax.__version_info__ <= (0, 7, 2):  # its way to compile fused loops takes four times as long; later versions lack it
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 # 1,289 characters and an end-of-text token: 1,161 tokens to train on, and for validation 8 blocks of 16 and one.
 TEXT = ("".join(f"{n} times {n} is {n * n}, says the table.\n" for n in range(99)))[:1289]

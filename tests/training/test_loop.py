@@ -17,7 +17,6 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
@@ -42,24 +41,10 @@ pytestmark = pytest.mark.usefixtures("environment")
 
 
 @pytest.fixture
-def environment(compiled: Path) -> Iterator[None]:
-    """Training sets variables for the libraries below it: they are put back. What it compiles is kept for the next."""
-    cache = {"jax_compilation_cache_dir": str(compiled), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: jax.config.values[name] for name in cache}
+def environment() -> Iterator[None]:
+    """Training sets variables for the libraries below it: they are put back."""
     with mock.patch.dict(os.environ):
-        for name, value in cache.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # JAX looks at its directory once
         yield
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory for JAX's cache of compiled programs: most runs here are of the same few."""
-    return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +95,9 @@ def command(flat: dict[str, Any]) -> Command:
 
 
 @pytest.fixture(scope="module")
-def start(compiled: Path) -> Start:
-    """Start a process, with two devices and the cache of compiled programs."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+def start() -> Start:
+    """Start a process with two devices."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "2"}
 
     def started(line: list[str], cwd: Path) -> subprocess.Popen:
         return subprocess.Popen(
