@@ -21,9 +21,9 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[Any]:
     OSError when the file cannot be written.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    binary = "b" in mode
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     try:
-        with temporary.open(mode, encoding=None if binary else "utf-8", newline=None if binary else "") as file:
+        with temporary.open(mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

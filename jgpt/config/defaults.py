@@ -206,7 +206,7 @@ EXECUTION = Group(
                 "chunked": "5/8 of the pairs",
                 "chunked_vjp": "chunked, with a backward pass that moves less memory",
                 "chunked_vjp_recompute": "chunked_vjp that keeps no weights",
-                "flash": "one fused kernel of cuDNN, from sm_80 on; not deterministic",
+                "flash": "a fused kernel: ours in fp16 from sm_75 on, cuDNN's from sm_80 on where not deterministic",
             },
         ),
         "loss_chunk_tokens": Key(2048, "tokens whose logits are in memory at one time; 0: all", low=0),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jgpt.model.attention.choose import attend_causally
+from jgpt.model.attention.flash import flash_qkv
 from jgpt.model.attention.plain import attend_newest
 from jgpt.model.kv_cache import KVCache, LayerCache
 from jgpt.model.layers import Embedding, Linear, Norm, dropout
@@ -45,6 +46,7 @@ class Context(NamedTuple):
 
     positions: Array  # int32 [B or 1, T]
     mask: Array  # bool [B or 1, T, S], true where a query may attend to a key
+    segments: Array | None = None  # int32 [B, T], the number of the text that a token belongs to
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,10 @@ class Attention(nn.Module):
             k = rope(k, context.positions, c.rope_theta, c.rope_scaling)
         if cache is None:
             drop = None if mode.deterministic or c.dropout == 0.0 else dropout(self, c.dropout, mode.deterministic)
-            mixed = attend_causally(q, k, v, context.mask, self.form, drop)  # [B, T, K, G, H]
+            if self.form == "flash" and drop is None and c.position == "learned" and not c.qk_norm:
+                mixed = flash_qkv(qkv, context.segments)  # reads all three where the product left them
+            else:
+                mixed = attend_causally(q, k, v, context.mask, self.form, drop, segments=context.segments)
         elif mode.prefill:
             cache = cache.fill(k, v)
             mixed = attend_causally(q, k, v, context.mask, scores_dtype=jnp.float32)
@@ -251,7 +256,7 @@ class GPT(nn.Module):
         if self.is_initializing() and not self.config.tie_embeddings:
             _ = self.lm_head.embedding  # creates the parameter: linen is lazy, and only `unembedding` reads it
         x = dropout(self, self.config.dropout, deterministic)(x)
-        context, mode = Context(positions, mask), Mode(prefill, deterministic)
+        context, mode = Context(positions, mask, segments), Mode(prefill, deterministic)
         layers: list[LayerCache] = []
         for i, block in enumerate(self.h):
             x, layer = block(x, context, cache[i] if cache is not None else None, mode)

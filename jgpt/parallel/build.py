@@ -194,8 +194,14 @@ def _splits_model(config: ConfigDict) -> bool:
 def _attention(config: ConfigDict, shapes: ModelConfig, policy: Policy, device: jax.Device) -> str:
     """Return the form of attention: what the config names, or what suits the device and the model."""
     wanted = config.execution.attention
-    if wanted == "auto" and _splits_model(config):
-        return "chunked"  # the only form that has been tested with the model split
+    if _splits_model(config):
+        if wanted == "flash":
+            raise UserError(
+                "execution.attention='flash' with execution.parallel='tensor': a fused kernel is not split over"
+                " devices. Allowed: 'auto', 'plain', 'chunked'. Take --config.execution.attention=auto."
+            )
+        if wanted == "auto":
+            return "chunked"  # the only form that has been tested with the model split
     return choose_attention(
         wanted,
         policy.compute,

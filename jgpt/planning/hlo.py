@@ -70,8 +70,13 @@ class Op:
 
     @property
     def is_fused_attention(self) -> bool:
-        """Tell a call of cuDNN's attention."""
-        return self.custom_call_target.startswith("__cudnn$fmha")
+        """Tell a call of fused attention: cuDNN's, or a kernel of our own."""
+        return self.custom_call_target.startswith("__cudnn$fmha") or self.is_our_attention
+
+    @property
+    def is_our_attention(self) -> bool:
+        """Tell a call of the kernels in `model/attention/flash/`; nothing else here is launched so."""
+        return self.custom_call_target == "triton_kernel_call"
 
     def find(self, pattern: str) -> str:
         """Return the first group of a pattern in `rest`, or ""."""

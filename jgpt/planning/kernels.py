@@ -17,6 +17,8 @@ _MOVES |= {"concatenate", "copy", "gather", "reverse", "copy-start"}
 _SLOW = {"exponential", "exponential-minus-one", "log", "log-plus-one", "tanh", "logistic", "power", "divide", "sqrt"}
 _SLOW |= {"rsqrt", "cbrt", "sine", "cosine", "tan", "erf", "atan2", "remainder"}
 _SLOW_FLOPS = 8
+# Of the rate of a large product, as our kernels should reach it on a T4: 20 and 16 of 24 TFLOP/s (docs/flash.md).
+OUR_SHARES = {"forward": 20 / 24, "backward_q": 16 / 24, "backward_kv": 16 / 24}
 PRODUCT_KINDS = ("fp16 gemm", "fp32 gemm", "fused attention")  # by the width of the operands
 
 
@@ -103,14 +105,32 @@ def _product_flops(op: Op, inner: dict[str, Op]) -> float:
 
 
 def _attention_flops(op: Op, inner: dict[str, Op]) -> float:
-    """Return the FLOPs of cuDNN's attention: two products for each pair of query and key, backward five.
+    """Return the FLOPs of fused attention: two products for each pair of query and key, backward five.
 
-    JAX gives it queries [B, T, N, H] and keys [B, S, K, H] first. Under a causal mask it skips half of the pairs.
+    JAX gives cuDNN queries [B, T, N, H] and keys [B, S, K, H] first. Under a causal mask it skips half of the pairs.
     """
+    if op.is_our_attention:
+        return _our_attention_flops(op, inner)
     (batch, queries, heads, width), keys = (inner[name].shapes[0].dims for name in op.operands[:2])
     products = 5 if "Backward" in op.custom_call_target else 2
     share = 0.5 if op.find(r'"mask_type": ?"(\w*CAUSAL)') else 1.0
     return 2.0 * products * batch * heads * queries * keys[1] * width * share
+
+
+def _our_attention_flops(op: Op, inner: dict[str, Op]) -> float:
+    """Return the FLOPs of a kernel of ours, as many as a matrix product does in its time.
+
+    Every kernel has fp32 numbers of [B, N, T] among its results (forward, backward_q) or operands (backward_kv), and
+    fp16 arrays whose last side is H. They do 2, 3 and 4 products of the causal half of the pairs, backward_q and
+    backward_kv one each again. No kernel reaches a plain product's rate: OUR_SHARES.
+    """
+    operands = [inner[name].shapes[0] for name in op.operands]
+    width = operands[0].dims[-1]
+    numbers = [shape for shape in op.shapes if shape.dtype == "f32"]
+    kernel = "backward_kv" if not numbers else "forward" if len(operands) < 7 else "backward_q"
+    batch, heads, length = (numbers or [shape for shape in operands if shape.dtype == "f32"])[0].dims
+    products = {"forward": 2, "backward_q": 3, "backward_kv": 4}[kernel]
+    return products * batch * heads * length**2 * width / OUR_SHARES[kernel]
 
 
 def _elementwise_flops(op: Op, inner: dict[str, Op]) -> float:

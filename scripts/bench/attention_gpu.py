@@ -26,7 +26,7 @@ from jgpt.hardware.devices import describe
 from jgpt.hardware.process import set_up_process
 from jgpt.model.attention.choose import attend_causally
 
-FORMS = ("plain", "chunked", "chunked_vjp", "chunked_vjp_recompute", "flash")
+FORMS = ("chunked_vjp", "flash", "cudnn", "plain", "chunked", "chunked_vjp_recompute")
 BOUND = {"float16": 0.01, "bfloat16": 0.05}  # of a difference; an error in a mask or a factor is 0.1 and more
 
 

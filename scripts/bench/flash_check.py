@@ -1,4 +1,4 @@
-"""Check and time the attention kernels of jgpt/model/flash on a real GPU: values, gradients, determinism, speed.
+"""Check and time our attention kernels on a real GPU: values, gradients, determinism, speed.
 
     python scripts/bench/flash_check.py --json flash.json                # about a minute and a half
     python scripts/bench/flash_check.py --sanitize --json sanitize.json  # one small case under compute-sanitizer, alone
@@ -34,7 +34,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from jgpt.model.flash import flash, flash_qkv  # noqa: E402
+from jgpt.model.attention.flash import flash, flash_qkv  # noqa: E402
 
 # B, T, K, G, H, whether segments count
 VALUES = [
@@ -218,7 +218,7 @@ def other_form(name: str, length: int) -> Callable[..., jax.Array]:
     from jgpt.model.attention.choose import attend_causally
 
     mask = jnp.tril(jnp.ones((length, length), bool))[None]
-    return lambda q, k, v, segments: attend_causally(q, k, v, mask, {"cudnn": "flash"}.get(name, name))
+    return lambda q, k, v, segments: attend_causally(q, k, v, mask, name)
 
 
 def check_speed(shape: tuple[int, ...], name: str) -> dict[str, Any]:
@@ -240,8 +240,8 @@ def check_speed(shape: tuple[int, ...], name: str) -> dict[str, Any]:
 
 def check_kernels_alone(shape: tuple[int, ...]) -> dict[str, Any]:
     """Time each of the three kernels, and count the FLOPs that it does: 2, 3 and 4 products of the causal half."""
-    from jgpt.model.flash.attention import _backward, _forward
-    from jgpt.model.flash.launch import device_capability
+    from jgpt.model.attention.flash.attention import _backward, _forward
+    from jgpt.model.attention.flash.launch import device_capability
 
     batch, length, groups, members, width = shape
     (q, k, v, d_out), _ = inputs(shape)
@@ -268,7 +268,7 @@ def check_memory() -> dict[str, Any]:
 
 SANITIZED = """
 import jax, jax.numpy as jnp
-from jgpt.model.flash import flash
+from jgpt.model.attention.flash import flash
 for width in (32, 64, 96, 128):
     k1, k2 = jax.random.split(jax.random.key(0))
     q = jax.random.normal(k1, (1, 150, 1, 2, width), jnp.float16)

@@ -3,7 +3,7 @@
 #
 # Parts, each with a JSON file of its own in OUT_DIR, by default all in this order:
 #   attention  every form of attention: values, gradients, times
-#   flash      the kernels of jgpt/model/flash: values, gradients, determinism, times
+#   flash      the kernels of jgpt/model/attention/flash: values, gradients, determinism, times
 #   sanitize   the same kernels under compute-sanitizer
 #   resume     a run that was killed is the run that was not, bit for bit
 #   plan       predicted and measured seconds and bytes of a step

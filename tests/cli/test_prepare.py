@@ -50,7 +50,7 @@ def test_it_says_what_is_learned_of_conversations(command, tiny, tmp_path):
     assert "learned           380 tokens, 73% of all" in result.out
     assert "tokens            468 train, 52 validation (split by conversation)" in result.out
     assert "begins with\n    2 + 2?\n    4, the table says.\n" in result.out
-    refused(command("prepare", *tiny, "--config.data.format=chat"), "matches only what is no .jsonl file (.txt)")
+    refused(command("prepare", *tiny, "--config.data.format=chat"), "matches only files that are not .jsonl (.txt)")
     refused(command("prepare", *tiny, "--config.data.format=chat", paths[0]), "needs a chat template")
 
 
@@ -59,7 +59,7 @@ def test_cache_dir(command, tiny, tmp_path):
     assert (tmp_path / "cache" / "meta.json").is_file() and not (tmp_path / "run").exists()
     (tmp_path / "taken").write_text("mine")
     result = command("prepare", *tiny, f"--config.data.cache_dir={tmp_path}/taken")
-    refused(result, f"the token directory {tmp_path}/taken cannot be written", "--config.data.cache_dir=DIR")
+    refused(result, f"the token directory {tmp_path}/taken cannot be written", "set data.cache_dir to")
     assert (tmp_path / "taken").read_text() == "mine"
 
 
@@ -78,8 +78,8 @@ def test_text_that_is_not_utf8_is_named_or_replaced(command, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("empty.txt", "", ["hold no text", "--config.data.text_glob=GLOB"]),
-        ("a.jsonl", '{"text": "a"}\n{"body": "b"}\n', ["a.jsonl, line 2", "'body'", "--config.data.text_field=NAME"]),
+        ("empty.txt", "", ["hold no text", "Set data.text_glob to"]),
+        ("a.jsonl", '{"text": "a"}\n{"body": "b"}\n', ["a.jsonl, line 2", "'body'", "Set data.text_field to"]),
         ("b.jsonl", "not json\n", ["b.jsonl, line 1 is not JSON"]),
         ("c.txt.gz", "not compressed", ["c.txt.gz cannot be read"]),
         ("d.pdf", "x", ["matches only files that are not text (.pdf)", "Supported are .txt"]),

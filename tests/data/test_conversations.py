@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -21,6 +20,7 @@ from jgpt.data.tokenizer import load_tokenizer, train_bpe
 from jgpt.data.write_tokens import prepare
 from jgpt.errors import UserError
 from jgpt.model.gpt import GPT
+from jgpt.model.parameters import abstract_params
 from jgpt.model.shapes import ModelConfig
 
 TEMPLATE = (
@@ -214,9 +214,10 @@ def test_a_packed_conversation_is_to_the_model_as_if_alone(tmp_path: Path, posit
     alone = np.zeros((len(texts), context), np.int32)
     for i, (row, _) in enumerate(texts):
         alone[i, : len(places[i])] = inputs[row, places[i]]
-    model = GPT(ModelConfig(320, context, 2, 2, 1, 16, 8, 32, position=position))
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    params = jax.tree.map(lambda x: 5 * x, params)  # so that where a token stands matters
+    config = ModelConfig(320, context, 1, 2, 1, 16, 8, 32, position=position)
+    model, random = GPT(config), np.random.default_rng(0)
+    # Far from zero, so that the position of a token matters.
+    params = jax.tree.map(lambda x: random.normal(0, 0.3, x.shape).astype(np.float32), abstract_params(config))
 
     @jax.jit
     def run(tokens: jax.Array, segments: jax.Array) -> Any:

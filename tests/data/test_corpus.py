@@ -16,15 +16,15 @@ from jgpt.errors import UserError
 
 def documents(corpus: Corpus) -> list[str]:
     """Join the pieces of each document."""
-    found, parts = [], []
+    texts, parts = [], []
     for piece in corpus.pieces():
         assert len(piece.text) <= PIECE_CHARACTERS
         parts.append(piece.text)
         if piece.ends_document:
-            found.append("".join(parts))
+            texts.append("".join(parts))
             parts = []
     assert not parts
-    return found
+    return texts
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -62,8 +62,8 @@ def test_llama_and_what_is_left_out():
 )
 def test_what_differs_by_family(model_type, more, bias, qkv_bias, qk_norm, d_head):
     config = LLAMA | {"model_type": model_type, "architectures": [ARCHITECTURES[model_type]], **more}
-    found = shapes_of(config)
-    assert (found.bias, found.qkv_bias, found.qk_norm, found.d_head) == (bias, qkv_bias, qk_norm, d_head)
+    shapes = shapes_of(config)
+    assert (shapes.bias, shapes.qkv_bias, shapes.qk_norm, shapes.d_head) == (bias, qkv_bias, qk_norm, d_head)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
     ],
 )  # fmt: skip
 def test_both_spellings_of_rope(rope, theta, scaling):
-    found = shapes_of(LLAMA | rope)
-    assert (found.rope_theta, found.rope_scaling) == (theta, scaling)
+    shapes = shapes_of(LLAMA | rope)
+    assert (shapes.rope_theta, shapes.rope_scaling) == (theta, scaling)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +186,11 @@ HOMES = {
 def test_a_model_is_the_same_after_writing_and_reading_its_config_json(family, shapes):
     assert export_family(shapes) == family
     config = json.loads(json.dumps(write_config(family, shapes, shapes.vocab_size)))
-    found_family, model = read_config(config)
+    read_family, model = read_config(config)
     biases = (
         {"bias": True, "qkv_bias": False} if family == "gpt2" else {"qkv_bias": shapes.qkv_bias and not shapes.bias}
     )
-    assert found_family == family and model_config(model, 0) == replace(shapes, **biases)
+    assert read_family == family and model_config(model, 0) == replace(shapes, **biases)
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,8 @@ def hub() -> Iterator[Hub]:
         def send_file(self, data: bytes, body: bool) -> None:
             headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
             status, begin = 200, 0
-            if found := self.headers.get("Range"):
-                status, begin = 206, int(found.removeprefix("bytes=").split("-")[0])
+            if wanted_range := self.headers.get("Range"):
+                status, begin = 206, int(wanted_range.removeprefix("bytes=").split("-")[0])
                 headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
             cut = body and state.break_off > 0 and len(data) > 100_000
             state.break_off -= cut
@@ -130,10 +130,10 @@ def ask(hub: Hub, home: Path, name: str = "owner/name", **environment: str) -> s
 def test_a_download_takes_what_it_needs_and_happens_once(hub, tmp_path):
     first = ask(hub, tmp_path)
     assert first.returncode == 0, first.stderr
-    found = Path(first.stdout.strip())
+    directory = Path(first.stdout.strip())
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
-    assert {path.name for path in found.iterdir()} == wanted
-    assert all((found / name).read_bytes() == FILES[name] for name in wanted)
+    assert {path.name for path in directory.iterdir()} == wanted
+    assert all((directory / name).read_bytes() == FILES[name] for name in wanted)
     assert hub.tokens == {f"Bearer {TOKEN}"} and TOKEN not in first.stdout + first.stderr
     hub.requests.clear()
     assert ask(hub, tmp_path).stdout == first.stdout

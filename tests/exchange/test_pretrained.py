@@ -72,10 +72,10 @@ def test_rows_that_pad_the_vocabulary_stay_behind(tokenizer, tmp_path):
     params = export(tmp_path / "out", tokenizer, shapes, vocab_size=tokenizer.vocab_size, dtype="bf16")
     opened = open_pretrained(tmp_path / "out")
     assert opened.shapes.vocab_size == tokenizer.vocab_size < 320 and opened.dtype == "bf16"
-    found = loaded(tmp_path / "out")
+    params = loaded(tmp_path / "out")
     for name in ("wte", "lm_head"):
         kept = params[name]["embedding"][: tokenizer.vocab_size]
-        np.testing.assert_allclose(found[name]["embedding"], kept, rtol=2**-8)
+        np.testing.assert_allclose(params[name]["embedding"], kept, rtol=2**-8)
 
 
 def test_special_ids_and_stops(tokenizer, tmp_path):

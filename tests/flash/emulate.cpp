@@ -1,4 +1,4 @@
-// The kernels of jgpt/model/flash on an emulated GPU, for ctypes. SHAPES lists what to compile (see shapes.py).
+// The kernels of jgpt/model/attention/flash on an emulated GPU, for ctypes. SHAPES lists what to compile (see shapes.py).
 
 #include "backward_kv.cu"
 #include "backward_q.cu"

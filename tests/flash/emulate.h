@@ -1,4 +1,4 @@
-// Play a GPU on a CPU: the primitives of jgpt/model/flash/primitives.cuh, so that g++ compiles the very kernels.
+// Play a GPU on a CPU: the primitives of jgpt/model/attention/flash/primitives.cuh, so that g++ compiles the very kernels.
 //
 // Each thread of a block is a fiber with a stack of its own; one runs at a time. A fiber gives way where it must wait for
 // others: at a barrier of the block, and at instructions that a warp executes together (mma, ldmatrix, shuffles). Who

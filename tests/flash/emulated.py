@@ -1,4 +1,4 @@
-"""The kernels of jgpt/model/flash on an emulated GPU: compiled by g++, called with NumPy arrays."""
+"""The kernels of jgpt/model/attention/flash on an emulated GPU: compiled by g++, called with NumPy arrays."""
 
 import ctypes
 import subprocess
@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from jgpt.model.flash.shapes import KERNELS, SHAPES, WIDTHS, grid, layout
+from jgpt.model.attention.flash.shapes import KERNELS, SHAPES, WIDTHS, grid, layout
 
 HERE = Path(__file__).parent
-SOURCE = HERE.parents[1] / "jgpt" / "model" / "flash"
+SOURCE = HERE.parents[1] / "jgpt" / "model" / "attention" / "flash"
 
 Array = NDArray
 

@@ -14,7 +14,7 @@ import pytest
 from emulated import Emulator, build
 
 from jgpt.model.attention.choose import attend_causally
-from jgpt.model.flash import attention, flash, flash_qkv
+from jgpt.model.attention.flash import attention, flash, flash_qkv
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)

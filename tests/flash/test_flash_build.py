@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from emulated import SOURCE
 
-from jgpt.model.flash.launch import ptx
-from jgpt.model.flash.shapes import SHAPES, WIDTHS, entry
+from jgpt.model.attention.flash.launch import ptx
+from jgpt.model.attention.flash.shapes import SHAPES, WIDTHS, entry
 
 NVCC = "release 13.0"  # whose PTX is in the package
 PAIRS = list(SHAPES)
@@ -35,7 +35,7 @@ def test_the_ptx_is_what_the_sources_give(tmp_path: Path):
     built = {file.name: file.read_text() for file in tmp_path.iterdir()}
     assert set(built) == {f"{entry(*pair)}.ptx" for pair in PAIRS} == {file.name for file in (SOURCE / "ptx").iterdir()}
     for name, text in built.items():
-        assert text == (SOURCE / "ptx" / name).read_text(), f"{name} is old: run jgpt/model/flash/build.sh"
+        assert text == (SOURCE / "ptx" / name).read_text(), f"{name} is old: run jgpt/model/attention/flash/build.sh"
 
 
 @pytest.mark.parametrize(("kernel", "width"), PAIRS)

@@ -11,7 +11,7 @@ import pytest
 from emulated import SOURCE, Emulator, build
 from reference import Array, Attention, attention
 
-from jgpt.model.flash.shapes import KERNELS, SHAPES, WIDTHS
+from jgpt.model.attention.flash.shapes import KERNELS, SHAPES, WIDTHS
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jgpt.model.flash import FlashUnavailable, check, flash, flash_qkv, launch, supports
+from jgpt.model.attention.flash import FlashUnavailable, check, flash, flash_qkv, launch, supports
 
 SHAPE = (2, 100, 3, 2, 64)  # B, T, K, G, H
 

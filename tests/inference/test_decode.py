@@ -159,14 +159,14 @@ def test_any_of_many_stop_tokens_ends_a_row():
 @pytest.mark.parametrize("stops", [[], [EOT, 5, 6]])
 def test_tokens_are_reported_while_they_are_made(stops: list[int]):
     """Row by row in order, the first one alone, no more than four at a time; all of them are what is returned."""
-    told: list[tuple[int, list[int]]] = []
-    got = fast("gpt2", PROMPTS, RANDOM, 60, seed=3, stops=stops, on_tokens=lambda row, ids: told.append((row, ids)))
+    calls: list[tuple[int, list[int]]] = []
+    got = fast("gpt2", PROMPTS, RANDOM, 60, seed=3, stops=stops, on_tokens=lambda row, ids: calls.append((row, ids)))
     assert got == fast("gpt2", PROMPTS, RANDOM, 60, seed=3, stops=stops)
     for row, ids in enumerate(got):
-        pieces = [piece for b, piece in told if b == row]
+        pieces = [piece for b, piece in calls if b == row]
         assert sum(pieces, []) == ids
         assert not ids or len(pieces[0]) == 1 and max(map(len, pieces)) == 4
-    assert stops or [row for row, _ in told[:4]] == [0, 1, 2, 3]
+    assert stops or [row for row, _ in calls[:4]] == [0, 1, 2, 3]
 
 
 def test_an_error_in_the_callback_ends_decoding():
@@ -197,7 +197,7 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_written():
 
 
 def test_a_shorter_context_is_that_of_a_shorter_model():
-    """With rope, a model of 24 positions that is told to take 12 writes what a model of 12 does."""
+    """With rope, a model of 24 positions with context_length=12 writes what a model of 12 does."""
     short = GPT(replace(LLAMA, context_length=12))
     ask = dict(sampling=RANDOM, max_new_tokens=30, stop_ids=[], n_ids=N_IDS, seed=0)
     expected = generate(short, {"params": params_of("llama")}, PROMPTS, **ask)
@@ -257,9 +257,9 @@ def test_new_prompts_compile_nothing():
     fast("gpt2", TENS, RANDOM, 10)
     before = compilations()
     for length in range(1, 11):
-        told = (lambda row, ids: None) if length % 2 else None
+        on_tokens = (lambda row, ids: None) if length % 2 else None
         stops = range(length % 5)
-        fast("gpt2", [[1] * length] * 4, RANDOM, 20 - length, seed=length, stops=stops, on_tokens=told)
+        fast("gpt2", [[1] * length] * 4, RANDOM, 20 - length, seed=length, stops=stops, on_tokens=on_tokens)
     assert compilations() == before
 
 

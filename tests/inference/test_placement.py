@@ -42,9 +42,9 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_cpu_takes_it_all(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "jgpt")
-    found = choose(QWEN_7B)
-    assert found == Placement((jax.local_devices()[0],), QWEN_7B)
-    assert found.place(("wte", "embedding"), np.ones((2, 3), np.float16)).devices() == {jax.local_devices()[0]}
+    placement = choose(QWEN_7B)
+    assert placement == Placement((jax.local_devices()[0],), QWEN_7B)
+    assert placement.place(("wte", "embedding"), np.ones((2, 3), np.float16)).devices() == {jax.local_devices()[0]}
     assert re.fullmatch(
         r"memory: weights 14\.2 GiB \+ cache \d+ MiB \+ working memory .* on one cpu", caplog.messages[0]
     )
@@ -101,16 +101,16 @@ def test_too_large_a_model_says_what_would_fit(free: Any):
 @pytest.mark.parametrize("n", [1, 2])
 def test_counts_the_bytes_that_are_placed(n: int):
     """Matrices in fp16, vectors in fp32, as the loader casts them; and the cache that decoding makes."""
-    found = choose(devices=str(n))
+    placement = choose(devices=str(n))
     shapes = jax.eval_shape(GPT(SMALL).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
     def put(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
         array = np.ones(x.shape, np.float16 if x.ndim > 1 else np.float32)
-        return found.place(tuple(key.key for key in path), array)
+        return placement.place(tuple(key.key for key in path), array)
 
     params = jax.tree_util.tree_map_with_path(put, shapes)
-    need, c = needed(SMALL, jnp.float16, 32, 3, found.devices), found.config
-    for device in found.devices:
+    need, c = needed(SMALL, jnp.float16, 32, 3, placement.devices), placement.config
+    for device in placement.devices:
         shards = [s.data for x in jax.tree.leaves(params) for s in x.addressable_shards if s.device == device]
         assert sum(shard.nbytes for shard in shards) == need.weights
     cache = empty_cache(c.n_layers, 3, 32, c.n_kv_heads, c.d_head, jnp.float16)

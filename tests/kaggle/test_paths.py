@@ -123,7 +123,7 @@ def test_the_text_of_a_resumed_run_is_the_text_of_the_first(root):
     assert find_files(pattern) == find_files(str(root / "input")) == [text]
     assert find_files(f"{pattern},{outputs}/samples.txt") == [text, outputs / "samples.txt"]  # who names it means it
     assert find_files(f"{outputs}/*.txt") == [outputs / "samples.txt"]
-    with pytest.raises(UserError, match="only what a run of jgpt wrote"):
+    with pytest.raises(UserError, match="only files that a run of jgpt wrote"):
         find_files(f"{root}/input/notebooks/**/*.txt")
 
 

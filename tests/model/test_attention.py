@@ -1,11 +1,14 @@
 """Attention against a plain numpy form; the causal pieces against the whole; RoPE by what it must keep."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jgpt.errors import UserError
+from jgpt.model.attention import choose
 from jgpt.model.attention.choose import attend_causally, choose_attention
 from jgpt.model.attention.plain import attend, attend_newest
 from jgpt.model.rope import rope
@@ -56,13 +59,16 @@ def form_named(attention: str):
     return lambda q, k, v, mask: attend_causally(q, k, v, mask, attention)
 
 
+@cache
+def expected_for(length: int):
+    return summed(attend, causal(length))(*inputs(length))
+
+
 @pytest.mark.parametrize("attention", ["plain", "chunked", "chunked_vjp", "chunked_vjp_recompute"])
 @pytest.mark.parametrize("length", [1, 5, 64])
 def test_every_form_equals_the_whole_with_gradients(attention, length):
-    q, k, v = inputs(length)
-    mask = causal(length)
-    expected, found = (summed(form, mask)(q, k, v) for form in (attend, form_named(attention)))
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+    results = summed(form_named(attention), causal(length))(*inputs(length))
+    for a, b in zip(jax.tree.leaves(expected_for(length)), jax.tree.leaves(results), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
@@ -71,40 +77,49 @@ def test_forms_of_our_own_keep_to_the_mask_of_each_row(attention):
     q, k, v = inputs(16)
     segments = np.sort(np.random.default_rng(3).integers(0, 3, (B, 16)), axis=1)
     mask = causal(16) & jnp.asarray(segments[:, None, :] == segments[:, :, None])
-    expected, found = (summed(form, mask)(q, k, v) for form in (attend, form_named(attention)))
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+    expected, results = (summed(form, mask)(q, k, v) for form in (attend, form_named(attention)))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(results), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
-def test_making_the_weights_again_changes_no_value_and_keeps_none():
+def test_computing_the_weights_again_changes_no_value_and_stores_none():
     q, k, v = inputs(64)
     mask = causal(64)
-    kept, light = (summed(form_named(attention), mask) for attention in ("chunked_vjp", "chunked_vjp_recompute"))
-    for a, b in zip(jax.tree.leaves(kept(q, k, v)), jax.tree.leaves(light(q, k, v)), strict=True):
+    stored, again = (summed(form_named(attention), mask) for attention in ("chunked_vjp", "chunked_vjp_recompute"))
+    for a, b in zip(jax.tree.leaves(stored(q, k, v)), jax.tree.leaves(again(q, k, v)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # the two compile differently
 
-    def bytes_kept(attention: str) -> int:
+    def bytes_stored(attention: str) -> int:
         _, backward = jax.eval_shape(lambda *x: jax.vjp(lambda *y: attend_causally(*y, mask, attention), *x), q, k, v)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
-    assert bytes_kept("chunked_vjp") - bytes_kept("chunked_vjp_recompute") == 4 * B * K * G * 64 * 64 * 5 // 8
+    assert bytes_stored("chunked_vjp") - bytes_stored("chunked_vjp_recompute") == 4 * B * K * G * 64 * 64 * 5 // 8
+
+
+def large_inputs():
+    """Scores to 40 and values to 300: an unnormalized sum of such values is beyond fp16."""
+    random = np.random.default_rng(4)
+    q, k, v = (jnp.asarray(x * random.choice([1, 3], x.shape), jnp.float32) for x in inputs(64))
+    return q, k, 100 * v
+
+
+@cache
+def fp16_errors(attention: str) -> list[float]:
+    """Return the relative errors of the loss and of the three gradients in fp16, against fp32."""
+    exact = exact_results()
+    narrow = summed(form_named(attention), causal(64))(*(x.astype(jnp.float16) for x in large_inputs()))
+    pairs = zip(jax.tree.leaves(exact), jax.tree.leaves(narrow), strict=True)
+    return [float(jnp.linalg.norm(a - b.astype(jnp.float32)) / jnp.linalg.norm(a)) for a, b in pairs]
+
+
+@cache
+def exact_results():
+    return summed(attend, causal(64))(*large_inputs())
 
 
 @pytest.mark.parametrize("attention", ["chunked_vjp", "chunked_vjp_recompute"])
-def test_fp16_is_as_near_to_the_truth_as_the_form_that_jax_differentiates(attention):
-    """With scores to 40 and values to 300: an unnormalized sum of them is beyond fp16."""
-    random = np.random.default_rng(4)
-    q, k, v = (jnp.asarray(x * random.choice([1, 3], x.shape), jnp.float32) for x in inputs(64))
-    v = 100 * v
-    truth = summed(attend, causal(64))(q, k, v)
-    narrow = tuple(x.astype(jnp.float16) for x in (q, k, v))
-
-    def errors(form) -> list[float]:
-        found = summed(form, causal(64))(*narrow)
-        pairs = zip(jax.tree.leaves(truth), jax.tree.leaves(found), strict=True)
-        return [float(jnp.linalg.norm(a - b.astype(jnp.float32)) / jnp.linalg.norm(a)) for a, b in pairs]
-
-    for ours, theirs in zip(errors(form_named(attention)), errors(attend), strict=True):
+def test_fp16_is_as_exact_as_the_form_that_jax_differentiates(attention):
+    for ours, theirs in zip(fp16_errors(attention), fp16_errors("plain"), strict=True):
         assert ours < 1.5 * theirs + 1e-3
 
 
@@ -112,14 +127,29 @@ def test_auto_chooses_by_device_and_cudnn_needs_one_that_has_it():
     assert choose_attention("auto", jnp.float32, "cpu", None) == "chunked"
     assert choose_attention("auto", jnp.float16, "gpu", (7, 5)) == "chunked_vjp"
     assert choose_attention("chunked_vjp_recompute", jnp.float32, "cpu", None) == "chunked_vjp_recompute"
-    assert choose_attention("flash", jnp.bfloat16, "gpu", (8, 0)) == "flash"
-    for compute, platform, capability in (
-        (jnp.float16, "gpu", (7, 5)),
-        (jnp.float32, "gpu", (8, 0)),
-        (jnp.float16, "cpu", None),
-    ):
+    for compute, platform, capability in ((jnp.float32, "gpu", (8, 0)), (jnp.float16, "cpu", None)):
         with pytest.raises(UserError, match="attention=auto"):
             choose_attention("flash", compute, platform, capability)
+
+
+@pytest.mark.parametrize("launches", [True, False])
+def test_flash_is_the_fused_kernel_of_the_device(launches: bool, monkeypatch: pytest.MonkeyPatch):
+    """Ours in fp16 where this jaxlib can launch it, which is deterministic; else cuDNN's, which is not."""
+    monkeypatch.setattr(choose, "_can_launch", lambda: launches)
+    ours = "flash" if launches else "cudnn"
+    half, brain = jnp.float16, jnp.bfloat16
+    assert choose_attention("flash", half, "gpu", (9, 0)) == choose_attention("auto", half, "gpu", (9, 0)) == ours
+    assert choose_attention("auto", brain, "gpu", (8, 0)) == choose_attention("flash", brain, "gpu", (8, 0)) == "cudnn"
+    assert choose_attention("auto", brain, "gpu", (8, 0), deterministic=True) == "chunked_vjp"
+    assert choose_attention("auto", half, "gpu", (7, 5)) == "chunked_vjp"  # not measured on a T4 yet
+    assert choose_attention("auto", half, "gpu", (9, 0), d_head=80) == "cudnn"
+    with pytest.raises(UserError, match="with execution.deterministic=False"):
+        choose_attention("flash", brain, "gpu", (8, 0), deterministic=True)
+    if launches:
+        assert choose_attention("flash", half, "gpu", (7, 5), deterministic=True) == "flash"
+    else:
+        with pytest.raises(UserError, match="attention=auto"):
+            choose_attention("flash", half, "gpu", (7, 5), deterministic=True)
 
 
 def test_causal_pieces_compute_five_eighths_of_the_products():

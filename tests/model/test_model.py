@@ -114,20 +114,22 @@ def test_no_token_sees_a_later_one(config):
     np.testing.assert_array_equal(seen, np.tril(np.ones((T, T), bool)))
 
 
+@cache
+def loss_and_gradients(remat: str) -> Any:
+    config = changed(GPT2, n_layers=1, dropout=0.3)  # the recomputed masks must be the same, too
+    model = GPT(config, remat=remat)
+
+    def loss(tree):
+        output = model.apply({"params": tree}, TOKENS, deterministic=False, rngs={"dropout": jax.random.key(3)})
+        return jnp.sum(jnp.sin(output.hidden))
+
+    return jax.jit(jax.value_and_grad(loss))(params(config))
+
+
 @pytest.mark.parametrize("remat", ["block", "dots"])
 def test_remat_changes_neither_values_nor_gradients(remat):
-    config = changed(GPT2, n_layers=1, dropout=0.3)  # the recomputed masks must be the same, too
-
-    def run(remat: str):
-        model = GPT(config, remat=remat)
-
-        def loss(tree):
-            output = model.apply({"params": tree}, TOKENS, deterministic=False, rngs={"dropout": jax.random.key(3)})
-            return jnp.sum(jnp.sin(output.hidden))
-
-        return jax.jit(jax.value_and_grad(loss))(params(config))
-
-    for plain, recomputed in zip(jax.tree.leaves(run("none")), jax.tree.leaves(run(remat)), strict=True):
+    pairs = zip(jax.tree.leaves(loss_and_gradients("none")), jax.tree.leaves(loss_and_gradients(remat)), strict=True)
+    for plain, recomputed in pairs:
         np.testing.assert_allclose(plain, recomputed, rtol=1e-4, atol=1e-5)
 
 
@@ -237,21 +239,26 @@ class TestDropout:
         np.testing.assert_allclose(self.run(0, True), hidden, rtol=1e-5, atol=1e-6)
 
     def test_rate_and_mean_are_right_and_layers_differ(self):
-        """Seen at the places themselves: what the blocks add to the stream, with every layer's weights alike."""
+        """Judged by the masks themselves, which a traced forward pass returns."""
         from jgpt.model import layers
 
-        masks = []
+        traced = []
 
         def spy(key, shape):
             words = random_words(key, shape)
-            masks.append(words >= round(0.25 * 2**32))
+            traced.append(words >= round(0.25 * 2**32))
             return words
 
         config = changed(GPT2, dropout=0.25)
         model = GPT(config)
+
+        def masks_of(tree: Any) -> list[jax.Array]:
+            model.apply({"params": tree}, TOKENS, deterministic=False, rngs={"dropout": jax.random.key(5)})
+            return traced
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layers, "random_words", spy)
-            model.apply({"params": params(config)}, TOKENS, deterministic=False, rngs={"dropout": jax.random.key(5)})
+            masks = jax.jit(masks_of)(params(config))
         assert len(masks) == 1 + 2 * (2 + 4)  # the embedding; in each block two branches and four pieces of attention
         everything = np.concatenate([np.asarray(mask).ravel() for mask in masks])
         assert abs(everything.mean() - 0.75) < 5 * 0.433 / np.sqrt(everything.size)

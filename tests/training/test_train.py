@@ -64,8 +64,8 @@ def test_no_file_matches(command, tiny, tmp_path):
     [
         ("", ["model.context_length=16 is longer than the data: 0 bytes", "give more text"]),
         ("sixteen letters.", ["model.context_length=16 is longer than the data: 16 bytes"]),
-        ("short " * 4, ["model.context_length is 16 and the training text has 23 tokens", "At least 32", "more text"]),
-        ("longer " * 9, ["model.context_length is 16 and the validation text has 6 tokens", "data.val_fraction"]),
+        ("short " * 4, ["model.context_length is 16, and the training text has 23 tokens", "At least 32", "more text"]),
+        ("longer " * 9, ["model.context_length is 16, and the validation text has 6 tokens", "data.val_fraction"]),
     ],
 )
 def test_an_empty_or_too_short_corpus(command, tiny, tmp_path, text, parts):
@@ -81,7 +81,7 @@ def test_text_that_is_not_utf8(command, tiny, tmp_path):
     refused(
         command("train", *tiny),
         f"{tmp_path / 'text.txt'} is not UTF-8: byte 0xff at byte offset 16",
-        "--config.data.encoding_errors=replace",
+        "set data.encoding_errors='replace'",
     )
 
 

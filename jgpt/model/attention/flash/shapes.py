@@ -2,7 +2,7 @@
 
 In the data path: beside it; `launch.py` makes grids of it, `build.sh` compiles by it. Imports nothing of jgpt or JAX.
 
-    python -m jgpt.model.flash.shapes       # what build.sh reads: kernel, width and the compiler's options, a line each
+    python -m jgpt.model.attention.flash.shapes  # what build.sh reads: a line for each kernel
 """
 
 from typing import NamedTuple

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the PTX of all kernels from their sources: bash jgpt/model/flash/build.sh [folder, by default ptx beside this]
+# Make the PTX of all kernels from their sources: bash jgpt/model/attention/flash/build.sh [folder, by default ptx beside this]
 #
 # Needs nvcc (NVCC) of CUDA 13.0 and a python3 (PYTHON). Other versions of nvcc give other PTX, which is as good; the
 # version is fixed so that a test can compare. The PTX says that it needs PTX ISA 6.5, the first with these
