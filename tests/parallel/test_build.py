@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
 from jgpt.errors import UserError
-from jgpt.parallel.build import batch_shares, devices_of
+from jgpt.parallel.build import batch_shares, training_devices
 
 
 def config_of(size: int, parallel: str = "data") -> ConfigDict:
@@ -20,17 +20,17 @@ def config_of(size: int, parallel: str = "data") -> ConfigDict:
 def test_cpu_devices_are_as_many_as_divide_the_batch():
     both = jax.local_devices()
     assert len(both) == 2
-    assert devices_of(config_of(12)) == both
-    assert devices_of(config_of(7)) == both[:1]
-    assert devices_of(config_of(7, "tensor")) == both
+    assert training_devices(config_of(12)) == both
+    assert training_devices(config_of(7)) == both[:1]
+    assert training_devices(config_of(7, "tensor")) == both
 
 
 def test_gpus_are_all_used_or_the_batch_is_refused(monkeypatch):
     pair = [SimpleNamespace(platform="gpu")] * 2
     monkeypatch.setattr(jax, "local_devices", lambda: pair)
-    assert devices_of(config_of(12)) == pair
+    assert training_devices(config_of(12)) == pair
     with pytest.raises(UserError, match=r"is 7, and there are 2 devices.*multiple of 2.*global_batch_size=8"):
-        devices_of(config_of(7))
+        training_devices(config_of(7))
 
 
 def test_a_batch_is_divided_among_devices_that_do_not_share_a_model():

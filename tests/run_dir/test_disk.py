@@ -49,16 +49,15 @@ def test_room_is_what_is_free_or_what_the_budget_leaves(tmp_path: Path, monkeypa
 
 
 def test_the_plan_counts_the_budget_and_other_files(tmp_path: Path):
-    abstract = jax.eval_shape(lambda: large(1))
     options = default_config().checkpoint
-    size = tree_bytes(abstract)
+    size = tree_bytes(large(1))
     options.disk_gb = (4 * size + SMALL_FILES + 1000) / 1e9  # keep_last 2, the best one, and one being written
-    check_disk(tmp_path, abstract, options)
+    check_disk(tmp_path, size, options)
     (tmp_path / "tokens.bin").write_bytes(b"x" * 2 * MB)
     with pytest.raises(UserError, match=r"4 of 0.01 GB .* 0.03 GB are left .* files take 0.00 GB. Set .*keep_last=1"):
-        check_disk(tmp_path, abstract, options)
+        check_disk(tmp_path, size, options)
     options.keep_best = False
-    check_disk(tmp_path, abstract, options)
+    check_disk(tmp_path, size, options)
 
 
 def test_the_run_directory_never_exceeds_its_budget(tmp_path: Path):
@@ -69,7 +68,9 @@ def test_the_run_directory_never_exceeds_its_budget(tmp_path: Path):
 
     def watch() -> None:
         nonlocal most
-        while not done.is_set():
+        last = False
+        while not last:
+            last = done.is_set()  # and looks once more, or a busy machine may show it nothing
             most = max(most, bytes_below(tmp_path))
             seen.append(checkpoints.steps())
             time.sleep(0.002)

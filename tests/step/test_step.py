@@ -1,7 +1,7 @@
 """The step by identities: a batch in parts is a big batch, and an overflow anywhere changes nothing."""
 
 import re
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,7 @@ class Parts(NamedTuple):
 
     model: GPT
     optimizer: optax.GradientTransformation
-    pure: Any
+    with_seed: Any  # seed -> the pure step
     runner: Replicate
     step: Any
     initial: TrainState  # on the host
@@ -53,12 +53,7 @@ def _random(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
 
 @cache
 def parts(
-    policy: Policy = FP32,
-    devices: int = 2,
-    accumulation: int = 1,
-    dropout: float = 0.0,
-    seed: int = SEED,
-    average: Any = jnp.float32,
+    policy: Policy = FP32, devices: int = 2, accumulation: int = 1, dropout: float = 0.0, average: Any = jnp.float32
 ) -> Parts:
     shapes = ModelConfig(
         V, T, n_layers=1, n_heads=2, n_kv_heads=1, d_model=16, d_head=8, d_ff=32, dropout=dropout, bias=True,
@@ -70,23 +65,19 @@ def parts(
     o.update({"eps": 1e-2, "warmup_steps": 2, "total_steps": 20, "learning_rate": 0.05, "clip_norm": 0.5})
     optimizer = make_optimizer(o)
     schedule = learning_rate_schedule(o)
-    pure = make_train_step(
-        model,
-        policy,
-        optimizer,
-        schedule,
-        accumulation=accumulation,
-        seed=seed,
-        loss_chunk_tokens=16,
-        growth_steps=2,
-        average_dtype=average,
-    )
+
+    def with_seed(seed: Any) -> Any:
+        return make_train_step(
+            model, policy, optimizer, schedule, accumulation=accumulation, seed=seed, loss_chunk_tokens=16,
+            growth_steps=2, average_dtype=average,
+        )  # fmt: skip
+
     runner = Replicate(jax.local_devices()[:devices])
     abstract = jax.eval_shape(lambda: init_state(model, policy, optimizer, SEED, 8.0))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
     params = jax.tree_util.tree_map_with_path(_random, abstract.params)
     initial = zeros._replace(params=params, loss_scale=_first_scale(policy))
-    return Parts(model, optimizer, pure, runner, runner.train_step(pure), initial, accumulation)
+    return Parts(model, optimizer, with_seed, runner, runner.train_step(with_seed(SEED)), initial, accumulation)
 
 
 def tokens(seed: int, rows: int = 8) -> np.ndarray:
@@ -226,7 +217,8 @@ def poisoned_step(policy: Policy) -> Any:
     p = parts(policy, devices=1)
 
     def step(state: TrainState, batch: jax.Array, factor: jax.Array) -> Any:
-        return p.pure(state, {}, Batch(batch), lambda tree: jax.tree.map(lambda x: jnp.full(x.shape, factor), tree), 0)
+        average = partial(jax.tree.map, lambda x: jnp.full(x.shape, factor))
+        return p.with_seed(SEED)(state, {}, Batch(batch), average, 0)
 
     return jax.jit(step)
 
@@ -332,27 +324,24 @@ def test_gradients_averaged_in_fp16_are_those_averaged_in_fp32_to_rounding():
     assert not same(on_each(wide, a)[0].params, on_each(narrow, b)[0].params)
 
 
-@cache
-def losses_with_dropout(seed: int, accumulation: int) -> Any:
-    p = parts(devices=1, accumulation=accumulation, dropout=0.4, seed=seed)
-    return jax.jit(lambda state, batch, device: p.pure(state, {}, Batch(batch), lambda tree: tree, device)[1]["loss"])
-
-
 def test_dropout_is_a_function_of_seed_step_device_and_micro_batch():
-    state, batch = parts(accumulation=2).initial, tokens(0, rows=4)
+    p = parts(accumulation=2, dropout=0.4)
+    a, b = tokens(0, rows=2), tokens(1, rows=2)
 
-    def loss(step: int = 0, device: int = 0, seed: int = SEED, repeats: int = 1) -> float:
-        at_step = state._replace(step=np.int32(step))
-        return float(losses_with_dropout(seed, repeats)(at_step, np.stack([batch] * repeats), np.int32(device)))
+    @jax.jit  # once for all seeds, steps and devices
+    def loss_of(state: TrainState, batch: jax.Array, seed: jax.Array, device: jax.Array) -> jax.Array:
+        return p.with_seed(seed)(state, {}, Batch(batch), lambda tree: tree, device)[1]["loss"]
 
-    assert loss() == loss() and loss(3, 1) == loss(3, 1)
-    different = [loss(), loss(step=1), loss(device=1), loss(step=1, device=1), loss(seed=6), loss(repeats=2)]
+    def loss(first: Any = a, second: Any = b, step: int = 0, device: int = 0, seed: int = SEED) -> float:
+        at_step = p.initial._replace(step=np.int32(step))
+        return float(loss_of(at_step, np.stack([first, second]), np.int32(seed), np.int32(device)))
+
+    assert loss() == loss() and loss(step=3, device=1) == loss(step=3, device=1)
+    different = [loss(), loss(step=1), loss(device=1), loss(step=1, device=1), loss(seed=6)]
     assert len(set(different)) == len(different)
-    second_micro_batch = 2 * loss(repeats=2) - loss()
-    assert abs(second_micro_batch - loss()) > 1e-4
-    # Both devices of a pmap get the same rows here: its loss is the mean of what each would have alone.
-    p = parts(dropout=0.4)
-    _, (numbers,) = run(p, state, np.concatenate([batch, batch]))
+    assert abs(loss(a, b) - loss(b, a)) > 1e-4  # the mean of both micro-batches, each with dropout of its own
+    # Both devices get the same rows here: their loss is the mean of what each would have alone.
+    _, (numbers,) = run(p, p.initial, np.concatenate([a, b, a, b]))
     assert float(numbers["loss"]) == pytest.approx((loss() + loss(device=1)) / 2, rel=1e-5)
 
 
