@@ -25,7 +25,7 @@ from fake_machine import python_without
 jax.config.update("jax_num_cpu_devices", 2)  # before any test touches a device
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# compiled is read by the others. Programs that tests start must agree with this process bit for bit, so they have the
+# Compiling is most of what the tests do. Few optimizations halve it, and what one test, worker or program of the session
 # compiled is read by the others. Programs that tests start must agree with this process bit for bit, so they get the
 # same settings. Sessions on an imitated Kaggle have an environment of their own.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # pytest-xdist's workers have that of the process that started them
