@@ -210,10 +210,7 @@ EXECUTION = Group(
             },
         ),
         "loss_chunk_tokens": Key(2048, "tokens whose logits are in memory at one time; 0: all", low=0),
-        "deterministic": Key(
-            True,
-            "on GPUs a resumed run has the bits of one that never stopped; False: XLA may use faster algorithms",
-        ),
+        "deterministic": Key(True, "GPUs: a resumed run has the bits of one never stopped; False: maybe faster"),
     },
 )
 

@@ -48,8 +48,8 @@ class Chip:
 
 def unknown_chip(name: str, compute_capability: tuple[int, int] | None) -> Chip:
     """Return the record of a device that is not in the table: a CPU, or another GPU."""
-    peaks: Mapping[str, float | None] = MappingProxyType({"fp32": None, "fp16": None, "bf16": None})
-    return Chip(name, "", compute_capability, peaks, None, None, None, None, None)
+    peaks: dict[str, float | None] = {"fp32": None, "fp16": None, "bf16": None}
+    return Chip(name, "", compute_capability, MappingProxyType(peaks), None, None, None, None, None)
 
 
 def _gpu(

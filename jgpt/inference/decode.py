@@ -85,15 +85,7 @@ def generate(
         NonFiniteLogits: the model's logits are inf or NaN.
     """
     sampling.validate()
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens={max_new_tokens}. Allowed: 0 and above. Take 200.")
-    texts = [[int(i) for i in prompt] for prompt in prompts]
-    if not all(texts):
-        raise UserError("a prompt is empty. Allowed: one id and more. Begin a text with the id that begins documents.")
-    if bad := [i for text in texts for i in text if not 0 <= i < n_ids]:
-        raise UserError(
-            f"a prompt holds the id {bad[0]}. Allowed: 0 to {n_ids - 1}. Encode it with the model's own tokenizer."
-        )
+    texts = _checked(prompts, n_ids, max_new_tokens)
     if not texts:
         return []
     variables = jax.device_put(Policy(compute=model.dtype).cast_to_compute(variables))
@@ -107,9 +99,7 @@ def generate(
     while not all(done):
         windows = [text[-1:] if finished else text[-keep:] for text, finished in zip(texts, done, strict=True)]
         lengths = np.array([len(window) for window in windows], np.int32)
-        padded = np.zeros((len(texts), bucket(int(lengths.max()), size)), np.int32)
-        for row, window in zip(padded, windows, strict=True):
-            row[: len(window)] = window
+        padded = _padded(windows, bucket(int(lengths.max()), size))
         start = np.array([len(text) for text in texts], np.int32) - lengths
         stop = np.where(done, lengths, np.array(wanted, np.int32) - start)
         task = Task(jax.random.key(seed), *map(jnp.asarray, (start, stop, stops, np.int32(n_ids))))
@@ -132,6 +122,28 @@ def generate(
             rows = decode(model, sampling, variables, task, rows, STREAM_STEPS)
         keep = max(1, longest // 2)
     return [_without_stop(text[start:], stops) for text, start in zip(texts, starts, strict=True)]
+
+
+def _checked(prompts: Sequence[Sequence[int]], n_ids: int, max_new_tokens: int) -> list[list[int]]:
+    """Return the prompts as lists of Python's integers; raise UserError where something is out of range."""
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens={max_new_tokens}. Allowed: 0 and above. Take 200.")
+    texts = [[int(i) for i in prompt] for prompt in prompts]
+    if not all(texts):
+        raise UserError("a prompt is empty. Allowed: one id and more. Begin a text with the id that begins documents.")
+    if bad := [i for text in texts for i in text if not 0 <= i < n_ids]:
+        raise UserError(
+            f"a prompt holds the id {bad[0]}. Allowed: 0 to {n_ids - 1}. Encode it with the model's own tokenizer."
+        )
+    return texts
+
+
+def _padded(windows: list[list[int]], width: int) -> np.ndarray:
+    """Put rows of different lengths into one array int32 [B, width], zeros behind each."""
+    padded = np.zeros((len(windows), width), np.int32)
+    for row, window in zip(padded, windows, strict=True):
+        row[: len(window)] = window
+    return padded
 
 
 def _without_stop(ids: list[int], stops: np.ndarray) -> list[int]:

@@ -16,7 +16,7 @@ from jgpt.run_dir.params import read_meta
 
 
 def adopt_source(config: ConfigDict, run_dir: Path) -> tuple[ConfigDict, Source | None]:
-    """Put into a config what its `init_from` settles: the model, all but its dropout, and the tokenizer.
+    """Put into a config what its `init_from` decides: the model, all but its dropout, and the tokenizer.
 
     Also return the source where its parameters are needed: to begin from, and under LoRA always. A run that goes on has
     all else in its directory. Raises UserError where `init_from` is no such model, no longer the one that the run in
@@ -28,17 +28,17 @@ def adopt_source(config: ConfigDict, run_dir: Path) -> tuple[ConfigDict, Source 
     directory = local_directory(config.init_from)
     config.init_from = config.init_from if directory is None else str(directory)
     begun = (run_dir / "config.json").is_file() and bool(whole_steps(run_dir / "checkpoints"))
-    settled, source = read_config(run_dir) if begun else None, None
-    if settled is None or config.lora.rank or settled.init_from != config.init_from:
+    theirs, source = read_config(run_dir) if begun else None, None
+    if theirs is None or config.lora.rank or theirs.init_from != config.init_from:
         source = open_source(config.init_from, fingerprint=_began_from(run_dir) if begun else "")
-    if settled is None:
+    if theirs is None:
         assert source is not None
-        settled = source.config
+        theirs = source.config
         tokenizer = source.directory / "tokenizer" if is_run(source.directory) else source.directory
-        settled.tokenizer.update({"kind": "hf", "pretrained": str(tokenizer)})
-    _check_against(config, settled)
-    config.model.update({**settled.model, "dropout": config.model.dropout})
-    config.tokenizer.update({**settled.tokenizer, "chat_template": config.tokenizer.chat_template})
+        theirs.tokenizer.update({"kind": "hf", "pretrained": str(tokenizer)})
+    _check_against(config, theirs)
+    config.model.update({**theirs.model, "dropout": config.model.dropout})
+    config.tokenizer.update({**theirs.tokenizer, "chat_template": config.tokenizer.chat_template})
     if config.batch.sequence_length > config.model.context_length:
         raise UserError(
             f"batch.sequence_length={config.batch.sequence_length}, and {config.init_from} sees"
@@ -58,14 +58,14 @@ def _began_from(run_dir: Path) -> str:
     return ""
 
 
-def _check_against(config: ConfigDict, settled: ConfigDict) -> None:
+def _check_against(config: ConfigDict, theirs: ConfigDict) -> None:
     """Refuse what the user set of the model or the tokenizer where the model of `init_from` has it otherwise."""
-    given, theirs, defaults = flatten(config), flatten(settled), flatten(default_config())
+    given, expected, defaults = flatten(config), flatten(theirs), flatten(default_config())
     free = ("model.dropout", "tokenizer.chat_template")
     wrong = [
-        f"{key}: {value!r} was given, the model has {theirs[key]!r}"
+        f"{key}: {value!r} was given, the model has {expected[key]!r}"
         for key, value in given.items()
-        if key.startswith(("model.", "tokenizer.")) and key not in free and value not in (theirs[key], defaults[key])
+        if key.startswith(("model.", "tokenizer.")) and key not in free and value not in (expected[key], defaults[key])
     ]
     if wrong:
         raise UserError(

@@ -117,7 +117,7 @@ def _open_base(run_dir: Path, init_from: str, fingerprint: str, base: str) -> So
     except UserError as error:
         raise UserError(
             f"{run_dir} holds LoRA adapters, and the model that they belong to was looked for at {base or init_from}:"
-            f" {error} Say where it is now by --base=DIR, or mend init_from in {run_dir / 'config.json'}."
+            f" {error} Say where it is now by --base=DIR, or correct init_from in {run_dir / 'config.json'}."
         ) from None
 
 

@@ -114,7 +114,8 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
     accumulation = config.batch.global_batch_size // strategy.shares // rows
     lora = lora_config(config.lora)
     attention = _attention(config, shapes, policy, devices[0])
-    plain, model = (GPT(c, policy.compute, execution.remat, lora, attention) for c in (shapes, shared))
+    plain = GPT(shapes, policy.compute, execution.remat, lora)  # makes the parameters, so it needs no fused attention
+    model = GPT(shared, policy.compute, execution.remat, lora, attention)
     optimizer = make_optimizer(config.optimizer)
     train_step = make_train_step(
         model,

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from jgpt.errors import UserError
 from jgpt.model.scopes import SCOPES
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.build import Parts, make_parts
-from jgpt.planning.devices import Target, compile_for, lower_for
+from jgpt.planning.devices import CUDNN_LINE, Target, compile_for, has_cudnn
 from jgpt.planning.execution import Execution, execution_of
 from jgpt.planning.hlo import Program, parse
 from jgpt.planning.roofline import Prediction, predict
@@ -60,15 +61,20 @@ class Estimate:
 
 def least_bytes(config: ConfigDict, shapes: ModelConfig, target: Target) -> int:
     """Return the bytes of a device that any execution takes: parameters, moments, LoRA's frozen ones. No compile."""
-    cheapest = Execution(1, "none", 0, config.execution.attention)
-    parts = make_parts(cheapest.put_into(config), shapes, target.devices)
+    parts = make_parts(Execution(1, "none", 0, "plain").put_into(config), shapes, target.devices)
     return parts.least_bytes()
 
 
 def estimate(config: ConfigDict, shapes: ModelConfig, target: Target) -> Estimate:
     """Compile the train step that a config asks for, and read what it takes. Raises UserError."""
     parts, start = make_parts(config, shapes, target.devices), time.perf_counter()
-    compiled = compile_for(target, lower_for(target, parts.lower))
+    if parts.model.attention == "cudnn" and not has_cudnn():
+        raise UserError(
+            f"execution.attention={config.execution.attention!r} takes fused attention on {target.kind}, and compiling"
+            f" it needs cuDNN, which JAX does not find. Run: {CUDNN_LINE}. Or plan with another form:"
+            " --config.execution.attention=chunked_vjp."
+        )
+    compiled = compile_for(target, parts.lower())
     text = compiled.as_text()
     program = parse(text) if text else None
     usage: Any = compiled.memory_analysis()

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jgpt.errors import UserError
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.build import batch_shares, make_parts, micro_batch_sizes
-from jgpt.planning.devices import CUDNN_WHEEL, Target, has_cudnn
+from jgpt.planning.devices import CUDNN_LINE, Target, has_cudnn
 from jgpt.planning.estimate import Estimate, estimate, least_bytes
 from jgpt.planning.execution import Execution
 from jgpt.wording import GIB
@@ -191,13 +191,13 @@ def attentions_of(config: ConfigDict, shapes: ModelConfig, target: Target) -> li
     auto = make_parts(Execution(1, "none", 0, "auto").put_into(config), shapes, target.devices).model.attention
     if target.chip.compute_capability is None:
         return [auto]  # on a CPU the others only move less memory
-    forms = list(dict.fromkeys((auto, *ATTENTIONS)))
-    if auto == "flash" and not has_cudnn(target):
+    first = "flash" if auto == "cudnn" else auto  # by its name in a config
+    forms = list(dict.fromkeys((first, *ATTENTIONS)))
+    if auto == "cudnn" and not has_cudnn():
         log.warning(
-            "fused attention (flash), the likely fastest, is not tried: compiling it for %s takes cuDNN. Run: pip"
-            " install %s (600 MB; no GPU is needed)", target.chip.name, CUDNN_WHEEL,
-        )  # fmt: skip
-        forms.remove(auto)
+            "fused attention (cuDNN), the likely fastest, is not tried: compiling it needs cuDNN. Run: %s", CUDNN_LINE
+        )
+        forms.remove(first)
     return forms
 
 

@@ -93,7 +93,7 @@ class Checkpoints:
             write_file(self.manifest(step), digest(self.directory / str(step)))
             self._prune()
             self.save_seconds = max(self.save_seconds, time.monotonic() - started)
-        except Exception as error:  # told to whoever saves or waits next
+        except Exception as error:  # `wait` raises it, in the thread that saves or waits next
             self._error = error
             return
         if self._on_saved is not None:
@@ -205,7 +205,10 @@ class Checkpoints:
             return state, restored.meta
         without = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
         if without and not steps:
-            log.warning("checkpoints %s have no manifest (STEP.sha256): cut off while saved; beginning anew", without)
+            log.warning(
+                "checkpoints %s have no manifest (STEP.sha256): cut off while they were saved; starting from step 0",
+                without,
+            )
         if steps:
             raise UserError(
                 f"{self.directory} holds checkpoints, and none is whole. Nothing was changed. Allowed: a run directory "

@@ -89,13 +89,8 @@ def make_train_step(
             new_params = optax.apply_updates(state.params, updates)
         loss_scale = next_loss_scale(state.loss_scale, finite, growth_steps if policy.scales_loss else 0)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-        next_state = TrainState(
-            step=state.step + 1,
-            updates=state.updates + finite,
-            params=keep(new_params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
-            loss_scale=loss_scale,
-        )
+        params, opt_state = keep(new_params, state.params), keep(opt_state, state.opt_state)
+        next_state = TrainState(state.step + 1, state.updates + finite, params, opt_state, loss_scale)
         return next_state, {
             "loss": loss,
             "grad_norm": norm,

@@ -48,7 +48,7 @@ class Throughput:
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """Begin anew after `step`: for the first step of a process, which compiles and says nothing of the others."""
+        """Measure from `step` on: the first step of a process compiles, and says nothing of the others."""
         self._step, self._since, self._paused = step, self._clock(), 0.0
         self._seconds_per_step: float | None = None
         self._training_seconds = self._paused_seconds = 0.0  # since the restart

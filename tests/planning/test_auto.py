@@ -16,7 +16,7 @@ from jgpt.planning import auto
 from jgpt.planning.auto import choose_execution, is_auto, with_execution_of_run
 from jgpt.planning.estimate import least_bytes
 from jgpt.planning.execution import Execution, execution_of
-from jgpt.planning.search import Search, search, space_of
+from jgpt.planning.search import Search, space_of
 from jgpt.run_dir.identity import write_identity
 
 
@@ -111,13 +111,6 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers(cache: Path, monkey
     ):
         chosen(config_of())
     assert not cache.exists()
-
-
-def test_the_search_compiles_where_nothing_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch):
-    tried = []
-    monkeypatch.setattr(auto, "search", lambda config, *rest: tried.append(search(config, *rest)) or tried[0])
-    assert execution_of(chosen(config_of(**{"execution.remat": "none"}))) == (4, "none", 2048, "auto")
-    assert [execution.micro_batch_size for execution in tried[0].tried] == [4]  # the first is the largest, and fits
 
 
 def test_a_resumed_run_keeps_what_it_started_with(tmp_path: Path):

@@ -3,13 +3,11 @@
 from dataclasses import dataclass, replace
 from itertools import product
 
-import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
 from jgpt.errors import UserError
-from jgpt.model.attention.choose import choose_attention
 from jgpt.model.shapes import model_config
 from jgpt.parallel.build import training_devices
 from jgpt.planning import search as search_room
@@ -136,21 +134,23 @@ def test_a_model_that_fills_the_device_starts_with_one_sequence():
         check_parameters_fit(config, shapes, replace(machine, memory_bytes=6 * 2**30))
 
 
-@pytest.mark.parametrize("name", ["t4", "h100"])
-def test_the_form_of_attention_that_suits_the_device_is_tried_first(name: str, monkeypatch, caplog):
+@pytest.mark.parametrize(("name", "compute", "first"), [("t4", "fp16", "chunked_vjp"), ("h100", "bf16", "flash")])
+def test_the_form_of_attention_that_suits_the_device_is_tried_first(
+    name: str, compute: str, first: str, monkeypatch, caplog
+):
     """On a newer GPU that is fused attention, where it can be compiled; on a CPU nothing else is worth a try."""
-    config = config_of(**{"model.d_model": 128, "precision.compute": "fp16", "execution.deterministic": False})
+    config = config_of(**{"model.d_model": 128, "precision.compute": compute, "execution.deterministic": False})
     shapes = model_config(config.model, 100)
     try:
         target = compile_only(name)
     except UserError as error:
         pytest.skip(str(error))
-    auto = choose_attention("auto", jnp.float16, "gpu", target.chip.compute_capability)
-    monkeypatch.setattr(search_room, "has_cudnn", lambda target: True)
-    assert attentions_of(config, shapes, target) == list(dict.fromkeys((auto, *ATTENTIONS))) and not caplog.text
-    monkeypatch.setattr(search_room, "has_cudnn", lambda target: False)
+    monkeypatch.setattr(search_room, "has_cudnn", lambda: True)
+    assert attentions_of(config, shapes, target) == list(dict.fromkeys((first, *ATTENTIONS))) and not caplog.text
+    monkeypatch.setattr(search_room, "has_cudnn", lambda: False)
     assert attentions_of(config, shapes, target) == list(ATTENTIONS)
-    assert ("pip install nvidia-cudnn-cu12" in caplog.text) == (auto == "flash")
+    assert ("pip install nvidia-cudnn-cu12" in caplog.text) == (first == "flash")
+    config.precision.compute = "fp32"
     assert attentions_of(config, shapes, this_machine(training_devices(config))) == ["chunked"]
 
 

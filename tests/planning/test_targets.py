@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jgpt.config.defaults import default_config
 from jgpt.errors import UserError
 from jgpt.hardware.devices import MEMORY_SHARE, describe
+from jgpt.model.shapes import model_config
 from jgpt.planning import devices as targets
+from jgpt.planning import estimate
 from jgpt.planning.devices import TARGETS, compile_only, this_machine
 
 
@@ -69,18 +72,26 @@ def test_a_missing_assembler_is_named(monkeypatch):
 
 
 def test_a_missing_cudnn_is_named(monkeypatch):
-    def fail(message: str):
-        raise RuntimeError(message)
+    try:
+        h100 = compile_only("h100")
+    except UserError as error:
+        pytest.skip(str(error))
+    config = default_config()
+    config.execution.update({"attention": "flash", "deterministic": False})
+    monkeypatch.setattr(estimate, "has_cudnn", lambda: False)
+    with pytest.raises(UserError, match="'flash'.*H100.*pip install nvidia-cudnn-cu12.*attention=chunked_vjp"):
+        estimate.estimate(config, model_config(config.model, 100), h100)
 
-    h100 = targets.Target("h100", [], describe(fake("NVIDIA H100 80GB HBM3", "9.0")), None, None)
-    with pytest.raises(UserError, match="H100 SXM.*pip install nvidia-cudnn-cu12.*attention=chunked_vjp"):
-        targets.lower_for(h100, lambda: fail("cuDNN not found."))
-    with pytest.raises(RuntimeError, match="something else"):
-        targets.lower_for(h100, lambda: fail("something else"))
-    versions(monkeypatch, nvidia_cudnn_cu12=None)
-    assert not targets.has_cudnn(h100) and targets.has_cudnn(targets.Target("this", [], h100.chip, None, None))
-    versions(monkeypatch, nvidia_cudnn_cu12="9.12.0.46")
-    assert targets.has_cudnn(h100)
+
+@pytest.mark.parametrize("found", [True, False])
+def test_cudnn_is_what_jax_finds(found: bool, monkeypatch):
+    def attention(query, key, value, *, is_causal: bool, implementation: str):
+        if not found:
+            raise RuntimeError("cuDNN not found.")
+        return query
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    assert targets.has_cudnn() == found
 
 
 def fake(kind: str, capability: str) -> jax.Device:

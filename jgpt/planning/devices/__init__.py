@@ -8,11 +8,12 @@ its GpuTargetConfigProto as text, with what CUDA's deviceQuery says.
 import difflib
 import importlib.metadata
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 
 import jax
+import jax.numpy as jnp
 
 from jgpt.errors import UserError
 from jgpt.hardware.chips import CHIPS, Chip, Rates
@@ -22,7 +23,7 @@ OLDEST_JAX = (0, 10)  # that compiles a pmap for devices that are not there, and
 # The name on the command line: its device file, how many. Kaggle lends T4s in pairs.
 TARGETS = {"t4x2": ("t4", 2)} | {chip.target_file: (chip.target_file, 1) for chip in CHIPS if chip.target_file}
 THIS = "this"
-CUDNN_WHEEL = "nvidia-cudnn-cu12"
+CUDNN_LINE = "pip install nvidia-cudnn-cu12 (600 MB; no GPU is needed)"
 _CPU_MEMORY_SHARE = 0.5  # of the machine's memory, for the step: the text, the samples and other programs have theirs
 
 
@@ -110,23 +111,15 @@ def pip_line(jaxlib: str = "") -> str:
     return f"Run: pip install jax-cuda12-plugin=={jaxlib} jax-cuda12-pjrt=={jaxlib} nvidia-cuda-nvcc-cu12"
 
 
-def has_cudnn(target: Target) -> bool:
-    """Tell whether fused attention can be compiled for a target: XLA asks cuDNN itself, which is a wheel of its own."""
-    return target.name == THIS or _version(CUDNN_WHEEL) is not None
-
-
-def lower_for(target: Target, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Lowered:
-    """Call `lower`; raise UserError where it has fused attention for the target and cuDNN is missing."""
+def has_cudnn() -> bool:
+    """Tell whether JAX finds cuDNN, for which it looks while it traces fused attention. No GPU is needed."""
+    x = jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16)
+    attention = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
     try:
-        return lower()
-    except RuntimeError as error:
-        if "cuDNN" not in str(error):
-            raise
-        raise UserError(
-            f"fused attention (execution.attention=flash, which auto takes where the GPU has it) cannot be compiled for"
-            f" {target.chip.name}: {error} Run: pip install {CUDNN_WHEEL} (600 MB; no GPU is needed). Or plan with"
-            " another form: --config.execution.attention=chunked_vjp."
-        ) from None
+        jax.eval_shape(attention, x, x, x)
+    except RuntimeError:
+        return False
+    return True
 
 
 def compile_for(target: Target, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
