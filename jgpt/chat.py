@@ -37,11 +37,10 @@ def define_flags() -> None:
 
 def main() -> None:
     """Load the model, answer."""
-    import jax  # here, as all that loads JAX: --help must not wait for it
 
     from jgpt.cli.terminal import read_line, say, write
     from jgpt.data.chat_template import read_template
-    from jgpt.hardware.devices import describe
+    from jgpt.hardware.devices import describe, local_devices
     from jgpt.inference.chat import HELP, Chat, talk
     from jgpt.inference.sampling import Sampling
     from jgpt.kaggle.session.secrets import provide_hub_token
@@ -72,7 +71,7 @@ def main() -> None:
         stop_ids=loaded.stop_ids,
         seed=args.seed,
     )
-    device, dtype = describe(jax.local_devices()[0]).name, loaded.model.dtype.__name__
+    device, dtype = describe(local_devices()[0]).name, loaded.model.dtype.__name__
     say(f"{name} on {device} in {dtype}, context {chat.context_length:,} tokens")
     if args.prompt is not None:
         answer = chat.ask(args.prompt, write)

@@ -34,10 +34,9 @@ def define_flags() -> None:
 
 def main() -> None:
     """Load the model, write the texts."""
-    import jax  # here, as all that loads JAX: --help must not wait for it
 
     from jgpt.cli.terminal import read_prompt, say
-    from jgpt.hardware.devices import describe
+    from jgpt.hardware.devices import describe, local_devices
     from jgpt.inference.sampling import Sampling
     from jgpt.inference.write import write_samples
     from jgpt.kaggle.session.secrets import provide_hub_token
@@ -50,7 +49,7 @@ def main() -> None:
     loaded = model_flags.load(min(args.context_length or longest, longest), rows=args.num_samples)
     step = "" if loaded.step is None else f", step {loaded.step:,}"
     val_loss = "" if loaded.val_loss is None else f", validation loss {loaded.val_loss:.4f}"
-    say(f"{name}{step}{val_loss}, on {describe(jax.local_devices()[0]).name} in {loaded.model.dtype.__name__}")
+    say(f"{name}{step}{val_loss}, on {describe(local_devices()[0]).name} in {loaded.model.dtype.__name__}")
     speed = write_samples(
         loaded.model,
         {"params": loaded.params},

@@ -60,7 +60,7 @@ def check_all(run_dir: Path, quick: bool, place: Place | None = None) -> dict[st
     with contextlib.suppress(UserError):  # TensorFlow, which software() names
         process.set_up_process()
     try:
-        found = jax.local_devices()
+        found = devices.local_devices()
     except RuntimeError as error:
         fix = "unset JAX_PLATFORMS" if os.environ.get("JAX_PLATFORMS") else 'pip install "jax[cuda12]"'
         return sections | {"Devices": [Check("JAX", "FAIL", str(error).splitlines()[0], fix)]}

@@ -14,6 +14,11 @@ from jgpt.hardware.chips import CHIPS, Chip, unknown_chip
 MEMORY_SHARE = 0.92  # of a GPU's memory that JAX takes; it needs the rest for itself and CUDA
 
 
+def local_devices() -> list[jax.Device]:
+    """Return the devices of this process; nobody else asks JAX for them."""
+    return jax.local_devices()
+
+
 def describe(device: jax.Device) -> Chip:
     """Return the record of a device's kind; that of a CPU or an unknown GPU has little more than a name."""
     kind, capability = device.device_kind, compute_capability(device)

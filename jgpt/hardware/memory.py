@@ -8,6 +8,7 @@ import re
 
 import jax
 
+from jgpt.hardware.devices import local_devices
 from jgpt.wording import gib
 
 # XLA says it in many ways: its allocators (as RESOURCE_EXHAUSTED, or on a CPU of jax 0.7 as INTERNAL), its constants,
@@ -29,7 +30,7 @@ def shortage(error: BaseException | None, device: jax.Device | None = None) -> s
         if isinstance(error, MemoryError):
             return f"the machine {_asked(text)}, and has {_host()}"
         if isinstance(error, jax.errors.JaxRuntimeError) and _means_memory(text):
-            where = jax.local_devices()[0] if device is None else device
+            where = local_devices()[0] if device is None else device
             has = _host() if where.platform == "cpu" else _on(where)
             return f"the {where.device_kind} {_asked(text)}, and has {has}"
         error = error.__cause__

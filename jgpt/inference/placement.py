@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from jgpt.errors import UserError
-from jgpt.hardware.devices import describe, free_memory
+from jgpt.hardware.devices import describe, free_memory, local_devices
 from jgpt.model.attention.chunked import chunk_size
 from jgpt.model.columns import for_devices
 from jgpt.model.parameters import abstract_stored
@@ -66,7 +66,7 @@ def choose_placement(
     Raises:
         UserError: there are not so many devices, or they cannot hold the model.
     """
-    local = jax.local_devices()
+    local = local_devices()
     numbers = {"auto": len(local), "all": len(local), "1": 1, "2": 2}
     if devices not in numbers or numbers[devices] > len(local):
         raise UserError(

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.errors import UserError
 from jgpt.exchange.pretrained import Pretrained
+from jgpt.hardware.devices import local_devices
 from jgpt.hardware.process import keep_compiled_programs
 from jgpt.inference.placement import Placement, choose_placement
 from jgpt.loading.source import describe, is_run, load_params, open_source
@@ -58,7 +58,7 @@ def load_model(
     source = open_source(name, step, base=base)
     keep_compiled_programs()
     # What a run computed in need not exist here: a model trained in bf16 runs in fp16 on a T4.
-    policy = choose_device_policy(compute, "fp32", jax.local_devices()[0])
+    policy = choose_device_policy(compute, "fp32", local_devices()[0])
     longest = source.shapes.context_length
     placement = choose_placement(source.shapes, policy.compute, min(context_length or longest, longest), rows, devices)
     params = load_params(source, policy.compute, placement.place)

@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-import jax
-
 from jgpt.data.batches import Batch, validation_blocks
 from jgpt.data.blocks import TokenStream, blocks
 from jgpt.data.corpus import Corpus
 from jgpt.data.find_files import find_files
 from jgpt.data.token_files import TokenData, open_token_data, token_directory
 from jgpt.errors import UserError
+from jgpt.hardware.devices import local_devices
 from jgpt.loading.load import LoadedModel
 from jgpt.parallel.evaluation import bits_per_byte, evaluate
 from jgpt.parallel.mesh import Sharded
@@ -82,7 +81,7 @@ def evaluate_loaded(
     if len(loaded.placement.devices) > 1:
         strategy, params = Sharded(loaded.placement.devices, loaded.placement.config), loaded.params
     else:
-        strategy = Replicate(jax.local_devices())
+        strategy = Replicate(local_devices())
         params = strategy.place_state(loaded.params)
     step = strategy.eval_step(make_eval_step(loaded.model, loaded.policy, loaded.config.execution.loss_chunk_tokens))
     return evaluate(strategy, step, params, {}, blocks, rows, context_length or loaded.model.config.context_length)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jgpt.data.batches import Batch
 from jgpt.errors import UserError
-from jgpt.hardware.devices import compute_capability
+from jgpt.hardware.devices import compute_capability, local_devices
 from jgpt.model.attention.choose import choose_attention
 from jgpt.model.columns import for_devices
 from jgpt.model.gpt import GPT
@@ -180,7 +180,7 @@ def training_devices(config: ConfigDict) -> list[jax.Device]:
     All of them, but on CPU, where a device is a share of the same cores: there the largest number that divides the
     batch. Raises UserError where accelerators cannot share the batch equally.
     """
-    devices = jax.local_devices()
+    devices = local_devices()
     if devices[0].platform == "cpu" and not _splits_model(config):
         size = config.batch.global_batch_size
         return devices[: max(n for n in range(1, len(devices) + 1) if size % n == 0)]

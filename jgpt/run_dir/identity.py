@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from jgpt.atomic_write import write_file
 from jgpt.config.defaults import default_config, flatten
 from jgpt.errors import UserError
+from jgpt.hardware.devices import local_devices
 from jgpt.redaction import redact
 from jgpt.run_dir.manifest import whole_steps
 
@@ -148,7 +148,7 @@ def was_last_here(run_dir: Path) -> bool:
 
 
 def _devices_here() -> str:
-    devices = jax.local_devices()
+    devices = local_devices()
     return f"{len(devices)} x {devices[0].device_kind}"
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
 from jgpt.hardware import speed
-from jgpt.hardware.devices import describe
+from jgpt.hardware.devices import describe, local_devices
 from jgpt.hardware.process import set_up_process
 from jgpt.model.parameters import flops_per_token
 from jgpt.model.shapes import model_config
@@ -31,7 +31,7 @@ MIB = 2**20
 def devices(seconds: float) -> list[dict[str, Any]]:
     """Describe the devices that JAX sees."""
     descriptions = []
-    for device in jax.local_devices():
+    for device in local_devices():
         limit = (device.memory_stats() or {}).get("bytes_limit")
         capability = describe(device).compute_capability
         descriptions.append({"kind": device.device_kind, "compute_capability": capability, "bytes_for_jax": limit})
@@ -40,7 +40,7 @@ def devices(seconds: float) -> list[dict[str, Any]]:
 
 def all_reduce(seconds: float) -> dict[str, Any]:
     """Sum buffers of several sizes (fp32, MiB) over all devices: bus bandwidth in GB/s; are the sums correct?"""
-    local = jax.local_devices()
+    local = local_devices()
     if len(local) < 2:
         return {"devices": len(local)}
     sizes = (1, 4) if local[0].platform == "cpu" else (1, 32, 512)  # 512 MiB: the gradient of GPT-2 124M in fp32
@@ -57,7 +57,7 @@ def matmul(seconds: float) -> dict[str, Any]:
 
     Compare with "fp16_first_second": heat and the power limit slow a GPU down later.
     """
-    local = jax.local_devices()
+    local = local_devices()
     size = 512 if local[0].platform == "cpu" else 8192
     shares = {"fp16": (1 / 3, 1 / 3), "fp32": (1 / 6, 1 / 6)}  # of the time: alone, shared by the devices, and together
     measured: dict[str, Any] = {"size": size}
@@ -76,14 +76,14 @@ def matmul(seconds: float) -> dict[str, Any]:
 
 def memory(seconds: float) -> list[float]:
     """Copy memory on each device: GB/s, the bytes read plus the bytes written."""
-    local = jax.local_devices()
+    local = local_devices()
     n_bytes = (64 if local[0].platform == "cpu" else 1024) * MIB
     return [speed.copy_bandwidth(device, n_bytes, seconds / len(local)) / 1e9 for device in local]
 
 
 def training(seconds: float) -> dict[str, Any]:
     """Train a small GPT for some steps, as `jgpt.train` does: tokens and FLOP per second, and the seconds in all."""
-    on_cpu = jax.local_devices()[0].platform == "cpu"
+    on_cpu = local_devices()[0].platform == "cpu"
     with tempfile.TemporaryDirectory() as folder:
         config = _small_gpt(folder, on_cpu)
         began = time.monotonic()
