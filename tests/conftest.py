@@ -27,7 +27,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compiling is most of what the tests do. Few optimizations halve it, and what one test, worker or program of the
 # session compiled is read by the others. Programs that tests start must agree with this process bit for bit, so they
-# get the same settings. Sessions on an imitated Kaggle have an environment of their own.
+# get the same settings.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # pytest-xdist's workers have that of the process that started them
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jgpt-tests-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -173,9 +173,9 @@ def python_without_ml_collections(tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def compiled_on_kaggle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory for JAX's cache of compiled programs, for the sessions on an imitated Kaggle."""
-    return tmp_path_factory.mktemp("compiled")
+def compiled_on_kaggle() -> Path:
+    """Return the directory of compiled programs, for the sessions on an imitated Kaggle."""
+    return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @pytest.fixture

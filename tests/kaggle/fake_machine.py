@@ -65,7 +65,8 @@ class Machine:
         return {
             "PATH": os.environ["PATH"], "HOME": str(self.root), "TMPDIR": str(self.root / "temp"),
             "KAGGLE_KERNEL_RUN_TYPE": "Batch", "JGPT_KAGGLE_ROOT": str(self.root), "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
+            "JAX_COMPILATION_CACHE_DIR": str(self.compiled), "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
         }  # fmt: skip
