@@ -101,8 +101,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _eos_ids(config: dict[str, Any]) -> tuple[int, ...]:
-    ids = config.get("eos_token_id")
+def _eos_ids(published: dict[str, Any]) -> tuple[int, ...]:
+    ids = published.get("eos_token_id")
     return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
 
 

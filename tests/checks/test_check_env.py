@@ -17,7 +17,7 @@ from jgpt.checks import machine, verdict
 from jgpt.checks import software as checks
 from jgpt.checks.verdict import Check
 from jgpt.hardware import speed
-from jgpt.kaggle import checks as kaggle_checks
+from jgpt.kaggle.session import checks as kaggle_checks
 
 ROOT = Path(__file__).parents[2]
 

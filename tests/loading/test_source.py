@@ -71,7 +71,8 @@ def test_the_base_may_move_and_must_be_the_same(adapted: Path, trained: Path, tm
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"init_from": str(tmp_path / "gone")}))
     with pytest.raises(
-        UserError, match=r"holds LoRA adapters.*looked for at .*/gone.*--base=DIR, or mend init_from in .*config.json"
+        UserError,
+        match=r"holds LoRA adapters.*looked for at .*/gone.*--base=DIR, or correct init_from in .*config.json",
     ):
         open_source(str(run))
     assert_same(as_stored(open_source(str(run), base=str(base))), as_stored(open_source(str(adapted / "run"))))
