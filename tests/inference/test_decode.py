@@ -100,9 +100,7 @@ def test_cached_logits_are_the_uncached(name: str):
         places = places + 1
 
 
-@pytest.mark.parametrize(
-    ("name", "sampling"), [("gpt2", GREEDY), ("gpt2", RANDOM), ("llama", GREEDY), ("llama", RANDOM)]
-)
+@pytest.mark.parametrize(("name", "sampling"), [("gpt2", GREEDY), ("llama", RANDOM)])
 def test_equals_the_slow_way_past_the_end_of_the_context(name: str, sampling: Sampling):
     """60 new tokens in a context of 24: every row drops half of it three times or more."""
     got = fast(name, PROMPTS, sampling, 60, seed=3, stops=[])
