@@ -92,14 +92,11 @@ def generate(
     stops = np.array([*stop_ids, *[-1] * (-len(stop_ids) % 4)] or [-1] * 4, np.int32)
     starts, wanted = [len(text) for text in texts], [len(text) + max_new_tokens for text in texts]
     done = [max_new_tokens == 0] * len(texts)
-    longest = min(context_length or model.config.context_length, model.config.context_length)
-    most, keep = max(wanted), longest
+    keep = longest = min(context_length or model.config.context_length, model.config.context_length)
     # A shorter cache makes each token cheaper. Where it is shorter than the context, it still holds every row whole.
-    size = bucket(min(most, keep), keep)
+    size = bucket(min(max(wanted), keep), keep)
     while not all(done):
-        windows = [text[-1:] if finished else text[-keep:] for text, finished in zip(texts, done, strict=True)]
-        lengths = np.array([len(window) for window in windows], np.int32)
-        padded = _padded(windows, bucket(int(lengths.max()), size))
+        padded, lengths = _windows(texts, done, keep, size)
         start = np.array([len(text) for text in texts], np.int32) - lengths
         stop = np.where(done, lengths, np.array(wanted, np.int32) - start)
         task = Task(jax.random.key(seed), *map(jnp.asarray, (start, stop, stops, np.int32(n_ids))))
@@ -138,12 +135,17 @@ def _checked(prompts: Sequence[Sequence[int]], n_ids: int, max_new_tokens: int) 
     return texts
 
 
-def _padded(windows: list[list[int]], width: int) -> np.ndarray:
-    """Put rows of different lengths into one array int32 [B, width], zeros behind each."""
-    padded = np.zeros((len(windows), width), np.int32)
+def _windows(texts: list[list[int]], done: list[bool], keep: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the last `keep` ids of each text (one of a text that is done), and how many they are, int32 [B].
+
+    The ids are int32 [B, the bucket of the longest], zeros behind each row.
+    """
+    windows = [text[-1:] if finished else text[-keep:] for text, finished in zip(texts, done, strict=True)]
+    lengths = np.array([len(window) for window in windows], np.int32)
+    padded = np.zeros((len(windows), bucket(int(lengths.max()), size)), np.int32)
     for row, window in zip(padded, windows, strict=True):
         row[: len(window)] = window
-    return padded
+    return padded, lengths
 
 
 def _without_stop(ids: list[int], stops: np.ndarray) -> list[int]:
