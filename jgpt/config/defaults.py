@@ -210,7 +210,7 @@ EXECUTION = Group(
             },
         ),
         "loss_chunk_tokens": Key(2048, "tokens whose logits are in memory at one time; 0: all", low=0),
-        "deterministic": Key(True, "GPUs: a resumed run has the bits of one never stopped; False: maybe faster"),
+        "deterministic": Key(True, "on a GPU, a resumed run computes the same bits; False can be faster"),
     },
 )
 

@@ -4,7 +4,6 @@ Beside the data path: the parts of a run, built for devices that may not be here
 runs.
 """
 
-import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from jgpt.planning.devices import CUDNN_LINE, Target, compile_for, has_cudnn
 from jgpt.planning.execution import Execution, execution_of
 from jgpt.planning.hlo import Program, parse
 from jgpt.planning.roofline import Prediction, predict
+from jgpt.step.state import tree_bytes
 
 ACTIVATIONS = "activations, workspace"  # a part of the memory
 
@@ -80,7 +80,7 @@ def estimate(config: ConfigDict, shapes: ModelConfig, target: Target) -> Estimat
     usage: Any = compiled.memory_analysis()
     made = usage.output_size_in_bytes - usage.alias_size_in_bytes  # the rest lies where the old state was
     state = jax.eval_shape(parts.init)
-    memory = {"parameters": _bytes(state.params), "moments": _bytes(state.opt_state)}
+    memory = {"parameters": tree_bytes(state.params), "moments": tree_bytes(state.opt_state)}
     memory["batch, frozen parameters"] = usage.argument_size_in_bytes + made - sum(memory.values())
     if program is not None:
         memory |= _of_the_loop(program, state.params, parts)
@@ -95,10 +95,6 @@ def estimate(config: ConfigDict, shapes: ModelConfig, target: Target) -> Estimat
         program=program,
         compile_seconds=time.perf_counter() - start,
     )
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _of_the_loop(program: Program, params: Any, parts: Parts) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jgpt.model.parameters import count_parameters
+from jgpt.model.precision import dtype_name
 from jgpt.planning.audit import all_reduces, products
 from jgpt.planning.estimate import ACTIVATIONS, Estimate
 from jgpt.planning.roofline import OpCost, Prediction
@@ -96,7 +97,7 @@ def _speed(plan: Plan) -> str:
     assert found.prediction is not None and found.tokens_per_second is not None
     groups = sorted(found.prediction.by_group().items(), key=lambda item: -item[1])
     shares = ", ".join(f"{name} {100 * s / found.prediction.seconds:.0f}%" for name, s in groups if s)
-    peak = plan.target.chip.peak_flops[{"float16": "fp16", "bfloat16": "bf16"}.get(_compute(found), "fp32")]
+    peak = plan.target.chip.peak_flops[dtype_name(found.parts.policy.compute)]
     flops = found.parts.flops_per_token * found.tokens_per_second / len(plan.target.devices)
     mfu = f", MFU {100 * flops / peak:.0f}%" if peak else ""
     return "\n".join(

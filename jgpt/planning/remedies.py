@@ -4,11 +4,9 @@ Beside the data path: training asks when a step, an evaluation, a sample or the 
 arithmetic without a compile; `jgpt.plan --tune` compiles, and finds the fastest change that fits.
 """
 
-import jax
 from ml_collections import ConfigDict
 
 from jgpt.parallel.build import Parts
-from jgpt.step.state import tree_bytes
 from jgpt.wording import gib
 
 PLACING, EVALUATING, TRAINING, SAMPLING, SAVING = "the first state", "evaluation", "training", "sampling", "saving"
@@ -17,7 +15,7 @@ MIN_CHUNK_TOKENS = 256  # a smaller chunk of logits saves too little to matter
 
 def explain(shortage: str, doing: str, on_host: bool, config: ConfigDict, parts: Parts, command: str) -> str:
     """Return the message: what ran out in which work (`doing`), and the overrides that help, the cheapest first."""
-    state = tree_bytes(jax.eval_shape(parts.init))
+    state = parts.state_bytes
     first, *others = host_remedies(config, state) if on_host else device_remedies(doing, config, parts)
     plan = command if "jgpt.train" in command else "python -m jgpt.train --config FILE"
     lines = [f"out of memory in {doing}: {shortage}. Take {first}.", *(f"  or {other}" for other in others)]

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
 from jgpt.data.tokenizer import load_pretrained
@@ -21,7 +20,6 @@ from jgpt.planning.devices import THIS, Target, compile_only, this_machine
 from jgpt.planning.estimate import Estimate, estimate
 from jgpt.planning.execution import Execution, execution_of
 from jgpt.planning.search import Search, check_parameters_fit, refusal, search
-from jgpt.step.state import tree_bytes
 
 GPT2_IDS = 50_257
 CHARACTERS = 128  # ids of a char tokenizer, at most, for English prose
@@ -60,7 +58,7 @@ class Plan:
     def checkpoints(self) -> tuple[int, int]:
         """Return how many checkpoints lie on disk at most, with one being written, and the bytes of each."""
         c = self.config.checkpoint
-        return c.keep_last + c.keep_best + 1, int(tree_bytes(jax.eval_shape(self.found.parts.init)))
+        return c.keep_last + c.keep_best + 1, self.found.parts.state_bytes
 
     @property
     def advice(self) -> Execution | None:

@@ -1,6 +1,6 @@
 """Causal attention by kernels of our own, which run on GPUs from compute capability 7.5 (a T4) on.
 
-In the data path: a form of `attend_causally` in `model/attention.py`. No array of [queries, keys] is ever in memory:
+In the data path: a form of `attend_causally` in `choose.py`. No array of [queries, keys] is ever in memory:
 besides the output, an fp32 number for each query and head is kept for the backward pass. The gradients are the same
 bits every time.
 
@@ -41,7 +41,7 @@ def flash(q: Array, k: Array, v: Array, segments: Array | None = None, capabilit
 
 
 def flash_qkv(qkv: Array, segments: Array | None = None, capability: int | None = None) -> Array:
-    """Do the same for one array of queries, keys and values, read where they lie; its gradient is one array as well.
+    """Compute causal softmax attention of one array of queries, keys and values; its gradient is one array as well.
 
     `qkv` [B, T, K, G + 2, H]: for each key/value head its G query heads, then its key, then its value.
     """
