@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jgpt.config import moved
 from jgpt.config.defaults import KEYS, LORA_TARGETS, flatten
 from jgpt.errors import UserError
+from jgpt.redaction import find_secret
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -36,6 +37,7 @@ def problems(config: ConfigDict, text_bytes: int | None = None) -> list[str]:
         *_learning_rate(config, wrong),
         *_tokenizer(config),
         *_names(config),
+        *_secrets(config),
         *_length(config, wrong, text_bytes),
         *_fine_tuning(config),
     ]
@@ -127,6 +129,16 @@ def _names(config: ConfigDict) -> Iterator[str]:
         yield "out_dir='': a run writes into a directory of its own; set out_dir='runs/NAME'"
     if not config.data.text_glob.strip():
         yield "data.text_glob='': name the text, a glob or a directory; set data.text_glob='texts/**/*.txt'"
+
+
+def _secrets(config: ConfigDict) -> Iterator[str]:
+    """Check that no value is or holds a secret: config.json and the report keep every value as it is."""
+    for name, value in flatten(config).items():
+        if isinstance(value, str) and (secret := find_secret(value)):
+            yield (
+                f"{name} holds {secret}: a config is written to files that others may read, so it has no secrets; take"
+                " it out (tokens are read from the environment), or, if it is no secret, give it another name there"
+            )
 
 
 def _length(config: ConfigDict, wrong: set[str], text_bytes: int | None) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from jgpt.atomic_write import write_file
+from jgpt.redaction import redact, redact_values
 from jgpt.report.warn_on_error import warn_on_error
 from jgpt.run_dir.metrics_file import best_validation, read_metrics
 from jgpt.run_dir.samples import Sample, read_samples
@@ -79,10 +80,11 @@ def write_report(run_dir: Path) -> None:
 
 
 def render(report: Report) -> str:
-    """Return the page as HTML, every value escaped."""
+    """Return the page as HTML, every value escaped, and no secret in it."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=lambda value: redact(value) if type(value) is str else value,  # Markup is escaped, and was redacted
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -114,7 +116,8 @@ def collect(run_dir: Path) -> Report:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Read an object, and hide secrets before a value is shortened."""
+    return redact_values(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _progress(status: dict[str, Any]) -> str:

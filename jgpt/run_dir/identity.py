@@ -21,7 +21,7 @@ from jgpt.atomic_write import write_file
 from jgpt.config.defaults import default_config, flatten
 from jgpt.errors import UserError
 from jgpt.hardware.devices import local_devices
-from jgpt.redaction import redact
+from jgpt.redaction import redact_values
 from jgpt.run_dir.manifest import whole_steps
 
 log = logging.getLogger("jgpt")
@@ -116,8 +116,8 @@ def read_config(run_dir: Path) -> ConfigDict:
     config, path = default_config(), run_dir / "config.json"
     try:
         config.update(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = str(error).splitlines()[0][:200]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"{path} is damaged, or of another version of jgpt: {reason}. Put back the file that the run wrote, or name"
             " another run; nothing was changed."
@@ -143,7 +143,7 @@ def was_last_here(run_dir: Path) -> bool:
     """Tell whether the run in `run_dir` was last started on such devices as are here."""
     try:
         return json.loads((run_dir / "versions.json").read_text())["devices"] == _devices_here()
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False
 
 
@@ -156,9 +156,10 @@ def write_status(run_dir: Path, state: str, step: int, total_steps: int, reason:
     """Write status.json; `state` is running, finished, stopped or failed, and `command` is what makes the run go on."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     status = {"state": state, "step": step, "total_steps": total_steps, "reason": reason, "resume_command": command}
-    write_json(run_dir / "status.json", status | {"time": now, "pid": os.getpid()})
+    status |= {"time": now, "pid": os.getpid()}
+    write_json(run_dir / "status.json", redact_values(status))  # an error may quote a secret
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is there whole or not at all, and no secret in it: a command line may hold one."""
-    write_file(path, redact(json.dumps(value, indent=2)) + "\n")
+    """Write a JSON file that is there whole or not at all; what is read from it is `value`."""
+    write_file(path, json.dumps(value, indent=2) + "\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 def whole_steps(directory: Path) -> list[int]:
     """List the steps that have a manifest and a directory, oldest first (their files are not read)."""
     found = (path.stem for path in directory.glob("*.sha256"))
-    return sorted(int(stem) for stem in found if stem.isdigit() and (directory / stem).is_dir())
+    return sorted(int(stem) for stem in found if stem.isdecimal() and (directory / stem).is_dir())
 
 
 def digest(directory: Path) -> str:

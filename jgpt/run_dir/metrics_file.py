@@ -4,6 +4,7 @@ In the data path: beside the step. Next: `report/`, which draws what the file ho
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jgpt.atomic_write import write_file
+
+MOST_STEPS = 2**63 - 1
+
+log = logging.getLogger("jgpt")
 
 
 class MetricsLog:
@@ -22,7 +27,10 @@ class MetricsLog:
 
     def __init__(self, path: Path, from_step: int):
         lines = _read_lines(path)
-        kept = [line for line in lines if (record := _parse(line)) and record.get("step", 0) <= from_step]
+        records = [_parse(line) for line in lines]
+        kept = [line for line, record in zip(lines, records, strict=True) if record and record["step"] <= from_step]
+        if damaged := records[:-1].count(None):  # the last line is torn where a run was killed
+            log.warning("%s: %d damaged lines are dropped; they are no records of a run", path, damaged)
         if kept != lines:
             write_file(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8", newline="")
@@ -38,7 +46,11 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, without lines that are torn; no file is an empty list."""
+    """Read the records of metrics.jsonl, without damaged lines; no file is an empty list.
+
+    Each record has a step, a whole number; every value is a finite number, or None for one that was not finite. The
+    file may come from anywhere: it is an output of an earlier run.
+    """
     return [record for line in _read_lines(path) if (record := _parse(line))]
 
 
@@ -50,18 +62,20 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """Return the record, or None for a line that a kill or a full disk has torn (a line without its end is one)."""
+    """Return the record, or None for a line that a run did not write, or a kill or a full disk tore (without its end)."""
     try:
         record = json.loads(line)
-    except ValueError:
+        if not line.endswith("\n") or type(record["step"]) is not int or not 0 <= record["step"] <= MOST_STEPS:
+            return None
+        return {key: None if value is None else _plain(value) for key, value in record.items()}
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # RecursionError: nested too deep
         return None
-    return record if isinstance(record, dict) and line.endswith("\n") else None
 
 
-def _plain(value: Any) -> int | float | str | None:
-    """Turn a number of Python, NumPy or JAX into what JSON has."""
+def _plain(value: Any) -> int | float | None:
+    """Turn a number of Python, NumPy or JAX into what JSON has; raise TypeError for anything else."""
     if isinstance(value, str):
-        return value
+        raise TypeError(f"{value!r} is not a number")
     number = int(value) if isinstance(value, Integral) else float(value)
     return number if math.isfinite(number) else None
 

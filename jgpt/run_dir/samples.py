@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jgpt.atomic_write import write_file
+from jgpt.redaction import redact
 
-_HEADER = re.compile(r"^=== step (\d+).*, sample \d+ of \d+ ===\n", re.MULTILINE)
+_HEADER = re.compile(r"^=== step ([0-9]{1,18})\b.*, sample \d+ of \d+ ===\n", re.MULTILINE)
 _LOOKS_LIKE_HEADER = re.compile(r"^(?=\\*=== step )", re.MULTILINE)
 
 
@@ -23,12 +24,15 @@ class Sample(NamedTuple):
 
 
 def append_samples(path: Path, step: int, val_loss: float | None, texts: Sequence[str]) -> None:
-    """Append the texts, each under a header line; a line of theirs that could pass for one gets a backslash first."""
+    """Append the texts, each under a header line, and no secret in them.
+
+    A line of theirs that could pass for a header gets a backslash first.
+    """
     with path.open("a", encoding="utf-8", errors="replace", newline="") as file:
         for i, text in enumerate(texts, 1):
             loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
             file.write(f"=== step {step}{loss}, sample {i} of {len(texts)} ===\n")
-            file.write(_LOOKS_LIKE_HEADER.sub(r"\\", text) + "\n\n")
+            file.write(_LOOKS_LIKE_HEADER.sub(r"\\", redact(text)) + "\n\n")
 
 
 def read_samples(path: Path) -> list[Sample]:

@@ -79,7 +79,7 @@ class StorageHandler:
         elif call == "GetModel" or (call == "GetDataset" and not state.exists):
             self.reply({"code": 404, "message": "not found"}, 404)
         elif call == "GetDataset":
-            self.reply({"ref": "owner/slug", "currentVersionNumber": 3})
+            self.reply({"ref": "owner/my-slug", "currentVersionNumber": 3})
         elif call == "DownloadDataset":
             archive = io.BytesIO()
             with zipfile.ZipFile(archive, "w") as file:

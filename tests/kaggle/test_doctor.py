@@ -120,8 +120,8 @@ def test_transport_is_read_from_nccls_log(monkeypatch: pytest.MonkeyPatch):
 def test_uploading_is_tried_when_asked_for(server: FakeKaggle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor.checks, "whoami", lambda: doctor.checks.Check("Kaggle account", "warn", "refused"))
     assert doctor.session("")["upload"] is None and server.calls == []
-    assert doctor.session("dataset:owner/slug")["upload"] == "ok"
+    assert doctor.session("dataset:owner/my-slug")["upload"] == "ok"
     assert set(server.sent("CreateDataset")) == {"doctor.txt"}
     server.status = 403
-    told = doctor.session("dataset:owner/slug")["upload"]
+    told = doctor.session("dataset:owner/my-slug")["upload"]
     assert "these credentials are not enough" in told and KAGGLE_TOKEN not in told

@@ -42,14 +42,14 @@ PACKED = {
 
 def test_a_run_becomes_a_private_dataset_and_then_a_new_version(server: FakeKaggle, run_dir: Path, capfd):
     before = sorted(run_dir.rglob("*"))
-    assert publish(run_dir, "dataset:owner/slug") == "https://www.kaggle.com/datasets/owner/slug"
+    assert publish(run_dir, "dataset:owner/my-slug") == "https://www.kaggle.com/datasets/owner/my-slug"
     created = dict(server.calls)["CreateDataset"]
-    assert (created["ownerSlug"], created["slug"], created["isPrivate"]) == ("owner", "slug", True)
+    assert (created["ownerSlug"], created["slug"], created["isPrivate"]) == ("owner", "my-slug", True)
     files = server.sent("CreateDataset")
     assert set(files) == PACKED and names_in_tar(files["tokenizer.tar"]) == {"tokenizer/tokenizer.json"}
     assert names_in_tar(files["checkpoint-4.tar"]) == {"4/params/data", "4.sha256"}
     assert not any(b"planted" in data for data in server.blobs.values())
-    assert publish(run_dir, "dataset:owner/slug", "again")
+    assert publish(run_dir, "dataset:owner/my-slug", "again")
     assert set(server.sent("CreateDatasetVersion")) == PACKED
     assert dict(server.calls)["CreateDatasetVersion"]["body"]["versionNotes"] == "again"
     assert server.authorization == {f"Bearer {KAGGLE_TOKEN}"}
@@ -69,9 +69,9 @@ def test_an_export_becomes_a_model(server: FakeKaggle, tmp_path: Path):
 
 
 def test_a_dataset_comes_back_as_it_was_sent(server: FakeKaggle, run_dir: Path, tmp_path: Path):
-    assert fetch("dataset:owner/slug", tmp_path / "none") is None  # there is none yet
-    publish(run_dir, "dataset:owner/slug")
-    found = fetch("dataset:owner/slug", tmp_path / "back")
+    assert fetch("dataset:owner/my-slug", tmp_path / "none") is None  # there is none yet
+    publish(run_dir, "dataset:owner/my-slug")
+    found = fetch("dataset:owner/my-slug", tmp_path / "back")
     assert found is not None and {path.name for path in found.iterdir()} >= PACKED
     assert names_in_tar((found / "checkpoint-4.tar").read_bytes()) == {"4/params/data", "4.sha256"}
 
@@ -106,7 +106,7 @@ def test_the_hub_keeps_the_newest_checkpoint_alone_and_gives_it_back(
     ("status", "words"),
     [(401, "these credentials are not enough"), (403, "these credentials are not enough"), (500, "it answered 500")],
 )
-@pytest.mark.parametrize("where", ["dataset:owner/slug", "model:a/b/jax/d"])
+@pytest.mark.parametrize("where", ["dataset:owner/my-slug", "model:a/b/jax/d"])
 def test_what_kaggle_refuses_is_told_without_the_token(
     server: FakeKaggle, run_dir: Path, where: str, status: int, words: str
 ):
@@ -129,8 +129,8 @@ def test_no_network(server: FakeKaggle, hub, run_dir: Path, monkeypatch: pytest.
 
     monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, "http://127.0.0.1:9")
     with pytest.raises(UserError, match="there is no connection. Turn the internet on"):
-        publish(run_dir, "dataset:owner/slug")
-    assert fetch("dataset:owner/slug", run_dir / "none") is None
+        publish(run_dir, "dataset:owner/my-slug")
+    assert fetch("dataset:owner/my-slug", run_dir / "none") is None
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="there is no connection. Turn the internet on"):
         publish(run_dir, "hub:owner/name")
@@ -142,13 +142,13 @@ def test_no_credentials_and_no_package(
     monkeypatch.delenv("KAGGLE_API_TOKEN")
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
     with pytest.raises(UserError, match="needs your Kaggle credentials, and there are none.*KAGGLE_API_TOKEN"):
-        publish(run_dir, "dataset:owner/slug")
+        publish(run_dir, "dataset:owner/my-slug")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(UserError, match="needs a token of the Hugging Face Hub.*HF_TOKEN"):
         publish(run_dir, "hub:owner/name")
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package kagglehub.*pip install kagglehub"):
-        check_target("dataset:owner/slug")
+        check_target("dataset:owner/my-slug")
     assert server.calls == []
 
 
@@ -161,12 +161,12 @@ def test_a_notebooks_session_token_serves(
     monkeypatch.setenv("KAGGLE_API_V1_TOKEN", str(tmp_path / "session"))
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     monkeypatch.setenv("KAGGLE_DATA_PROXY_URL", server.url)
-    publish(run_dir, "dataset:owner/slug")
+    publish(run_dir, "dataset:owner/my-slug")
     assert server.authorization == {"Bearer session-token-0123456789"}
 
 
 def test_bad_places_and_empty_directories(tmp_path: Path):
-    for where in ("", "owner/slug", "dataset:slug", "dataset:a/b/c", "model:a/b", "hub:a/../b", "s3:a/b", "hub:/b"):
+    for where in ("", "owner/my-slug", "dataset:slug", "dataset:a/b/c", "model:a/b", "hub:a/../b", "s3:a/b", "hub:/b"):
         with pytest.raises(UserError, match="is not a place to publish to. Allowed: dataset:OWNER/SLUG"):
             parse_target(where)
     with pytest.raises(UserError, match="is not a directory with files to publish"):

@@ -56,6 +56,8 @@ def plain_log(text: str) -> str:
     """
     try:
         pieces = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
+        return text
+    if not isinstance(pieces, list):
         return text
     return "".join(str(piece.get("data") or "") for piece in pieces if isinstance(piece, dict))

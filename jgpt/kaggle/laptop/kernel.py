@@ -96,10 +96,15 @@ def read_folder(folder: Path) -> Kernel:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
-        return Kernel(**values)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        kernel = Kernel(**values)
+        for (field, value), default in zip(asdict(kernel).items(), asdict(Kernel("")).values(), strict=True):
+            texts = all(isinstance(item, str) for item in value) if isinstance(value, tuple) else True
+            if type(value) is not type(default) or not texts:
+                raise TypeError(f"{field} is {value!r}")
+        return kernel
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}. It must be a folder that a push wrote. Name it by "
+            f"{path} cannot be read: {(str(error).splitlines() or ["it is empty"])[0]}. It must be a folder that a push wrote. Name it by "
             "--folder, or push again."
         ) from None
 

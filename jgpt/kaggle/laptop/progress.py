@@ -5,6 +5,7 @@ pushed; everything else is read from Kaggle each time.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -49,8 +50,8 @@ def last_progress(kaggle: "Kaggle", slug: str, newest: int) -> Progress | None:
             continue
         try:
             status = json.loads(content)
-            values = status["state"], int(status["step"]), int(status["total_steps"]), str(status["reason"])
-        except (ValueError, TypeError, KeyError):
+            values = str(status["state"]), int(status["step"]), int(status["total_steps"]), str(status["reason"])
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise UserError(
                 f"status.json of {slug} version {version} cannot be read. It must be the output of a run that"
                 " jgpt pushed. Look at its page; push again, or name another --slug."
@@ -63,9 +64,11 @@ def _trained_hours(metrics: bytes) -> float:
     """Return elapsed_seconds of the last whole line of metrics.jsonl, in hours."""
     for line in reversed(metrics.splitlines()):
         try:
-            return float(json.loads(line)["elapsed_seconds"]) / 3600
-        except (ValueError, TypeError, KeyError):
+            hours = float(json.loads(line)["elapsed_seconds"]) / 3600
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue
+        if 0 <= hours < math.inf:  # not NaN: no comparison with it is true
+            return hours
     return 0.0
 
 

@@ -19,6 +19,7 @@ from jgpt.errors import UserError
 from jgpt.exchange.hub import is_hub_name
 from jgpt.kaggle.laptop.kernel import KERNEL_FILE, METADATA_FILE, Kernel, read_folder
 from jgpt.kaggle.laptop.progress import read_arguments
+from jgpt.kaggle.session.publish import parse_target
 
 if TYPE_CHECKING:
     from jgpt.kaggle.laptop.client import Kaggle
@@ -102,6 +103,8 @@ def kernel_of_flags(earlier: Kernel | None = None) -> Kernel:
     kernel.check()
     config = load_config() if "config" in args else read_arguments(kernel.arguments)
     check(config)
+    if config.checkpoint.upload:
+        parse_target(config.checkpoint.upload)  # Kaggle would refuse it there, when the first upload begins
     if not kernel.internet:
         for note in _needs_internet(config):
             print(f"note: {note}", file=sys.stderr)

@@ -25,6 +25,7 @@ from jgpt.kaggle.laptop.verbs import (
     show_folder,
     slug_of_flags,
 )
+from jgpt.kaggle.session.publish import parse_target
 from jgpt.kaggle.session.readings import in_short
 
 
@@ -140,6 +141,8 @@ def doctor() -> None:
     It measures the speed of the GPUs, between them, and of the disks: see jgpt/kaggle/session/doctor.py.
     """
     args, folder = flags.FLAGS, folder_of_flags()
+    if args.upload:
+        parse_target(args.upload)
     accelerator = "NvidiaTeslaT4" if args.accelerator is None else args.accelerator
     kernel = Kernel(
         slug_of_flags(), "jgpt.kaggle.session.doctor", (f"--upload={args.upload}",) if args.upload else (),

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))  # not on Windows
 LAST_LINES = 20  # of the child's output, for status.json when the child could not write its own
 
 
@@ -99,7 +100,7 @@ def child_environment(code: Path, scratch: Path, inputs: list[str], internet: bo
 
 
 class Child:
-    """One child process at a time: we print its output line by line, and forward SIGTERM and SIGINT to it."""
+    """One child process at a time: we print its output line by line, and forward signals to it."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -128,11 +129,11 @@ class Child:
 
     @contextmanager
     def forwards_signals(self) -> Iterator[None]:
-        """Forward SIGTERM and SIGINT to the child while the block runs (only the main thread can)."""
+        """Forward SIGTERM, SIGINT and SIGHUP to the child while the block runs (only the main thread can)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self._forward) for number in SIGNALS}
         try:
             yield
         finally:
@@ -151,7 +152,7 @@ def record_end(outputs: Path, child: Child) -> None:
     path = outputs / "status.json"
     try:
         status = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # none, or only half written
+    except (OSError, ValueError, TypeError, RecursionError):  # none, or only half written
         status = {}
     pid = child.process.pid if child.process else os.getpid()
     code = child.process.returncode if child.process else None

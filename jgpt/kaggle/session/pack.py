@@ -20,7 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jgpt.data.find_files import holds_run
 from jgpt.errors import UserError
+from jgpt.run_dir.disk import bytes_below
 
 STAGING = ".staging-"  # the start of the name of a folder whose content is not complete yet
 
@@ -67,7 +69,7 @@ def unpack(folder: Path, run_dir: Path) -> None:
             if in_place:
                 part.source.unlink()
     for path in [] if in_place else sorted(folder.iterdir()):
-        if path.is_file() and path.suffix not in (".tar", ".tmp") and not path.name.startswith("."):
+        if path.suffix not in (".tar", ".tmp") and not path.name.startswith("."):
             copy_file(path, run_dir / path.name)
 
 
@@ -83,7 +85,7 @@ def checkpoints_in(folder: Path) -> list[int]:
     """List the steps of the checkpoints in a run's folder, packed or not, oldest first; they are not verified."""
     steps = {path.stem for path in (folder / "checkpoints").glob("*.sha256")}
     steps |= {match[1] for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)(\.tar)?", path.name))}
-    return sorted(int(step) for step in steps if step.isdigit())
+    return sorted(int(step) for step in steps if step.isdecimal())
 
 
 def folders_in(folder: Path) -> list[str]:
@@ -124,6 +126,9 @@ def fetch(part: Part, run_dir: Path) -> Path | None:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
+        if part.source.is_symlink() and not holds_run(part.source):  # a mount itself may be one
+            raise OSError("it is a link, and a run writes none")
+        _check_room(part, staging)
         if part.source.is_file():
             _extract(part.source, staging)
         else:
@@ -159,15 +164,34 @@ def remove_leftovers(run_dir: Path) -> None:
             _remove(path)
 
 
+def _check_room(part: Part, staging: Path) -> None:
+    """Raise OSError, as a full disk does, where a part is larger than what is free; a sparse file may be."""
+    paths = [part.source] if part.source.is_file() else [part.source / name for name in part.names]
+    size = sum(path.stat().st_size if path.is_file() else bytes_below(path) for path in paths)
+    if size > (free := shutil.disk_usage(staging).free):
+        message = f"{part.source} has {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        raise OSError(errno.ENOSPC, message)
+
+
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file; the copy appears only when it is complete."""
+    """Copy a file, if there is one; the copy appears only when it is complete. A link is left out with a warning."""
+    if not source.is_file():
+        return
+    if source.is_symlink():
+        log.warning("%s is a link, and left out: a run writes none", source)
+        return
     temporary = target.with_name(target.name + ".tmp")
     shutil.copyfile(source, temporary)
     temporary.replace(target)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file or a folder without its mode: an input on Kaggle is read-only, and the copy must be writable."""
+    """Copy a file or a folder without its mode: an input on Kaggle is read-only, and the copy must be writable.
+
+    Raises OSError for a link: it may lead anywhere, such as to the user's credentials.
+    """
+    if source.is_symlink():
+        raise OSError(f"{source.name} is a link, and a run writes none")
     if source.is_dir():
         target.mkdir()
         for path in source.iterdir():
@@ -210,6 +234,8 @@ def _extract(path: Path, directory: Path) -> None:
     with tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
         wrong = next((f"{m.name} is a link or a device" for m in members if not (m.isfile() or m.isdir())), "")
+        # A sparse file of some bytes can stand for terabytes of zeros.
+        wrong = next((f"{m.name} is a sparse file" for m in members if m.issparse()), wrong)
         try:
             if not wrong:
                 tar.extractall(directory, members, filter="data")

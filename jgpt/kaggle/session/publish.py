@@ -49,7 +49,10 @@ class Target(NamedTuple):
 
 
 def parse_target(where: str) -> Target:
-    """Read "dataset:OWNER/SLUG", "model:OWNER/MODEL/FRAMEWORK/VARIATION" or "hub:OWNER/NAME"; else raise UserError."""
+    """Read "dataset:OWNER/SLUG", "model:OWNER/MODEL/FRAMEWORK/VARIATION" or "hub:OWNER/NAME".
+
+    Raises UserError for any other text, and for a name that Kaggle would refuse when the upload begins.
+    """
     kind, _, handle = where.partition(":")
     parts = handle.split("/")
     fits = kind in KINDS and len(parts) == len(KINDS[kind].split("/"))
@@ -59,11 +62,27 @@ def parse_target(where: str) -> Target:
             f"{where!r} is not a place to publish to. Allowed: {allowed}. Copy OWNER and the name from the address of"
             " its page; what does not exist yet is created, private."
         )
+    # As kaggle 2.2.5 has it (kaggle_api_extended.py: dataset_create_new, _validate_slug_syntax). Models of others have
+    # dots in their names.
+    names = {"dataset": parts[1:], "model": parts[1::2], "hub": []}[kind]
+    separators = {"dataset": "-", "model": ".-", "hub": ""}[kind]
+    for name in names:
+        if not re.fullmatch(rf"[a-z0-9]+(?:[{separators}][a-z0-9]+)*", name):
+            fixed = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "my-run"
+            raise UserError(
+                f"{where!r}: Kaggle does not take the name {name!r}. Allowed: lower-case letters, digits and single"
+                f" hyphens between them. Set {where.replace(name, fixed)!r}, for example."
+            )
+    if kind == "dataset" and not 6 <= len(parts[1]) <= 50:
+        raise UserError(
+            f"{where!r}: the name of a dataset on Kaggle has 6 to 50 characters, and {parts[1]!r} has {len(parts[1])}."
+            " Choose a name of such a length."
+        )
     return Target(kind, handle)  # pyright: ignore[reportArgumentType] (one of KINDS)
 
 
 def check_target(where: str) -> Target:
-    """Return the target; raise UserError where its package or the credentials for it are missing."""
+    """Return the target; raise UserError where its package or its credentials are missing, or where it cannot exist."""
     target = parse_target(where)
     package = "huggingface_hub" if target.kind == "hub" else "kagglehub"
     if importlib.util.find_spec(package) is None:
@@ -73,7 +92,12 @@ def check_target(where: str) -> Target:
         )
     if target.kind == "hub":
         import huggingface_hub
+        from huggingface_hub.utils import validate_repo_id
 
+        try:
+            validate_repo_id(target.handle)
+        except ValueError as error:
+            raise UserError(f"{where!r}: {str(error).rstrip('.')}. Choose another name.") from None
         if not huggingface_hub.get_token():
             raise UserError(
                 f"publishing to {where!r} needs a token of the Hugging Face Hub that may write, and there is none. Make"
@@ -83,6 +107,13 @@ def check_target(where: str) -> Target:
     else:
         from kagglehub.config import get_kaggle_credentials
 
+        if target.kind == "model":
+            from kagglehub.handle import parse_model_handle
+
+            try:
+                parse_model_handle(target.handle).framework_enum()
+            except ValueError as error:
+                raise UserError(f"{where!r}: {error}. Set the third part to jax, flax or transformers.") from None
         if get_kaggle_credentials() is None:
             raise UserError(
                 f"publishing to {where!r} needs your Kaggle credentials, and there are none. Make a token at"
