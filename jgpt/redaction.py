@@ -30,9 +30,9 @@ UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 # Secrets by their form, wherever they came from.
 KNOWN_FORMS = re.compile(
-    r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"  # Hugging Face
+    r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}"  # Hugging Face
     r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}"  # GitHub, GitLab
-    r"|\bKGAT_[A-Za-z0-9]{16,}|\bwandb_v\d_\w{20,}"  # Kaggle, Weights & Biases
+    r"|\bKGAT_\w{16,}|\bwandb_v\d_\w{20,}"  # Kaggle, Weights & Biases
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[\w-]{35}"  # Amazon, Google
     r"|\bsk-(?:(?:ant|proj|svcacct|or)-[\w-]{20,}|[A-Za-z0-9]{20,})|\bxox[abeprs]-[\w-]{10,}"  # OpenAI and others, Slack
     r"|\bnpm_[A-Za-z0-9]{36}|\bpypi-[\w-]{50,}"

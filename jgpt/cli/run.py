@@ -20,8 +20,10 @@ from jgpt.cli.terminal import TerminalHandler
 from jgpt.config.defaults import KEYS
 from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
 from jgpt.redaction import redact
+from jgpt.training.stop import recorded_interrupt
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_MEMORY, EXIT_DIVERGED = 0, 1, 2, 3, 4
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def run(main: Callable[..., int | None], doc: str | None) -> None:
@@ -30,13 +32,14 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
     Arguments that are not flags go to `main`: at most one for each of its parameters, which are strings with defaults.
     `doc` is the command's docstring, the beginning of its --help. Only a bug of ours shows a traceback.
     """
-    set_up_logging(to_stderr="config" not in flags.FLAGS)  # what such a command prints is its result
     try:
-        if asks_for_help():
-            print(help_text(doc or ""))
-            code = EXIT_DONE
-        else:
-            code = main(*parse_flags(len(inspect.signature(main).parameters))) or EXIT_DONE
+        with recorded_interrupt():
+            set_up_logging(to_stderr="config" not in flags.FLAGS)  # what such a command prints is its result
+            if asks_for_help():
+                print(help_text(doc or ""))
+                code = EXIT_DONE
+            else:
+                code = main(*parse_flags(len(inspect.signature(main).parameters))) or EXIT_DONE
         sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
@@ -46,7 +49,7 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
     except TrainingDiverged as error:
         code, message = EXIT_DIVERGED, str(error)
     except KeyboardInterrupt:
-        code, message = 130, "interrupted"
+        code, message = EXIT_INTERRUPTED, "interrupted"
     except BrokenPipeError:  # the reader of a pipe went away: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         sys.exit(EXIT_DONE)

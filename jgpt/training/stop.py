@@ -8,16 +8,49 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 log = logging.getLogger("jgpt")
 
 
-class Stop:
-    """A reason to stop, once there is one. As a context manager it listens to SIGTERM and SIGINT (in the main thread).
+# A closed terminal or ssh session sends SIGHUP; Windows has none.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
-    A second SIGINT (Ctrl-C twice) is not caught: it interrupts at once, and the last checkpoint stays as it is.
+
+class FirstInterrupt:
+    """The handler of SIGINT (Ctrl-C) while a command starts: it interrupts, and remembers that it did.
+
+    Python drops an exception that is raised inside some callbacks, such as those of its garbage collector, and Ctrl-C
+    with it. `Stop` asks later whether there was one.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def recorded_interrupt() -> Iterator[None]:
+    """Handle Ctrl-C in this block by a FirstInterrupt (in the main thread), until `Stop` does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, FirstInterrupt())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Stop:
+    """A reason to stop, once there is one. As a context manager it listens to SIGNALS (in the main thread).
+
+    SIGHUP that the caller ignores (nohup) stays ignored. A second SIGINT (Ctrl-C twice) is not caught: it interrupts at once, and the last checkpoint stays as it is.
     """
 
     def __init__(self, deadline_hours: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -45,8 +78,12 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._on_signal)
+            before = signal.getsignal(signal.SIGINT)
+            if isinstance(before, FirstInterrupt) and before.pressed:
+                raise KeyboardInterrupt
+            for number in SIGNALS:
+                if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
