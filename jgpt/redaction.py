@@ -34,7 +34,7 @@ KNOWN_FORMS = re.compile(
     r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}"  # GitHub, GitLab
     r"|\bKGAT_\w{16,}|\bwandb_v\d_\w{20,}"  # Kaggle, Weights & Biases
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[\w-]{35}"  # Amazon, Google
-    r"|\bsk-(?:(?:ant|proj|svcacct|or)-[\w-]{20,}|[A-Za-z0-9]{20,})|\bxox[abeprs]-[\w-]{10,}"  # OpenAI and others, Slack
+    r"|\bsk-(?:(?:ant|proj|svcacct|or)-[\w-]{20,}|[A-Za-z0-9]{20,})|\bxox[abeprs]-[\w-]{10,}"  # OpenAI, Slack
     r"|\bnpm_[A-Za-z0-9]{36}|\bpypi-[\w-]{50,}"
     r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*"  # a JSON web token
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"

@@ -4,8 +4,8 @@
     python -m jgpt.train --config configs/kaggle_t4.py --config.data.text_glob='/kaggle/input/**/*.txt'
 
 Everything that a run writes is in its run directory, config.out_dir: metrics.jsonl, loss.png, report.html, samples.txt,
-checkpoints/, tokenizer/, status.json. The same command again resumes from the newest intact checkpoint. Ctrl-C, SIGTERM
-and --config.deadline_hours finish the step, save, and exit with 0.
+checkpoints/, tokenizer/, status.json. The same command again resumes from the newest intact checkpoint. Ctrl-C,
+SIGTERM, SIGHUP (a closed terminal) and --config.deadline_hours finish the step, save, and exit with 0.
 """
 
 import shlex

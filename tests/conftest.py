@@ -106,6 +106,8 @@ def _run(name: Any, *arguments: str, stdin: str | bytes = "") -> Result:
 @contextlib.contextmanager
 def _own_process_state() -> Iterator[None]:
     """Put back what a command changes in its process: flags, the log of jgpt, the environment."""
+    from jgpt.cli import run as cli_run
+
     log, names = logging.getLogger("jgpt"), set(flags.FLAGS)
     before = log.handlers[:], log.level, log.propagate
     try:
@@ -114,6 +116,7 @@ def _own_process_state() -> Iterator[None]:
     finally:
         log.handlers[:], log.propagate = before[0], before[2]
         log.setLevel(before[1])
+        atexit.unregister(cli_run.exit_at_once)  # of a command that was interrupted
         for name in set(flags.FLAGS) - names:
             delattr(flags.FLAGS, name)
         sys.modules.pop("config_config", None)  # the config file, as ml_collections calls it

@@ -145,8 +145,9 @@ def test_each_secret_is_found_by_its_value(planted: dict[str, str], monkeypatch:
 # Words, numbers, paths and names that a user, a cluster or an image keeps in variables with any name.
 WORDS = """
     checkpoint quickstart training learning_rate validation tokenizer metrics.jsonl kaggle_t4 optimizer default
-    development production localhost postgres password changeme administrator postgresql://db:5432/app internationalization
-    20240101 12345678 1234567890123456 3.141592653589793 2024-01-01T12:00:00Z 127.0.0.1:8080 20240101T120000Z
+    development production localhost postgres password changeme administrator postgresql://db:5432/app
+    internationalization 20240101 12345678 1234567890123456 3.141592653589793 2024-01-01T12:00:00Z 127.0.0.1:8080
+    20240101T120000Z
     HuggingFaceTB/SmolLM2-135M-Instruct Qwen/Qwen3-30B-A3B-Instruct-2507-FP8 meta-llama/Llama-3.2-1B-Instruct
     google/gemma-3n-E4B-it gpt2-124m-v3-bf16 deepseek-ai/DeepSeek-R1-0528-Qwen3-8B TinyLlama/TinyLlama-1.1B-Chat-v1.0
     RedHatAI/Llama-3.1-8B-quantized.w8a8 mistralai/Mixtral-8x7B-Instruct-v0.1 me/mytokenizer NvidiaTeslaT4Highmem

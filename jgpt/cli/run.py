@@ -3,6 +3,8 @@
 Beside the data path: the commands (`jgpt NAME`, `python -m jgpt.NAME`) are the only callers.
 """
 
+import atexit
+import contextlib
 import errno
 import inspect
 import logging
@@ -70,7 +72,17 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
             sys.exit(EXIT_BUG)
         message += ". Take fewer or shorter sequences at a time, or a smaller model; the flags are in --help."
     _print_error(f"error: {message}\n")
+    if code == EXIT_INTERRUPTED:
+        atexit.register(exit_at_once)  # runs before what was registered earlier, by JAX
     sys.exit(code)
+
+
+def exit_at_once() -> None:
+    """End the process here: a computation may still run, and its memory must not be freed under it."""
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _with_flags(message: str) -> str:

@@ -62,7 +62,7 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """Return the record, or None for a line that a run did not write, or a kill or a full disk tore (without its end)."""
+    """Return the record, or None for a line that no run wrote, or that a kill or a full disk tore (it has no end)."""
     try:
         record = json.loads(line)
         if not line.endswith("\n") or type(record["step"]) is not int or not 0 <= record["step"] <= MOST_STEPS:

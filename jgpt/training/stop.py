@@ -50,7 +50,8 @@ def recorded_interrupt() -> Iterator[None]:
 class Stop:
     """A reason to stop, once there is one. As a context manager it listens to SIGNALS (in the main thread).
 
-    SIGHUP that the caller ignores (nohup) stays ignored. A second SIGINT (Ctrl-C twice) is not caught: it interrupts at once, and the last checkpoint stays as it is.
+    SIGHUP that the caller ignores (nohup) stays ignored. A second SIGINT (Ctrl-C twice) is not caught: it interrupts at
+    once, and the last checkpoint stays as it is.
     """
 
     def __init__(self, deadline_hours: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -225,6 +225,14 @@ def test_exit_code_of_a_process(tmp_path):
     assert done.stderr.startswith(f"error: {tmp_path} holds no model. It must hold")
 
 
+def test_an_interrupted_command_ends_before_what_runs_at_exit_can_crash():
+    """JAX frees its memory then, under a computation that may still run; here, something that aborts the process."""
+    program = "import atexit, os, signal; from jgpt.cli.run import run; atexit.register(os.abort)\n"
+    program += "def main(): signal.raise_signal(signal.SIGINT)\n"
+    done = subprocess.run([sys.executable, "-c", program + "run(main, '')"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
 def test_a_reader_that_goes_away_is_no_error():
     program = f"{sys.executable} -m jgpt.prepare --help | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -91,7 +91,8 @@ def test_the_folder_holds_the_kernel_that_it_was_made_of(kernel, tmp_path):
 def test_a_folder_that_is_none_is_said_to_be(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_folder(tmp_path)
-    for text in ("{", "[]", '{"slug": "me/my-run", "unknown": 1}'):
+    wrong = ("{", "[]", '{"slug": "me/my-run", "unknown": 1}', '{"slug": 5}', '{"slug": "a/b", "arguments": [1]}')
+    for text in (*wrong, '{"slug": "a/b", "internet": "no"}', "[" * 100_000):
         (tmp_path / "kernel.json").write_text(text)
         with pytest.raises(UserError, match="It must be a folder that a push wrote"):
             read_folder(tmp_path)

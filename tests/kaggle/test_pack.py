@@ -167,6 +167,42 @@ def test_a_tar_that_leads_outside_is_refused(tmp_path, bad):
     assert contents(tmp_path / "deep" / "run") == {}
 
 
+def test_a_sparse_file_that_stands_for_terabytes_is_refused(tmp_path):
+    """GNU tar's format: 512 bytes of data, and 3 TB when they are unpacked."""
+    (tmp_path / "source").mkdir()
+    sparse = tarfile.TarInfo("4/data")
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 512
+    header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (0, 512)  # one piece: its offset, its size
+    header[483:495] = b"\x80" + (3 * 10**12).to_bytes(11, "big")  # the size of the whole
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 0x20 + sum(header[156:]))
+    (tmp_path / "source" / "checkpoint-4.tar").write_bytes(bytes(header) + b"x" * 512 + bytes(1024))
+    with pytest.raises(UserError, match="was not packed by a run: 4/data is a sparse file"):
+        unpack(tmp_path / "source", tmp_path / "run")
+    assert contents(tmp_path / "run") == {}
+
+
+def test_more_than_the_disk_holds_is_not_begun(own_run, tmp_path):
+    """Such as a sparse file of terabytes in a folder."""
+    with mock.patch.object(shutil, "disk_usage", lambda path: mock.Mock(free=1000)):
+        with pytest.raises(OSError, match="GB are free") as error:
+            unpack(own_run, tmp_path / "back")
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_links_are_not_followed(own_run, tmp_path, caplog):
+    """They may lead to the user's own files, which a later upload would publish."""
+    (tmp_path / "secret").write_text("mine")
+    for name in ("samples.txt", "checkpoints/4/link", "tokenizer/tokenizer.json"):
+        (own_run / name).unlink(missing_ok=True)
+        (own_run / name).symlink_to(tmp_path / "secret")
+    (own_run / "export").symlink_to(tmp_path)
+    unpack(own_run, tmp_path / "back")
+    assert b"mine" not in contents(tmp_path / "back").values() and not (tmp_path / "back" / "samples.txt").exists()
+    assert whole_steps(tmp_path / "back" / "checkpoints") == [2]
+    assert "samples.txt is a link, and left out" in caplog.text and "is a link, and a run writes none" in caplog.text
+
+
 def test_an_absolute_name_lands_inside_and_what_else_a_tar_holds_does_not(tmp_path, caplog):
     with tarfile.open(tmp_path / "checkpoint-4.tar", "w") as tar:
         for name in (f"{tmp_path}/outside", "4/data", "4.sha256"):

@@ -165,6 +165,24 @@ def test_a_notebooks_session_token_serves(
     assert server.authorization == {"Bearer session-token-0123456789"}
 
 
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("dataset:me/My_Weights", "Kaggle does not take the name 'My_Weights'.*Set 'dataset:me/my-weights'"),
+        ("dataset:me/two--hyphens", "Set 'dataset:me/two-hyphens'"),
+        ("dataset:me/ab", "has 6 to 50 characters, and 'ab' has 2"),
+        (f"dataset:me/{'a' * 51}", "has 51"),
+        ("model:me/My_GPT/jax/small", "does not take the name 'My_GPT'"),
+        ("model:me/my-gpt/jax/Small_1", "does not take the name 'Small_1'"),
+        ("model:me/my-gpt/caffe/small", "'caffe' is not a valid ModelFramework.*jax, flax or transformers"),
+        ("hub:me/two--hyphens", "Cannot have -- or .. in repo_id"),
+    ],
+)
+def test_names_that_would_be_refused_after_hours_of_training_are_refused_now(where: str, words: str):
+    with pytest.raises(UserError, match=words):
+        check_target(where)
+
+
 def test_bad_places_and_empty_directories(tmp_path: Path):
     for where in ("", "owner/my-slug", "dataset:slug", "dataset:a/b/c", "model:a/b", "hub:a/../b", "s3:a/b", "hub:/b"):
         with pytest.raises(UserError, match="is not a place to publish to. Allowed: dataset:OWNER/SLUG"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jgpt.cli.terminal import TerminalHandler
-from jgpt.run_dir.metrics_file import MetricsLog, read_metrics
+from jgpt.run_dir.metrics_file import MetricsLog, best_validation, read_metrics
 from jgpt.training.progress import Progress, Throughput, format_line
 
 
@@ -30,6 +30,26 @@ def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path: Path) -
     write(tmp_path / "killed.jsonl", range(5, 11), from_step=4)
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.jsonl", "whole.jsonl"]
+
+
+HOSTILE = (
+    '{"step": null}', '{"step": "4"}', '{"step": true}', '{"step": -1}', '{"step": 1.5}', '{"loss": 1.0}', "[" * 10**5,
+    '{"step": 4, "loss": {"a": 1}}', '{"step": 4, "loss": "x"}', '{"step": 4, "loss": ' + "9" * 5000 + "}",
+    '{"step": ' + "9" * 400 + "}", '{"step": 4, "val_loss": ' + "[" * 100_000 + "}", "null", '"step"',
+)  # fmt: skip
+
+
+def test_lines_that_no_run_wrote_are_left_out_with_a_warning(tmp_path: Path, caplog) -> None:
+    """As in an output of somebody else; what is not finite is None, as a run writes it."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(line + "\n" for line in (*HOSTILE, '{"step": 1, "val_loss": NaN, "loss": 1e999}')))
+    assert read_metrics(path) == [{"step": 1, "val_loss": None, "loss": None}]
+    assert best_validation(read_metrics(path)) is None
+    log = logging.getLogger("jgpt")
+    log.addHandler(caplog.handler)
+    MetricsLog(path, from_step=9).close()
+    log.removeHandler(caplog.handler)
+    assert f"{len(HOSTILE)} damaged lines are dropped" in caplog.text and len(path.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4}', "12\n", "\x00\x00", "[1]\n"])

@@ -3,10 +3,11 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 
 import pytest
 
-from jgpt.training.stop import Stop
+from jgpt.training.stop import Stop, recorded_interrupt
 
 
 def test_nothing_is_no_reason():
@@ -14,14 +15,38 @@ def test_nothing_is_no_reason():
         assert stop.reason() == "" and stop.reason(1e9) == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_remembered_and_the_handlers_come_back(number: signal.Signals):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGHUP)
     with Stop(0) as stop:
         os.kill(os.getpid(), number)
         assert stop.reason() == number.name
         assert stop.reason() == number.name  # for good
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert before == (
+        signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGHUP)
+    )  # fmt: skip
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop(0) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.reason() == ""
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_that_python_dropped_while_the_command_started_is_not_lost():
+    before = signal.getsignal(signal.SIGINT)
+    with recorded_interrupt():
+        with Stop(0) as stop:  # none so far
+            assert stop.reason() == ""
+        with suppress(KeyboardInterrupt):  # as in a callback of the garbage collector
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), Stop(0):
+            pytest.fail("the run began")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_sigterm_again_changes_nothing():
