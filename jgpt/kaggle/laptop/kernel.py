@@ -105,7 +105,8 @@ def read_folder(folder: Path) -> Kernel:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} cannot be read: {reason}. It must be a folder that a push wrote. Name it (--folder), or push again."
+            f"{path} cannot be read: {reason}. It must be a folder that a push wrote. Name it by --folder, or push"
+            " again."
         ) from None
 
 
