@@ -37,6 +37,11 @@ def hold(directory: Path, wait_for: str = "") -> Iterator[bool]:
     line is logged instead, and this process waits; any signal interrupts it. Where the system or the file system has no
     locks, a warning is logged once and False is yielded. Raises OSError when the file of the lock cannot be written.
     """
+    if fcntl is None:
+        directory.mkdir(parents=True, exist_ok=True)
+        _warn("this system has none")
+        yield False
+        return
     pause = POLL_SECONDS / 32
     while True:
         directory.mkdir(parents=True, exist_ok=True)
@@ -59,9 +64,6 @@ def hold(directory: Path, wait_for: str = "") -> Iterator[bool]:
 
 def _try(file: IO[bytes]) -> bool | None:
     """Try to lock an open file: whether it is ours now, or None where there are no locks."""
-    if fcntl is None:
-        _warn("this system has none")
-        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
