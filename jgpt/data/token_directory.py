@@ -7,9 +7,10 @@ directory is complete when it has a meta.json, which is removed first and writte
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
-from jgpt.file_lock import hold
+from jgpt.file_lock import LOCK, hold
 
 FORMAT_VERSION = 2
 FILES = ("meta.json", "train.bin", "val.bin")  # meta.json is removed first and written last
@@ -42,10 +43,13 @@ def make_token_directory(directory: Path) -> None:
 
 
 def hold_token_directory(directory: Path) -> AbstractContextManager[bool]:
-    """Hold a token directory against other processes, and make it; wait while another holds it.
+    """Hold a token directory against other processes, and wait while another holds it; tell whether it is really held.
 
-    Raises OSError when it cannot be written.
+    One that cannot be written, as a directory of inputs, is not held: whoever opens it compares it with its hashes.
     """
+    lock = directory / LOCK
+    if not os.access(lock if lock.exists() else directory, os.W_OK):
+        return nullcontext(False)
     return hold(directory, wait_for="preparing tokens")
 
 

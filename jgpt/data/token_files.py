@@ -9,8 +9,7 @@ A file that is mapped never changes: new tokens are new files, which take the na
 
 import hashlib
 import logging
-import os
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +20,6 @@ from jgpt.data.conversations import IDS
 from jgpt.data.token_directory import FORMAT_VERSION, hold_token_directory, read_token_meta
 from jgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jgpt.errors import UserError
-from jgpt.file_lock import LOCK
 
 CHUNK_BYTES = 1 << 26  # that one hash of meta.json is for
 MOST_CHUNKS = 64  # compared when a file is opened: 4 GiB, about three seconds where the disk is as fast as sha256
@@ -54,9 +52,7 @@ class TokenData:
 
 def open_token_data(directory: Path) -> TokenData:
     """Open a token directory; raise UserError when it is incomplete, damaged, or of another version of jgpt."""
-    # Where no lock can be written, as in a directory of inputs, nobody here prepares tokens.
-    writable = os.access(directory / LOCK, os.W_OK)
-    with hold_token_directory(directory) if writable else nullcontext():
+    with hold_token_directory(directory):
         opened = open_token_files(directory)
     return map_token_files(opened)
 

@@ -6,7 +6,6 @@ In the data path: after `corpus.py` and `tokenizer.py`; before `token_files.py`,
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from contextlib import ExitStack
@@ -55,8 +54,7 @@ def prepare(config: ConfigDict, tokenizer_dir: Path | None = None, files: list[P
     with ExitStack() as holding:
         with storage_errors(directory):
             make_token_directory(directory)
-            # What cannot be written, as a directory of inputs, is not held: nobody here prepares tokens in it.
-            held = os.access(directory, os.W_OK) and holding.enter_context(hold_token_directory(directory))
+            held = holding.enter_context(hold_token_directory(directory))
         meta = read_token_meta(directory)
         difference = _difference(meta, config, corpus, given)
         if difference and not files:
