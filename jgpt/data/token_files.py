@@ -24,9 +24,7 @@ from jgpt.errors import UserError
 
 CHUNK_BYTES = 1 << 26  # that one hash of meta.json is for
 BLOCK_BYTES = 1 << 20  # read at a time: it stays in the processor's cache
-MOST_CHUNKS = (
-    64  # compared when a file is opened: 4 GiB of each, about four seconds where the disk is as fast as sha256
-)
+MOST_CHUNKS = 64  # compared when a file is opened: 4 GiB of each, about four seconds on a fast disk
 log = logging.getLogger("jgpt")
 
 
