@@ -1,10 +1,11 @@
-"""Write a file whole or not at all.
+"""Write a file or a directory whole or not at all.
 
 Beside the data path: every file that jgpt writes goes through here, so that a killed process leaves no half-written
-file under a name that somebody reads.
+file under a name that somebody reads, and two processes that write the same file do not meet: the last one wins.
 """
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[Any]:
     disk before it is renamed. `mode` is that of `open`; text is UTF-8, and newlines are written as they are. Raises
     OSError when the file cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     try:
         with temporary.open(mode, encoding=encoding, newline=newline) as file:
@@ -34,10 +35,31 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[Any]:
         raise
 
 
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a new temporary directory, which becomes `path` when the block ends; on any error it is removed.
+
+    `path` must be missing or an empty directory by then. Raises OSError when it cannot be written.
+    """
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def write_file(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, whole or not at all; raise OSError when that fails."""
     with atomic_file(path, "w") as file:
         file.write(text)
+
+
+def _temporary(path: Path) -> Path:
+    """Return a name beside `path` that no other process, thread or host uses."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
 
 
 def remove_leftovers(directory: Path) -> None:

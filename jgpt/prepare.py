@@ -17,7 +17,7 @@ PREVIEW_TOKENS = 200
 def main() -> None:
     """Prepare the token directory that the config names, and say what is in it."""
     # Here, as all that loads JAX: --help must not wait for it.
-    from jgpt.data.token_files import token_directory
+    from jgpt.data.token_directory import token_directory
     from jgpt.data.write_tokens import prepare
     from jgpt.loading.adopt import adopt_source
 

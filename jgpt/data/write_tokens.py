@@ -3,31 +3,39 @@
 In the data path: after `corpus.py` and `tokenizer.py`; before `token_files.py`, which opens the files.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from jgpt.atomic_write import atomic_file, remove_leftovers, write_file
+from jgpt.atomic_write import atomic_file, remove_leftovers
 from jgpt.data.chat_template import read_template
 from jgpt.data.conversations import ChatCorpus, write_conversations
 from jgpt.data.corpus import Corpus, batched_by_characters
 from jgpt.data.find_files import find_files
-from jgpt.data.token_files import FORMAT_VERSION, TokenData, open_token_data, read_token_meta, token_directory
+from jgpt.data.token_directory import (
+    FILES,
+    FORMAT_VERSION,
+    check_room,
+    hold_token_directory,
+    make_token_directory,
+    read_token_meta,
+    storage_errors,
+    token_directory,
+    write_token_meta,
+)
+from jgpt.data.token_files import TokenData, hashes_of, map_token_files, open_token_files
 from jgpt.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 from jgpt.errors import UserError
 
-FILES = ("meta.json", "train.bin", "val.bin")  # meta.json is removed first and written last
-CHUNK_BYTES = 1 << 24
+COPY_BYTES = 1 << 24
 log = logging.getLogger("jgpt")
 
 
@@ -35,48 +43,108 @@ def prepare(config: ConfigDict, tokenizer_dir: Path | None = None, files: list[P
     """Return the tokens of a config's text; tokenize it unless the token directory is up to date.
 
     `tokenizer_dir` holds the tokenizer of a resumed run; without it, the config's own is trained or loaded. `files` are
-    what `find_files` found for the config, where the caller has them already. Raises UserError on bad text, on a disk
-    that is full or cannot be written, and on damaged token files.
+    what `find_text` found for the config, where the caller has them already. While another process prepares tokens in
+    the same directory, this one waits for it. Raises UserError on bad text, on a disk that is full or cannot be
+    written, and on damaged token files.
     """
     directory = token_directory(config)
+    files = find_text(config) if files is None else files
     given = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
     corpus = _open_corpus(config, given, files)
-    template = corpus.template if isinstance(corpus, ChatCorpus) else ""
-    fingerprint = _fingerprint(config, corpus.files)
-    meta = read_token_meta(directory)
-    # Tokens of a resumed run's tokenizer belong to that run only, even when the text is the same.
-    same_tokenizer = meta.get("tokenizer_sha256") == given.sha256 if given else not meta.get("tokenizer_given")
-    same_template = not template or meta.get("template_sha256") == _sha256(template)
-    if meta.get("fingerprint") == fingerprint and same_tokenizer and same_template:
-        data = open_token_data(directory)
+    with ExitStack() as holding:
+        with storage_errors(directory):
+            make_token_directory(directory)
+            held = holding.enter_context(hold_token_directory(directory))
+        meta = read_token_meta(directory)
+        difference = _difference(meta, config, corpus, given)
+        if difference and not files:
+            raise UserError(
+                f"data.text_glob={config.data.text_glob!r} matches no text here, and the tokens in {directory} cannot "
+                f"serve instead: {difference}. Put the text back, or take back what changed in the config."
+            )
+        if difference:
+            if meta:
+                log.info("tokens: those in %s are made again: %s", directory, difference)
+            with storage_errors(directory):
+                _write_directory(directory, held, config, corpus, given)
+        opened = open_token_files(directory)
+    data = map_token_files(opened)
+    if not difference:
         log.info("tokens: %s tokens in %s are up to date", f"{len(data.train) + len(data.val):,}", directory)
-        return data
-    with _storage(directory):
-        _check_directory(directory, corpus)
-        tokenizer = given or make_tokenizer(config.tokenizer, corpus)
-        if isinstance(corpus, ChatCorpus):
-            corpus.template = tokenizer.settings["chat_template"] = _chat_template(config, tokenizer)
-            corpus.settings = tokenizer.settings
-        for name in FILES:  # only now that the tokenizer is there: a wrong name for it must not cost the old files
-            (directory / name).unlink(missing_ok=True)
-        tokenizer.save(directory / "tokenizer", config.model.context_length)
-        meta = {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": fingerprint,
-            "tokenizer_kind": config.tokenizer.kind,
-            "tokenizer_given": given is not None,
-            "tokenizer_sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "eot_id": tokenizer.eot_id,
-        } | _write_tokens(directory, corpus, tokenizer, config.data.val_fraction)
-        write_file(directory / "meta.json", json.dumps(meta, indent=2) + "\n")
-    return open_token_data(directory)
+    return data
 
 
-def _open_corpus(config: ConfigDict, given: Tokenizer | None, files: list[Path] | None) -> Corpus:
-    """Find the text of a config. Of conversations the template stays empty where a pretrained tokenizer brings it."""
+def find_text(config: ConfigDict) -> list[Path]:
+    """List the files of a config's text; [] where they are gone and their tokens are complete, with a warning.
+
+    Raises UserError where there is no text and no tokens that were made from the same data.text_glob.
+    """
+    try:
+        return find_files(config.data.text_glob, "chat" if config.data.format == "chat" else "text")
+    except UserError:
+        directory = token_directory(config)
+        meta = read_token_meta(directory)
+        if meta.get("format_version") != FORMAT_VERSION or meta.get("text_glob") != config.data.text_glob:
+            raise
+    log.warning(
+        "data.text_glob=%r matches no text here. Going on from its tokens in %s, which were made from %s",
+        *(config.data.text_glob, directory, f"{meta['n_files']:,} files that it matched before"),
+    )
+    return []
+
+
+def _difference(meta: dict[str, Any], config: ConfigDict, corpus: Corpus, given: Tokenizer | None) -> str:
+    """Say why a token directory with this meta.json does not serve a config; "" where it does.
+
+    `given` is the tokenizer of a resumed run. Text that is gone, a corpus without files, is not compared.
+    """
+    if meta.get("format_version") != FORMAT_VERSION:
+        return "they are of another version of jgpt"
+    if meta["settings_sha256"] != _settings(config):
+        return "they were made with other settings of data or tokenizer"
+    if corpus.files and meta["fingerprint"] != _fingerprint(config, corpus.files):
+        return "the text has changed"
+    # Tokens of a resumed run's tokenizer belong to that run only, even when the text is the same.
+    if meta["tokenizer_sha256"] != given.sha256 if given else meta["tokenizer_given"]:
+        return "they were made with another tokenizer"
+    template = corpus.template if isinstance(corpus, ChatCorpus) else ""
+    if template and meta["template_sha256"] != _sha256(template):
+        return "they were made with another chat template"
+    return ""
+
+
+def _write_directory(directory: Path, held: bool, config: ConfigDict, corpus: Corpus, given: Tokenizer | None) -> None:
+    """Tokenize a corpus into a token directory, with the tokenizer of a resumed run or a new one."""
+    fingerprint = _fingerprint(config, corpus.files)  # before reading: a text that changes meanwhile is read again
+    if held:  # else they may be those of a process that is at work
+        remove_leftovers(directory)
+        remove_leftovers(directory / "tokenizer")
+    check_room(directory, corpus.n_bytes // 4)  # they would not fit even at 8 bytes of text a token
+    tokenizer = given or make_tokenizer(config.tokenizer, corpus)
+    if isinstance(corpus, ChatCorpus):
+        corpus.template = tokenizer.settings["chat_template"] = _chat_template(config, tokenizer)
+        corpus.settings = tokenizer.settings
+    for name in FILES:  # only now that the tokenizer is there: a wrong name for it must not cost the old files
+        (directory / name).unlink(missing_ok=True)
+    tokenizer.save(directory / "tokenizer", config.model.context_length)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "text_glob": config.data.text_glob,
+        "n_files": len(corpus.files),
+        "settings_sha256": _settings(config),
+        "fingerprint": fingerprint,
+        "tokenizer_kind": config.tokenizer.kind,
+        "tokenizer_given": given is not None,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "eot_id": tokenizer.eot_id,
+    } | _write_tokens(directory, corpus, tokenizer, config.data.val_fraction)
+    write_token_meta(directory, meta)
+
+
+def _open_corpus(config: ConfigDict, given: Tokenizer | None, files: list[Path]) -> Corpus:
+    """Open the text of a config. Of conversations the template stays empty where a pretrained tokenizer brings it."""
     data, chat = config.data, config.data.format == "chat"
-    files = files or find_files(data.text_glob, data.format)
     if not chat:
         return Corpus(files, data.text_field, data.encoding_errors)
     from_tokenizer = config.tokenizer.kind == "hf" and not given and not config.tokenizer.chat_template
@@ -101,50 +169,27 @@ def _chat_template(config: ConfigDict, tokenizer: Tokenizer | None) -> str:
 
 def _fingerprint(config: ConfigDict, files: list[Path]) -> str:
     """Hash what the token files depend on: path, size and time of each source file, and the config's values."""
+    try:
+        sources = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError as error:  # deleted since it was found, while this process waited for another
+        raise UserError(
+            f"{error.filename} cannot be read: {error.strerror}. Put it back, or leave it out of data.text_glob."
+        ) from None
+    return _sha256(json.dumps([_settings(config), sources]))
+
+
+def _settings(config: ConfigDict) -> str:
+    """Hash the config's values that the token files depend on."""
     kind, options = config.tokenizer.kind, config.tokenizer
     values = {"char": [], "bpe": [options.vocab_size, options.training_megabytes], "hf": [options.pretrained]}[kind]
-    sources = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     data = [config.data.text_field, config.data.val_fraction, config.data.encoding_errors]
     if config.data.format == "chat":  # the template itself is compared by its own hash
         data += ["chat", bool(options.chat_template)]
-    return _sha256(json.dumps([FORMAT_VERSION, sources, data, kind, values]))
+    return _sha256(json.dumps([FORMAT_VERSION, data, kind, values]))
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@contextmanager
-def _storage(directory: Path) -> Iterator[None]:
-    """Turn an error of the file system into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise UserError(
-            f"the token directory {directory} {'has no space left' if full else 'cannot be written'}: {error}. It "
-            "takes 2 or 4 bytes a token. Free space, or set data.cache_dir to another directory."
-        ) from error
-
-
-def _check_directory(directory: Path, corpus: Corpus) -> None:
-    """Make the directory; refuse one whose files jgpt did not write, and a disk that is clearly too small.
-
-    A disk is too small when the tokens would not fit even at 8 bytes of text a token.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    ours = (directory / "meta.json").exists() or (directory / "tokenizer").exists()
-    for name in FILES:
-        if (directory / name).exists() and not ours:
-            raise UserError(
-                f"{directory / name} exists, and jgpt did not write it. A token directory must be new, or written by "
-                "jgpt. Set data.cache_dir to another directory."
-            )
-    remove_leftovers(directory)
-    remove_leftovers(directory / "tokenizer")
-    needed, free = corpus.n_bytes // 4, shutil.disk_usage(directory).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"at least {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
 
 
 def _write_tokens(directory: Path, corpus: Corpus, tokenizer: Tokenizer, val_fraction: float) -> dict[str, Any]:
@@ -155,8 +200,7 @@ def _write_tokens(directory: Path, corpus: Corpus, tokenizer: Tokenizer, val_fra
             meta["template_sha256"] = _sha256(corpus.template)
         else:
             meta = _write_documents(train, val, corpus, tokenizer, val_fraction)
-    with (directory / "train.bin").open("rb") as written:
-        return meta | {"train_sha256": hashlib.file_digest(written, "sha256").hexdigest()}
+        return meta | hashes_of("train", train) | hashes_of("val", val)  # of the open files, which are nobody else's
 
 
 def _write_documents(
@@ -214,11 +258,11 @@ def _write_documents(
 def _split_by_position(train: BinaryIO, val: BinaryIO, train_bytes: int) -> None:
     """Move tokens between the two files so that the first has `train_bytes`: for few documents of unequal size."""
     val.seek(0)
-    shutil.copyfileobj(val, train, CHUNK_BYTES)
+    shutil.copyfileobj(val, train, COPY_BYTES)
     val.seek(0)
     val.truncate()
     train.seek(train_bytes)
-    shutil.copyfileobj(train, val, CHUNK_BYTES)
+    shutil.copyfileobj(train, val, COPY_BYTES)
     train.truncate(train_bytes)
 
 

@@ -5,7 +5,6 @@ generation_config.json, weights in safetensors and the tokenizer's files.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import jgpt
-from jgpt.atomic_write import write_file
+from jgpt.atomic_write import atomic_directory, write_file
 from jgpt.data.tokenizer import Tokenizer, load_pretrained
 from jgpt.errors import UserError
 from jgpt.exchange.families import ARCHITECTURES, export_family, read_config, write_config
@@ -156,13 +155,13 @@ def _new_directory(out: Path, planned: int) -> Iterator[Path]:
             f"the model takes {planned / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at {out.parent}. Make room, name"
             " a directory on another disk, or export with --dtype=fp16."
         )
-    directory = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    directory.mkdir()
     try:
-        yield directory
-        directory.replace(out)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        with atomic_directory(out) as directory:
+            yield directory
+    except OSError as error:
+        if error.filename2 != str(out):  # it is not about the new name
+            raise
+        raise UserError(f"{out} cannot be made: {error.strerror}. Another process wrote there. Name another.") from None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from jgpt.data.batches import Batch, validation_blocks
 from jgpt.data.blocks import TokenStream, blocks
 from jgpt.data.corpus import Corpus
 from jgpt.data.find_files import find_files
-from jgpt.data.token_files import TokenData, open_token_data, token_directory
+from jgpt.data.token_directory import token_directory
+from jgpt.data.token_files import TokenData, open_token_data
 from jgpt.errors import UserError
 from jgpt.hardware.devices import local_devices
 from jgpt.loading.load import LoadedModel

@@ -3,7 +3,6 @@
 Beside the data path: the loop opens it first and closes it last.
 """
 
-import fcntl
 import importlib.metadata
 import json
 import logging
@@ -11,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ml_collections import ConfigDict
 from jgpt.atomic_write import write_file
 from jgpt.config.defaults import default_config, flatten
 from jgpt.errors import UserError
+from jgpt.file_lock import HeldElsewhere, hold
 from jgpt.hardware.devices import local_devices
 from jgpt.redaction import redact_values
 from jgpt.run_dir.manifest import whole_steps
@@ -38,21 +38,18 @@ def open_run_dir(out_dir: str) -> Iterator[Path]:
     Raises UserError when it cannot be written, or when another run is writing in it.
     """
     run_dir = Path(out_dir).expanduser().absolute()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"out_dir={out_dir!r} cannot be written: {error.strerror}. It must be a directory that you may write in (on"
-            " Kaggle below /kaggle/working). Set --config.out_dir=DIR."
-        ) from None
-    with lock:
+    with ExitStack() as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock.enter_context(hold(run_dir))
+        except OSError as error:
             raise UserError(
-                f"another process is training in {run_dir}. One run writes in a directory at a time. Wait for it, stop"
-                " it, or set another --config.out_dir."
+                f"out_dir={out_dir!r} cannot be written: {error.strerror}. It must be a directory that you may write in"
+                " (on Kaggle below /kaggle/working). Set --config.out_dir=DIR."
+            ) from None
+        except HeldElsewhere as holder:
+            raise UserError(
+                f"{holder} is training in {run_dir}. One run writes in a directory at a time. Wait for it, stop it, or"
+                " set another --config.out_dir."
             ) from None
         yield run_dir
 

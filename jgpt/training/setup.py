@@ -30,8 +30,8 @@ log = logging.getLogger("jgpt")
 
 
 def text_bytes(files: list[Path]) -> int | None:
-    """Return the bytes of text in files; None where some are compressed, whose sizes do not bound the text's length."""
-    if any(file.suffix in PACKED_SUFFIXES for file in files):
+    """Return the bytes of text in files; None where they are gone or compressed, so that the text may be longer."""
+    if not files or any(file.suffix in PACKED_SUFFIXES for file in files):
         return None
     return sum(file.stat().st_size for file in files)
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jgpt.config.check import check
-from jgpt.data.find_files import find_files
-from jgpt.data.write_tokens import prepare
+from jgpt.data.write_tokens import find_text, prepare
 from jgpt.errors import OutOfMemory
 from jgpt.hardware.process import keep_compiled_programs, set_up_process
 from jgpt.loading.adopt import adopt_source
@@ -51,7 +50,7 @@ def train(config: ConfigDict, command: str = "", on_saved: Callable[[Path, int],
 def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], None] | None) -> None:
     stop = Stop(config.deadline_hours)
     set_up_process(config.execution.deterministic)
-    files = find_files(config.data.text_glob, "chat" if config.data.format == "chat" else "text")
+    files = find_text(config)
     check(config, text_bytes(files))
     with open_run_dir(config.out_dir) as run_dir:
         # What the run is: from the config, the model it begins from, the run that is there, and the devices.

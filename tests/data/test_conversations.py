@@ -15,7 +15,8 @@ from jgpt.data import corpus
 from jgpt.data.batches import make_batches
 from jgpt.data.chat_template import render
 from jgpt.data.conversations import BEGINS, IDS, LEARNED, ChatCorpus
-from jgpt.data.token_files import TokenData, open_token_data, token_directory
+from jgpt.data.token_directory import token_directory
+from jgpt.data.token_files import TokenData
 from jgpt.data.tokenizer import load_tokenizer, train_bpe
 from jgpt.data.write_tokens import prepare
 from jgpt.errors import UserError
@@ -190,17 +191,6 @@ def test_no_template_is_answered_before_any_work(tmp_path: Path) -> None:
     config.tokenizer.update({"kind": "hf", "pretrained": str(tmp_path / "bare")})
     with pytest.raises(UserError, match="needs a chat template"):
         prepare(config)
-
-
-def test_damaged_words_are_named(tmp_path: Path) -> None:
-    config = make_config(tmp_path, LINES)
-    vocabulary = prepare(config).tokenizer.vocab_size
-    path = token_directory(config) / "val.bin"
-    words = np.fromfile(path, np.uint32)
-    words[5] = LEARNED | np.uint32(vocabulary)
-    words.tofile(path)
-    with pytest.raises(UserError, match=f"holds the id {vocabulary}, and the vocabulary ends at {vocabulary - 1}"):
-        open_token_data(token_directory(config))
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])

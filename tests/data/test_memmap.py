@@ -6,10 +6,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +15,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
-from jgpt.data import write_tokens as memmap
-from jgpt.data.token_files import open_token_data, token_directory
+from jgpt.data import token_directory as memmap
+from jgpt.data import token_files, write_tokens
+from jgpt.data.token_directory import token_directory
+from jgpt.data.token_files import open_token_data
 from jgpt.data.tokenizer import Tokenizer, train_char
 from jgpt.data.write_tokens import prepare
 from jgpt.errors import UserError
+from jgpt.file_lock import LOCK
 
 WORDS = "the a one two def return naïve 漢字 🙂 class self 12 \n".split(" ")
 
@@ -46,8 +47,8 @@ def texts(config: ConfigDict) -> list[str]:
 
 
 def state(directory: Path) -> dict[str, tuple[int, int, str]]:
-    """Return what would change if a file were written again."""
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    """Return what would change if a file were written again; the lock's, which says who holds it, is left out."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != LOCK]
     return {
         path.name: (path.stat().st_ino, path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in files
@@ -78,7 +79,8 @@ def test_documents_are_all_there_and_every_tenth_is_held_out(tmp_path: Path, kin
     assert (meta["n_documents"], meta["split"], meta["tokenizer_kind"]) == (40, "document", kind)
     assert (meta["vocab_size"], meta["eot_id"]) == (data.tokenizer.vocab_size, data.tokenizer.eot_id)
     assert meta["train_sha256"] == hashlib.sha256((directory / "train.bin").read_bytes()).hexdigest()
-    assert sorted(path.name for path in directory.iterdir()) == ["meta.json", "tokenizer", "train.bin", "val.bin"]
+    assert meta["val_sha256"] == hashlib.sha256((directory / "val.bin").read_bytes()).hexdigest()
+    assert sorted(path.name for path in directory.iterdir()) == [LOCK, "meta.json", "tokenizer", "train.bin", "val.bin"]
 
 
 @pytest.mark.parametrize(("n_documents", "kind"), [(1, "char"), (1, "bpe"), (3, "char")])
@@ -205,29 +207,64 @@ def test_a_crash_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: py
     assert {**rerun, "meta.json": ""} == {**whole, "meta.json": ""}
 
 
-def test_kill_at_any_moment_then_run_again(tmp_path: Path) -> None:
-    config = make_config(tmp_path, kind="bpe")
-    expected = contents(tmp_path / "run" / "tokens") if prepare(config) else {}
-    command = f"""
-from jgpt.config import default_config
+RACE = """
+import os, shutil, sys
+from pathlib import Path
+from jgpt.config.defaults import default_config
 from jgpt.data.write_tokens import prepare
+
 config = default_config()
-config.tokenizer.kind, config.tokenizer.vocab_size = "bpe", 300
-config.out_dir, config.data.text_glob = {config.out_dir!r}, {config.data.text_glob!r}
-print("ready", flush=True)
-while True:
-    prepare(config)
-    (__import__("pathlib").Path(config.out_dir) / "tokens/meta.json").unlink()
+config.tokenizer.kind, config.data.text_glob, config.data.cache_dir = "char", sys.argv[1], sys.argv[2]
+directory = Path(config.data.cache_dir)
+
+def start(killed_at=0):
+    if pid := os.fork():
+        return pid
+    events = 0
+
+    def count(name, arguments):
+        nonlocal events
+        if name in ("open", "os.rename", "os.remove", "os.mkdir", "fcntl.flock"):
+            events += 1
+            if events == killed_at:
+                os.kill(os.getpid(), 9)
+
+    sys.addaudithook(count)
+    try:
+        data = prepare(config)
+        assert data.train.tobytes() == expected[0] and data.val.tobytes() == expected[1]
+    except BaseException as error:
+        print("failed:", repr(error), flush=True)
+        os._exit(1)
+    os._exit(0)
+
+def ends(*pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+def content():
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+
+data = prepare(config)
+expected = data.train.tobytes(), data.val.tobytes()
+whole, killed_at, killed = content(), 0, -9
+while killed == -9:  # at each event of the file system, until there are no more
+    shutil.rmtree(directory)
+    killed_at += 1
+    killed, lived = ends(start(killed_at), start())
+    assert killed in (-9, 0) and lived == 0, (killed_at, killed, lived)
+    assert content() == whole, (killed_at, set(content()) ^ set(whole))
+shutil.rmtree(directory)
+assert ends(*(start() for _ in range(4))) == [0] * 4 and content() == whole
+print("killed", killed_at - 1, "times")
 """
-    for delay in (0.005, 0.02, 0.05):
-        process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE)
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        prepare(config)
-        assert contents(tmp_path / "run" / "tokens") == expected
+
+
+def test_processes_that_prepare_one_directory_agree_even_when_one_is_killed_at_any_moment(tmp_path: Path) -> None:
+    config = make_config(tmp_path, 3)
+    command = [sys.executable, "-c", RACE, config.data.text_glob, str(tmp_path / "tokens")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert int(result.stdout.split()[-2]) > 10
 
 
 def test_damage_is_named_and_nothing_is_rebuilt_behind_the_users_back(tmp_path: Path) -> None:
@@ -242,19 +279,21 @@ def test_damage_is_named_and_nothing_is_rebuilt_behind_the_users_back(tmp_path: 
     path.write_bytes(path.read_bytes()[:-3])
     for opening in (lambda: prepare(config), lambda: open_token_data(directory)):
         with pytest.raises(
-            UserError, match=rf"train.bin is damaged: it has {size - 3:,} bytes, and {size:,} .*Delete "
+            UserError, match=rf"train.bin is damaged: it has {size - 3:,} bytes, and {size:,} .*delete "
         ):
             opening()
     path.unlink()
     with pytest.raises(UserError, match="train.bin is damaged: it has 0 bytes"):
         prepare(config)
 
-    shutil.copytree(good, directory, dirs_exist_ok=True)
-    ids = np.fromfile(directory / "val.bin", np.uint16)
-    ids[len(ids) // 2] = 60_000
-    ids.tofile(directory / "val.bin")
-    with pytest.raises(UserError, match="val.bin is damaged: it holds the id 60000, and the vocabulary ends at "):
-        prepare(config)
+    for split in ("train", "val"):  # one bit: the id is still one of the vocabulary
+        shutil.copytree(good, directory, dirs_exist_ok=True)
+        content = bytearray((directory / f"{split}.bin").read_bytes())
+        content[len(content) // 4 * 2] ^= 1
+        (directory / f"{split}.bin").write_bytes(content)
+        for opening in (lambda: prepare(config), lambda: open_token_data(directory)):
+            with pytest.raises(UserError, match=rf"{split}.bin is damaged: it is not what was written, .*Put the file"):
+                opening()
 
     shutil.copytree(good, directory, dirs_exist_ok=True)
     train_char(["other"]).save(directory / "tokenizer", 8)
@@ -264,7 +303,84 @@ def test_damage_is_named_and_nothing_is_rebuilt_behind_the_users_back(tmp_path: 
     assert len(prepare(config).train) == size // 2
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format_version": 0}', "{"])
+def test_of_huge_files_some_parts_are_compared_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(token_files, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(token_files, "MOST_CHUNKS", 3)
+    config = make_config(tmp_path)
+    with caplog.at_level("INFO", "jgpt"):
+        data = prepare(config)
+    n_parts = -(-data.train.nbytes // 1000)
+    assert n_parts > 5 and f"train.bin, 3 of {n_parts} parts were compared with their hashes" in caplog.text
+    path = token_directory(config) / "train.bin"
+    whole = path.read_bytes()
+    for part in (0, (n_parts - 1) // 2, n_parts - 1):
+        content = bytearray(whole)
+        content[part * 1000] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"it is not what was written, somewhere in .* from {part * 1000:,} on"):
+            prepare(config)
+    monkeypatch.setattr(token_files, "CHUNK_BYTES", 7)  # the files say for themselves what their hashes are of
+    path.write_bytes(whole)
+    assert np.array_equal(prepare(config).train, data.train)
+
+
+@pytest.mark.parametrize(
+    "changed", [("text", "matches no text here"), ("settings", "cannot serve instead: .*settings")]
+)
+def test_complete_tokens_stand_in_for_text_that_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changed: tuple[str, str]
+) -> None:
+    config = make_config(tmp_path)
+    config.data.cache_dir = str(tmp_path / "tokens")
+    first = prepare(config)
+    shutil.rmtree(tmp_path / "texts")
+    shutil.copytree(tmp_path / "tokens", tmp_path / "there")  # another machine
+    config.data.cache_dir = str(tmp_path / "there")
+    again = prepare(config)
+    assert np.array_equal(again.train, first.train) and np.array_equal(again.val, first.val)
+    assert "matches no text here. Going on from its tokens in" in caplog.text and "from 40 files" in caplog.text
+    prepare(config, tmp_path / "there" / "tokenizer")  # a run that goes on
+    with pytest.raises(UserError, match="cannot serve instead: they were made with other settings"):
+        config.data.val_fraction = 0.3
+        prepare(config)
+    config.data.text_glob += "/*.md"  # never had tokens: a mistake
+    with pytest.raises(UserError, match=r"md' matches no file"):
+        prepare(config)
+
+
+def test_a_directory_of_inputs_is_read_without_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path)
+    first = prepare(config)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the superuser may write anywhere
+    (token_directory(config) / LOCK).unlink()
+    for data in (prepare(config), open_token_data(token_directory(config))):
+        assert np.array_equal(data.train, first.train)
+    assert not (token_directory(config) / LOCK).exists()
+
+
+def test_new_tokens_leave_those_of_a_running_run_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = make_config(tmp_path)
+    running = prepare(config)
+    train, val = running.train.copy(), running.val.copy()
+    (tmp_path / "texts" / "000.txt").write_text("another text" * 1000)
+    with caplog.at_level("INFO", "jgpt"):
+        assert not np.array_equal(prepare(config).val, val)
+    assert "are made again: the text has changed" in caplog.text
+    assert isinstance(running.train, np.memmap)
+    assert np.array_equal(running.train, train) and np.array_equal(running.val, val)
+
+
+def test_text_that_vanishes_while_another_process_prepares_it_is_named(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    files = write_tokens.find_text(config)
+    files[3].unlink()
+    with pytest.raises(UserError, match=r"003.txt cannot be read: No such file"):
+        prepare(config, files=files)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format_version": 0}', "{", "[" * 100_000])
 def test_an_unreadable_meta_is_no_token_directory(tmp_path: Path, content: str) -> None:
     config = make_config(tmp_path)
     expected = prepare(config).meta

@@ -11,6 +11,7 @@ import pytest
 
 from jgpt.data.tokenizer import Tokenizer, train_bpe, train_char
 from jgpt.errors import UserError
+from jgpt.exchange import pretrained
 from jgpt.exchange.pretrained import check_export, export_model, open_pretrained
 from jgpt.loading.source import is_run
 from jgpt.model.parameters import abstract_params
@@ -172,3 +173,12 @@ def test_a_tokenizer_of_another_model(tokenizer, tmp_path):
     export(tmp_path / "char", train_char([TEXT]), replace(OWN, vocab_size=20), vocab_size=20)
     opened = open_pretrained(tmp_path / "char").tokenizer()
     assert opened.decode(opened.encode(TEXT)) == TEXT
+
+
+def test_two_exports_to_one_place_leave_one_that_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "export"
+    with pytest.raises(UserError, match="export cannot be made: .*Another process wrote there"):
+        with pretrained._new_directory(out, 0) as first, pretrained._new_directory(out, 0) as second:
+            (first / "config.json").write_text("first")
+            (second / "config.json").write_text("second")
+    assert list(tmp_path.iterdir()) == [out] and (out / "config.json").read_text() == "second"

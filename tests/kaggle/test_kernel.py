@@ -203,7 +203,7 @@ def test_a_script_that_is_too_large_is_refused(kernel, tmp_path):
 def test_a_folder_is_never_half_written(kernel, tmp_path):
     write_folder(kernel, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with mock.patch.object(Path, "write_text", side_effect=OSError("No space left on device")):
+    with mock.patch.object(os, "fsync", side_effect=OSError("No space left on device")):
         with pytest.raises(OSError):
             write_folder(replace(kernel, internet=True), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -252,7 +252,7 @@ def test_another_process_in_the_run_directory_is_not_disturbed(config, mount):
 
     mount()
     with open_run_dir(config.out_dir):
-        with pytest.raises(UserError, match="another process is training"):
+        with pytest.raises(UserError, match=r"another process \(pid \d+\) is training"):
             restore_earlier_run(config)
 
 

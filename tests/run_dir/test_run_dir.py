@@ -49,7 +49,7 @@ def test_refuses_a_second_process_and_lets_go(tmp_path: Path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout and other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another process is training in .*set another --config.out_dir"):
+        with pytest.raises(UserError, match=rf"\(pid {other.pid}\) is training in .*set another --config.out"):
             with open_run_dir(str(tmp_path)):
                 pytest.fail("two processes in one directory")
         other.kill()

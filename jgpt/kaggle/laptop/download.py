@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jgpt.errors import UserError
+from jgpt.file_lock import hold
 from jgpt.kaggle.session.pack import unpack
 
 if TYPE_CHECKING:
@@ -36,20 +37,21 @@ def download_run(kaggle: "Kaggle", slug: str, version: int, target: Path) -> Non
     """
     files = {n: url for n, url in kaggle.output_files(slug, version).items() if n.startswith(OUTPUTS)}
     parts = target.with_name(f".{target.name}-{slug.replace('/', '-')}-{version}")
-    for i, (name, url) in enumerate(files.items(), 1):
-        path = parts / name
-        if not path.resolve().is_relative_to((parts / OUTPUTS).resolve()):
-            raise UserError(
-                f"an output of {slug} is called {name!r} and would land outside of {target}. A run writes below"
-                " outputs/. Nothing was taken from it; look at it on kaggle.com."
-            )
-        print(f"{i} of {len(files)}: {name}", flush=True)
-        kaggle.download(url, path)
-    unpacked = parts / "run"
-    shutil.rmtree(unpacked, ignore_errors=True)  # of an interrupted call
-    unpack(parts / OUTPUTS, unpacked)
-    (unpacked / ORIGIN).write_text(json.dumps({"slug": slug, "version": version}) + "\n", encoding="utf-8")
-    if target.exists():
-        target.replace(parts / "before")
-    unpacked.replace(target)
-    shutil.rmtree(parts)
+    with hold(parts, wait_for="downloading the same version"):
+        for i, (name, url) in enumerate(files.items(), 1):
+            path = parts / name
+            if not path.resolve().is_relative_to((parts / OUTPUTS).resolve()):
+                raise UserError(
+                    f"an output of {slug} is called {name!r} and would land outside of {target}. A run writes below"
+                    " outputs/. Nothing was taken from it; look at it on kaggle.com."
+                )
+            print(f"{i} of {len(files)}: {name}", flush=True)
+            kaggle.download(url, path)
+        unpacked = parts / "run"
+        shutil.rmtree(unpacked, ignore_errors=True)  # of an interrupted call
+        unpack(parts / OUTPUTS, unpacked)
+        (unpacked / ORIGIN).write_text(json.dumps({"slug": slug, "version": version}) + "\n", encoding="utf-8")
+        if target.exists():
+            target.replace(parts / "before")
+        unpacked.replace(target)
+        shutil.rmtree(parts)

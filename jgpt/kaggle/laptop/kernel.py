@@ -16,11 +16,13 @@ import subprocess
 import tarfile
 import textwrap
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jgpt
+from jgpt.atomic_write import atomic_file
 from jgpt.errors import UserError
 from jgpt.kaggle.session import bootstrap
 
@@ -83,10 +85,11 @@ def write_folder(kernel: Kernel, folder: Path) -> Path:
         KERNEL_FILE: json.dumps(asdict(kernel), indent=2) + "\n",
         METADATA_FILE: json.dumps(metadata(kernel), indent=2) + "\n",
     }
-    for name, text in files.items():
-        (folder / f"{name}.tmp").write_text(text, encoding="utf-8")
-    for name in files:
-        (folder / f"{name}.tmp").replace(folder / name)
+    with ExitStack() as together:  # each gets its name when all are written
+        for name, text in files.items():
+            file = together.enter_context(atomic_file(folder / name, "w"))
+            file.write(text)
+            file.flush()
     return folder / CODE_FILE
 
 

@@ -7,6 +7,7 @@ import json
 
 from absl import flags
 
+from jgpt.atomic_write import atomic_file
 from jgpt.cli.help import columns
 from jgpt.errors import UserError
 from jgpt.kaggle.laptop.chain import Chain, wait_for_end
@@ -162,6 +163,7 @@ def doctor() -> None:
         print("\n".join(kaggle.log_lines(kernel.slug, version)))
         raise UserError(f"the doctor left no doctor.json ({status.state}). Its log is above. Fix what it names.")
     path = folder / f"doctor-{version}.json"
-    path.write_bytes(content)
+    with atomic_file(path) as file:
+        file.write(content)
     print(columns((part, in_short(value)) for part, value in json.loads(content).items()))
     print(f"{path} is written")

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))  # not on Windows
@@ -163,13 +163,15 @@ def record_end(outputs: Path, child: Child) -> None:
     status["reason"] = "\n".join([describe_end(code), *child.lines]) if code != 0 else "the command ended"
     status |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "pid": pid}
     print(f"{status['state']}: {describe_end(code)}", flush=True)
+    temporary = path.with_name(f"status.json.{os.getpid()}-{os.urandom(4).hex()}.tmp")  # as in atomic_write.py
     try:
         outputs.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name("status.json.tmp")
         temporary.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:  # a full disk: the log still has the line above
         print(f"status.json could not be written: {error}", flush=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def describe_end(code: int | None) -> str:

@@ -11,7 +11,6 @@ Nothing here needs JAX.
 
 import errno
 import logging
-import os
 import re
 import shutil
 import sys
@@ -20,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jgpt import atomic_write
+from jgpt.atomic_write import atomic_file
 from jgpt.data.find_files import holds_run
 from jgpt.errors import UserError
 from jgpt.run_dir.disk import bytes_below
@@ -159,9 +160,10 @@ def install(staging: Path) -> None:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Delete half-written files in a run directory, from a process that was killed while it packed or unpacked."""
-    for pattern in (f"{STAGING}*", f"checkpoints/{STAGING}*", "*.tar.tmp"):
+    for pattern in (f"{STAGING}*", f"checkpoints/{STAGING}*"):
         for path in run_dir.glob(pattern):
             _remove(path)
+    atomic_write.remove_leftovers(run_dir)
 
 
 def _check_room(part: Part, staging: Path) -> None:
@@ -180,9 +182,8 @@ def copy_file(source: Path, target: Path) -> None:
     if source.is_symlink():
         log.warning("%s is a link, and left out: a run writes none", source)
         return
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with source.open("rb") as whole, atomic_file(target) as file:
+        shutil.copyfileobj(whole, file)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -209,18 +210,9 @@ def _remove(path: Path) -> None:
 
 def _write_tar(path: Path, members: Sequence[Path]) -> None:
     """Write a tar of files and folders, each named relative to its parent, without the names of users."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w") as tar:
-                for member in members:
-                    tar.add(member, member.name, filter=_anonymous)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary.replace(path)
+    with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for member in members:
+            tar.add(member, member.name, filter=_anonymous)
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
