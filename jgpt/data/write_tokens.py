@@ -106,7 +106,7 @@ def _fingerprint(config: ConfigDict, files: list[Path]) -> str:
     sources = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     data = [config.data.text_field, config.data.val_fraction, config.data.encoding_errors]
     if config.data.format == "chat":  # the template itself is compared by its own hash
-        data += ["chat", bool(options.chat_template)]
+        data += ["chat, all fields", bool(options.chat_template)]  # before, the template got role and content alone
     return _sha256(json.dumps([FORMAT_VERSION, sources, data, kind, values]))
 
 
