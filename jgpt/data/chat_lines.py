@@ -36,11 +36,18 @@ def read_chat_line(record: Any, place: str, well_formed: Callable[[str, str], st
     messages, learned = [], []
     for i, message in enumerate(given, 1):
         where = f"{place}, message {i}"
-        message = _clean(_message(message, where), where, well_formed)
+        message = _clean(_message(_without_nulls(message), where), where, well_formed)
         learned.append(message.pop("weight", 1) == 1)
         messages.append(message)
-    rest = {name: value for name, value in record.items() if name != "messages"}
+    rest = {name: value for name, value in _without_nulls(record).items() if name != "messages"}
     return ChatLine(messages, learned, _variables(_clean(rest, place, well_formed), place))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Remove the null fields of an object, but content: tables that become JSON have them where a row lacks a field."""
+    if not isinstance(value, dict):
+        return value
+    return {name: part for name, part in value.items() if part is not None or name == "content"}
 
 
 def _message(message: Any, place: str) -> dict[str, Any]:
@@ -70,14 +77,16 @@ def _message(message: Any, place: str) -> dict[str, Any]:
 
 def _join_parts(parts: list[Any], place: str) -> str:
     """Join a content of parts, {"type": "text", "text": TEXT}, to the text that it is."""
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
-    for text in texts:
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
         if not isinstance(text, str):
-            kind = text.get("type") if isinstance(text, dict) else text
+            kind = part.get("type") if isinstance(part, dict) else part
             raise UserError(
                 f"{place} has a content with a part of type {str(kind)[:40]!r}, which is not text. Allowed: "
                 '{"type": "text", "text": "..."}. Remove the part, or the line.'
             )
+        texts.append(text)
     return "".join(texts)
 
 

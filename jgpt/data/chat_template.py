@@ -135,12 +135,14 @@ class _Process:
                 return json.loads(reply)
             _, errors = process.communicate()
             self._process = None
-        if process.returncode == -getattr(signal, "SIGXCPU", 0):
+        code = process.returncode
+        end = signal.Signals(-code).name if code < 0 else ""
+        if end == "SIGXCPU":
             why = f"it took more than {CPU_SECONDS} seconds for these messages, and may hold a loop without end"
-        elif process.returncode == -getattr(signal, "SIGKILL", 0):
+        elif end == "SIGKILL":
             why = "the system ended its process, as it does when memory is short"
         else:
-            why = f"its process ended with code {process.returncode}: {errors.strip()[-300:]}"
+            why = f"its process ended with code {code}: {errors.strip()[-300:]}"
         raise UserError(f"the chat template was stopped: {why}. {_OTHER_TEMPLATE}")
 
     def _start(self) -> "subprocess.Popen[str]":

@@ -20,6 +20,8 @@ def unknown_characters(tokenizer: Tokenizer, text: str, ids: np.ndarray | None =
     >>> unknown_characters(train_char(["abc"]), "a cab, a cab")
     Counter({' ': 3, ',': 1})
     """
+    if not text:
+        return Counter()
     unknown = tokenizer.backend.token_to_id(tokenizer.settings.get("unk_token") or "")
     if unknown is None or unknown not in (tokenizer.encode(text) if ids is None else ids):
         return Counter()

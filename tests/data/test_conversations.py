@@ -96,7 +96,7 @@ def test_all_fields_reach_the_template_and_what_it_does_not_read_is_named_once(
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "2+2"}, "?"], "name": "Ann"},
         {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
-        {"role": "tool", "content": "4"},
+        {"role": "tool", "content": "4", "tool_calls": None, "weight": None, "never": None},
         {"role": "assistant", "content": "no", "weight": 0},
         {"role": "assistant", "content": "It is 4.", "weight": 1},
     ]
@@ -217,6 +217,7 @@ def test_bounded_memory_gives_the_same_words(tmp_path: Path, monkeypatch: pytest
         ('{"messages": [{"role": "assistant", "content": "Hi", "weight": 0.5}]}', "has the weight 0.5. Allowed: 0"),
         ('{"messages": [{"role": "user", "content": "Hi"}], "tools": "["}', "has the tools '\\['. Allowed: a list"),
         ('{"messages": [{"role": "user"}]}', "message 1 has the content 'None'"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', "message 1 has the content 'None'"),
         (json.dumps(line("Hi", " \n")), "message 2 is an empty answer"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "message 1 holds half a surrogate pair"),
         (json.dumps(line("refuse", "me")), "the chat template does not render these messages .TemplateError: no"),
