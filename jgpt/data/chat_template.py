@@ -20,7 +20,7 @@ from jgpt.errors import UserError
 
 Message = Mapping[str, Any]  # {"role": "system", "user", "assistant" or "tool", "content": TEXT, ...}
 _OURS = {"messages", "add_generation_prompt"}  # variables that no line can set
-CPU_SECONDS = 20  # that a template may take for one conversation
+CPU_SECONDS = 10  # that a template may take for one conversation
 _OTHER_TEMPLATE = "Change the messages, or set tokenizer.chat_template to another file."
 
 

@@ -236,8 +236,10 @@ def respond(request: dict[str, Any]) -> str:
         return json.dumps({"found": found, "read": sorted(renderer.read, key=str), "variables": renderer.names})
     except UserError as error:
         return json.dumps({"refused": str(error)})
+    except MemoryError as error:
+        return json.dumps({"error": f"MemoryError: {str(error) or f'it takes more than {MEMORY_BYTES >> 20:,} MiB'}"})
     except Exception as error:  # a template may raise any error
-        return json.dumps({"error": f"{type(error).__name__}: {error}".removesuffix(": ")})
+        return json.dumps({"error": f"{type(error).__name__}: {error}"})
 
 
 def main() -> None:
