@@ -38,7 +38,7 @@ def define_flags() -> None:
 def main() -> None:
     """Load the model, answer."""
 
-    from jgpt.cli.terminal import read_line, say, write
+    from jgpt.cli.terminal import read_message, say, write
     from jgpt.data.chat_template import read_template
     from jgpt.hardware.devices import describe, local_devices
     from jgpt.inference.chat import HELP, Chat, talk
@@ -80,7 +80,7 @@ def main() -> None:
         return
     if sys.stdin.isatty():
         say(HELP)
-    talk(chat, read_line, write, say)
+    talk(chat, read_message, write, say)
 
 
 if __name__ == "__main__":

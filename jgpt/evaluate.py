@@ -8,6 +8,8 @@ Without --text_glob the text is the run's whole validation split. Each token exc
 in blocks as long as in training. Of conversations only the tokens that training learns are counted.
 """
 
+import math
+
 from absl import flags
 
 from jgpt.cli import model_flags
@@ -29,6 +31,8 @@ def define_flags() -> None:
 def main() -> None:
     """Load, measure, print."""
     # Here, as all that loads JAX: --help must not wait for it.
+    from jgpt.cli.terminal import say, write
+    from jgpt.data.unknown import name_unknown
     from jgpt.kaggle.session.secrets import provide_hub_token
     from jgpt.loading.measure import LONGEST, block_length, measure_text, measure_validation_split
 
@@ -41,11 +45,20 @@ def main() -> None:
     else:
         found = measure_validation_split(loaded, name, length)
     at_step = "" if loaded.step is None else f" (step {loaded.step})"
-    print("text             ", args.text_glob or "the run's validation split")
+    split = "the run's validation split"
+    write(f"text              {args.text_glob or split}\n")
     print(f"tokens            {found.n_tokens:,} predicted, of {found.n_bytes:,} bytes of text")
     print(f"loss              {found.loss:.4f} nats per token{at_step}")
     print(f"perplexity        {found.perplexity:.2f}")
     print(f"bits per byte     {found.bits_per_byte:.4f}")
+    if note := name_unknown(found.unknown, "the text"):
+        say(f"note: {note}")
+    guessing = math.log(loaded.tokenizer.vocab_size)
+    if found.loss > guessing:
+        say(
+            f"note: the loss is above {guessing:.2f}, which guessing among all tokens would give. The model has seen no"
+            " text like this, such as another language or script, or it is not trained yet."
+        )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def define_flags() -> None:
 def main() -> None:
     """Load the model, write the texts."""
 
-    from jgpt.cli.terminal import read_prompt, say
+    from jgpt.cli.terminal import read_prompt, say, write
+    from jgpt.data.unknown import name_unknown, unknown_characters
     from jgpt.hardware.devices import describe, local_devices
     from jgpt.inference.sampling import Sampling
     from jgpt.inference.write import write_samples
@@ -50,6 +51,8 @@ def main() -> None:
     step = "" if loaded.step is None else f", step {loaded.step:,}"
     val_loss = "" if loaded.val_loss is None else f", validation loss {loaded.val_loss:.4f}"
     say(f"{name}{step}{val_loss}, on {describe(local_devices()[0]).name} in {loaded.model.dtype.__name__}")
+    if note := name_unknown(unknown_characters(loaded.tokenizer, prompt), "the prompt"):
+        say(f"note: {note}")
     speed = write_samples(
         loaded.model,
         {"params": loaded.params},
@@ -62,6 +65,7 @@ def main() -> None:
         stop_ids=loaded.stop_ids,
         seed=args.seed,
         stream=sys.stdout.isatty() if args.stream is None else args.stream,
+        write=write,
     )
     say(speed)
 

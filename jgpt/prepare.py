@@ -17,6 +17,7 @@ PREVIEW_TOKENS = 200
 def main() -> None:
     """Prepare the token directory that the config names, and say what is in it."""
     # Here, as all that loads JAX: --help must not wait for it.
+    from jgpt.cli.terminal import write
     from jgpt.data.token_directory import token_directory
     from jgpt.data.write_tokens import prepare
     from jgpt.loading.adopt import adopt_source
@@ -39,7 +40,7 @@ def main() -> None:
     print(f"vocabulary        {data.tokenizer.vocab_size:,} ids ({meta['tokenizer_kind']}), stored as {meta['dtype']}")
     print("begins with")
     for line in data.tokenizer.decode(data.ids(data.train[:PREVIEW_TOKENS])).splitlines()[:3]:
-        print(f"    {line[:100]}")
+        write(f"    {line[:100]}\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from absl import flags
 
 from jgpt.cli.flags import asks_for_help, parse_flags
 from jgpt.cli.help import help_text
-from jgpt.cli.terminal import TerminalHandler
+from jgpt.cli.terminal import TerminalHandler, accept_all_characters, shown
 from jgpt.config.defaults import KEYS
 from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
 from jgpt.redaction import redact
@@ -102,11 +102,12 @@ def _with_flags(message: str) -> str:
 
 def _print_error(text: str) -> None:
     """Print on stderr, without the secrets that an exception of a library may quote."""
-    print(redact(text), file=sys.stderr, end="")
+    print(shown(redact(text), sys.stderr), file=sys.stderr, end="")
 
 
 def set_up_logging(to_stderr: bool = False) -> None:
-    """Send the log of jgpt to the terminal as plain lines, once."""
+    """Send the log of jgpt to the terminal as plain lines, once; no character makes it fail."""
+    accept_all_characters()
     log = logging.getLogger("jgpt")
     if not log.handlers:
         log.addHandler(TerminalHandler(to_stderr))

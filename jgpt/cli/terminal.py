@@ -1,11 +1,18 @@
 """The terminal: log lines above progress bars, answers on stdout, remarks on stderr, prompts and questions in.
 
+What a model writes, or a file holds, may have control characters, and a terminal obeys them: they clear it, rename its
+window, or answer in the user's name. So all text of others goes through `write`, `say` or the log, which spell them out
+on a terminal. A pipe or a file gets the text as it is: there it is the result, and a program may need it exactly.
+
 Beside the data path: `run.py` sets the log up, and the commands read and write with the rest.
 """
 
+import io
 import logging
+import re
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -13,6 +20,8 @@ from jgpt.errors import UserError
 from jgpt.redaction import redact
 
 PROMPT = "> "
+BLOCK = '"""'  # begins and ends a message of several lines
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1 without tab and newline
 
 
 class TerminalHandler(logging.Handler):
@@ -25,31 +34,68 @@ class TerminalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             stream = sys.stderr if self.to_stderr else sys.stdout
-            encoding = stream.encoding or "utf-8"
-            # A sample may hold what an ASCII terminal cannot show: better an escape than a lost line.
-            tqdm.write(redact(self.format(record)).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+            tqdm.write(shown(redact(self.format(record)), stream), file=stream)
             stream.flush()  # a pipe or a log file holds lines back, and a killed run would lose them
         except Exception:
             self.handleError(record)
 
 
+def spell_out_controls(text: str) -> str:
+    r"""Spell out the control characters of a text, but tabs and ends of lines.
+
+    >>> print(spell_out_controls("\x1b[2J\x9b1m ok\r\n"), end="")
+    \x1b[2J\x9b1m ok
+    """
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text.replace("\r\n", "\n"))
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """Return text as `stream` should get it: with its control characters spelled out where it is a terminal."""
+    return spell_out_controls(text) if stream.isatty() else text
+
+
+def accept_all_characters() -> None:
+    """Let stdout and stderr write what their encoding lacks as an escape such as \\u6f22, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def write(text: str) -> None:
     """Print text on stdout at once, without a newline."""
-    print(text, end="", flush=True)
+    print(shown(text, sys.stdout), end="", flush=True)
 
 
 def say(line: str) -> None:
     """Print a remark on stderr, so that stdout holds nothing but the result."""
-    print(line, file=sys.stderr, flush=True)
+    print(shown(line, sys.stderr), file=sys.stderr, flush=True)
 
 
-def read_line() -> str:
-    """Return the next line of stdin, with a prompt on a terminal; raise EOFError at the end."""
+def read_message() -> str:
+    """Return the next message of stdin, with a prompt on a terminal; raise EOFError at the end.
+
+    It is a line, or the lines between two marks of three quotes, or what was pasted into a terminal at once.
+    """
+    text = _read_line()
+    if not text.lstrip().startswith(BLOCK):
+        return text
+    text = text.lstrip().removeprefix(BLOCK)
+    while not text.rstrip().endswith(BLOCK):
+        try:
+            text += "\n" + _read_line()
+        except EOFError:
+            return text
+    return text.rstrip().removesuffix(BLOCK)
+
+
+def _read_line() -> str:
     if sys.stdin.isatty() and sys.stdout.isatty():
         try:
-            import readline  # noqa: F401  (gives input() its editing and history; not on Windows)
+            import readline  # gives input() its editing and history; not on Windows
         except ImportError:
             pass
+        else:  # what is pasted is one message, however many lines it has (libedit, macOS's, ignores this)
+            readline.parse_and_bind("set enable-bracketed-paste on")
         return input(PROMPT)
     try:
         line = sys.stdin.readline()
@@ -57,7 +103,7 @@ def read_line() -> str:
         raise UserError(f"stdin is not UTF-8 ({error.reason}). Allowed: UTF-8. Convert it: iconv -t utf-8") from None
     if not line:
         raise EOFError
-    return line
+    return line.removeprefix("\ufeff").removesuffix("\n")
 
 
 def read_prompt(given: str | None, file: str | None) -> str:
@@ -79,7 +125,7 @@ def read_prompt(given: str | None, file: str | None) -> str:
 
 def _decode(raw: bytes, source: str) -> str:
     try:
-        return raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        return raw.decode("utf-8").removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise UserError(
             f"the prompt in {source} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}. Allowed: "

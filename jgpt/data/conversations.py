@@ -1,29 +1,34 @@
 """Read conversations and turn them into words: token ids with marks for what is learned.
 
-A line of .jsonl is {"messages": [{"role": "system", "user" or "assistant", "content": TEXT}, ...]}; other fields are
-ignored. In the data path: after `corpus.py`, `chat_template.py` and `tokenizer.py`; before `token_files.py`, which
-opens the files of words, and `packing.py`.
+A line of .jsonl is {"messages": [{"role": "system", "user", "assistant" or "tool", "content": TEXT}, ...]}. All that
+it holds goes to the chat template: `tools` and other fields of the line, `tool_calls`, `reasoning_content` and others
+of a message. `"weight": 0` on an answer means: seen, not learned. What the template never reads is named at the end.
+
+In the data path: after `corpus.py`, `chat_template.py` and `tokenizer.py`; before `token_files.py`, which opens the
+files of words, and `packing.py`.
 
 A word is a uint32: the id in bits 0 to 29; bit 31 where the token is learned, which is what the assistant wrote with
 its end of turn; bit 30 where a conversation begins. Conversations follow one another without a gap.
 """
 
+import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from jgpt.data.chat_template import Message, answers
+from jgpt.data.chat_lines import ChatLine, read_chat_line
+from jgpt.data.chat_template import answers
 from jgpt.data.corpus import Corpus, Piece, batched_by_characters
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.errors import UserError
 
 LEARNED, BEGINS = np.uint32(1 << 31), np.uint32(1 << 30)
 IDS = np.uint32(BEGINS - 1)
-ROLES = ("system", "user", "assistant")
 log = logging.getLogger("jgpt")
 
 
@@ -31,7 +36,7 @@ class Conversation(NamedTuple):
     """One conversation, rendered as text."""
 
     texts: list[list[str]]  # see `chat_template.answers`
-    n_bytes: int  # of the assistant's messages that are learned, as UTF-8
+    n_bytes: int  # of the assistant's messages that are learned, as UTF-8; never 0
 
     def n_characters(self) -> int:
         """Count the characters of all texts."""
@@ -45,6 +50,7 @@ class ChatCorpus(Corpus):
     template: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)  # the tokenizer's, see `chat_template.render`
     unanswered: int = field(default=0, init=False)  # that the last `conversations()` left out: nothing to learn
+    unread: Counter[str] = field(default_factory=Counter, init=False)  # fields that the template did not read
 
     def pieces(self, progress: str = "") -> Iterator[Piece]:
         for conversation in self.conversations(progress):
@@ -52,48 +58,44 @@ class ChatCorpus(Corpus):
                 yield Piece("".join(parts), ends_document=True)
 
     def conversations(self, progress: str = "") -> Iterator[Conversation]:
-        """Yield all conversations that have an answer; with `progress` as its label, a terminal shows a bar.
+        """Yield all conversations that have an answer to learn; with `progress` as its label, a terminal shows a bar.
 
         Raises UserError, with file and line, when a line is not a conversation or the template refuses it.
         """
-        self.unanswered = 0
+        self.unanswered, read = 0, set()
+        self.unread.clear()
         for place, record in self._read(self._jsonl_records, progress):
-            messages = self._messages(record, place)
+            line = read_chat_line(record, place, self._well_formed)
             try:
-                texts = answers(self.template, self.settings, messages)
+                found = answers(self.template, self.settings, *line)
             except UserError as error:
                 raise UserError(f"{place}: {error}") from error
-            if texts:
-                learned = (message["content"] for message in messages[1:] if message["role"] == "assistant")
-                yield Conversation(texts, sum(len(content.encode()) for content in learned))
+            read |= found.read | {f"{name} of the line" for name in found.variables}
+            self.unread.update({f"{name} of the line" for name in line.variables})
+            self.unread.update({name for message in line.messages for name in message} - {"role", "content"})
+            if found.texts:
+                n_bytes = _learned_bytes(line, found.read)
+                parts = [part for parts in found.texts for part in parts[1::2]]  # where a call is all, and is not read
+                yield Conversation(found.texts, n_bytes or sum(len(part.encode()) for part in parts))
             else:
                 self.unanswered += 1
-
-    def _messages(self, record: Any, place: str) -> list[Message]:
-        messages = record.get("messages") if isinstance(record, dict) else None
-        if not isinstance(messages, list) or not messages:
-            have = f"has the fields {sorted(record)}" if isinstance(record, dict) else f"is {str(record)[:40]!r}"
-            have = "is an empty list" if messages == [] else have
-            raise UserError(f"{place} has no list of messages: it {have}. {_LINE}")
-        return [self._message(message, f"{place}, message {i}") for i, message in enumerate(messages, 1)]
-
-    def _message(self, message: Any, place: str) -> Message:
-        if not isinstance(message, dict):
-            raise UserError(f"{place} is {str(message)[:40]!r}, which is not an object. {_LINE}")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise UserError(f"{place} has the role {role!r}. Allowed: {', '.join(ROLES)}. {_LINE}")
-        if not isinstance(content, str):
-            raise UserError(f"{place} has the content {str(content)[:40]!r}, which is not text. {_LINE}")
-        if role == "assistant" and not content.strip():
-            raise UserError(
-                f"{place} is an empty answer, which would teach the model to say nothing. Answers must hold text. "
-                "Fill it in, or remove the line."
-            )
-        return {"role": role, "content": self._well_formed(content, place)}
+        for name in read:
+            self.unread.pop(name, None)
 
 
-_LINE = 'A line must be {"messages": [{"role": "user", "content": "..."}, ...]}. Correct it, or remove it.'
+def _learned_bytes(line: ChatLine, read: Set[str]) -> int:
+    """Count the bytes of what the assistant says, thinks and calls, as far as it is learned and the template reads it.
+
+    A message that opens the conversation is no answer.
+    """
+    answered = list(zip(line.messages, line.learned, strict=True))[1:]
+    return sum(
+        len((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode())
+        for message, learned in answered
+        if learned and message["role"] == "assistant"
+        for name, value in message.items()
+        if value is not None and (name == "content" or (name in read and name != "role"))
+    )
 
 
 def write_conversations(
@@ -134,7 +136,12 @@ def write_conversations(
         f", {corpus.replaced:,} characters replaced" if corpus.replaced else "",
     )
     if corpus.unanswered:
-        log.warning("%s conversations are left out: they hold no answer of the assistant", f"{corpus.unanswered:,}")
+        log.warning(
+            "%s conversations are left out: they hold no answer of the assistant to learn", f"{corpus.unanswered:,}"
+        )
+    if corpus.unread:
+        names = ", ".join(f"{name} ({n:,})" for name, n in sorted(corpus.unread.items()))
+        log.warning("the chat template does not read these fields, so the model does not see them: %s", names)
     return {
         "format": "chat",
         "word": "uint32: id in bits 0 to 29, bit 30: a conversation begins, bit 31: the token is learned",

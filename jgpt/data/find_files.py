@@ -29,7 +29,8 @@ SUFFIXES = {  # by data.format
 }
 SUPPORTED = {
     "text": f"{', '.join(TEXT_SUFFIXES)}, each also with .gz or .zst, and .parquet",
-    "chat": ".jsonl, also with .gz or .zst, as data.format is 'chat'",
+    "chat": ".jsonl, also with .gz or .zst, as data.format is 'chat' (to convert .parquet: python -c \"import json, "
+    "pyarrow.parquet as p; [print(json.dumps(row)) for row in p.read_table('OLD.parquet').to_pylist()]\" > NEW.jsonl)",
 }
 PACKED_SUFFIXES = (".gz", ".zst", ".parquet")  # compressed: their size says little of the text's
 BLOCK_BYTES = 1 << 18

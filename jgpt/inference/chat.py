@@ -5,6 +5,7 @@ In the data path: around `decode.py`; the model's own template (`data/chat_templ
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +13,19 @@ from typing import Any
 
 from jgpt.data.chat_template import Message, render
 from jgpt.data.tokenizer import Tokenizer
+from jgpt.data.unknown import name_unknown, unknown_characters
 from jgpt.errors import UserError
 from jgpt.inference.decode import compilations, generate
 from jgpt.inference.sampling import Sampling
 from jgpt.inference.text_stream import TextStream
 from jgpt.model.gpt import GPT
 
-HELP = """/reset      forget the conversation (the system prompt stays)
+HELP = """What you type is a message, unless it is one of these:
+/reset      forget the conversation (the system prompt stays)
 /save FILE  add the conversation to FILE as a line of JSON, as jgpt.train reads for fine-tuning (data.format=chat)
 /quit       end, as Ctrl-D does; Ctrl-C stops an answer
-/help       this"""
+/help       this
+Three quotes (\"\"\") before and after a message let it have several lines."""
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Chat:
         self.context_length = min(context_length or model.config.context_length, model.config.context_length)
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.turns: list[Message] = []
+        self.unknown: Counter[str] = Counter()  # characters not in the vocabulary, as far as the user was told
         self.forgotten = 0  # the number of oldest messages that no longer fit the context
         self.stop_ids = [*stop_ids, *self._end_of_turn()]
 
@@ -136,20 +141,25 @@ class Chat:
         """Encode the system prompt, the question, and as many of the last turns as leave room for an answer."""
         room = self.context_length - min(self.max_new_tokens, self.context_length // 2)
         for first in range(self.forgotten, len(self.turns) + 1, 2):
-            ids = self._encode([*self.system, *self.turns[first:], question])
+            text = self._render([*self.system, *self.turns[first:], question])
+            ids = self.tokenizer.encode(text).tolist()
             if len(ids) <= room:
                 answer, self.forgotten = Answer(), first
                 if first:
                     answer.notes.append(f"without the first {first // 2} turns, for which there is no room")
+                unknown = unknown_characters(self.tokenizer, text)
+                if new := Counter({c: n for c, n in unknown.items() if c not in self.unknown}):
+                    answer.notes.append(name_unknown(new, "the conversation"))
+                self.unknown |= unknown
                 return ids, answer
         raise UserError(
             f"the question is too long: with the system prompt it has {len(ids)} tokens. Allowed: {room}, in a context"
             f" of {self.context_length}. Shorten it, or raise --context_length where the model has more."
         )
 
-    def _encode(self, messages: list[Message]) -> list[int]:
+    def _render(self, messages: list[Message]) -> str:
         # A template writes all special tokens, the first one too, so the tokenizer adds none.
-        return self.tokenizer.encode(render(self.template, self.tokenizer.settings, messages, True)).tolist()
+        return render(self.template, self.tokenizer.settings, messages, True)
 
     def _end_of_turn(self) -> list[int]:
         """Return the special token with which the template ends an answer; it often differs from the end of a text."""
@@ -162,32 +172,34 @@ class Chat:
 
 
 def talk(chat: Chat, read: Callable[[], str], write: Callable[[str], None], say: Callable[[str], None]) -> None:
-    """Answer each line that `read` returns, until it raises EOFError or the line is /quit.
+    """Answer each message that `read` returns, until it raises EOFError or the message is /quit.
 
-    `write` takes the text of answers, `say` all other messages.
+    `write` takes the text of answers, `say` all other messages. Only what HELP lists is a command.
     """
     while True:
         try:
-            line = read().strip()
+            message = read().strip()
         except EOFError:
             return
         except KeyboardInterrupt:
             say("\nCtrl-D or /quit ends the chat.")
             continue
-        command, _, argument = line.partition(" ")
+        command, _, file = message.partition(" ")
         try:
-            if command == "/quit":
+            if message == "/quit":
                 return
-            elif command == "/reset":
+            elif message == "/reset":
                 chat.reset()
                 say("The conversation is empty again.")
-            elif command == "/save" and argument:
-                chat.save(Path(argument.strip()))
-                say(f"Added to {argument.strip()}.")
-            elif command.startswith("/"):
+            elif message == "/save":
+                say("/save needs the name of a file: /save FILE")
+            elif command == "/save" and "\n" not in file:
+                chat.save(Path(file.strip()))
+                say(f"Added to {file.strip()}.")
+            elif message == "/help":
                 say(HELP)
-            elif line:
-                answer = chat.ask(line, write)
+            elif message:
+                answer = chat.ask(message, write)
                 write("\n")
                 say(f"[{answer.summary()}]")
         except UserError as error:

@@ -1,10 +1,10 @@
-"""Texts that a model writes after a prompt, on stdout.
+"""Texts that a model writes after a prompt.
 
 After training, in the data path: around `decode.py`; `jgpt.generate` is the caller.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jgpt.data.tokenizer import Tokenizer
@@ -29,17 +29,18 @@ def write_samples(
     stop_ids: Iterable[int],
     seed: int,
     stream: bool,
+    write: Callable[[str], None],
 ) -> str:
-    """Print `num_samples` texts, each with its prompt; return the speed in a line.
+    """Pass `num_samples` texts to `write`, each with its prompt; return the speed in a line.
 
-    With `stream` a single text is printed while it is made. `context_length` is the most tokens in view at a time, 0
+    With `stream` a single text is written while it is made. `context_length` is the most tokens in view at a time, 0
     for the model's own.
     """
     ids = tokenizer.encode(prompt).tolist()
     start = tokenizer.start_ids or ([] if ids else [tokenizer.eot_id])
     text, streams = TextStream(tokenizer, ids), stream and num_samples == 1
     if streams:
-        print(tokenizer.decode(ids), end="", flush=True)
+        write(tokenizer.decode(ids))
     began = time.perf_counter()
     samples = generate(
         model,
@@ -51,11 +52,11 @@ def write_samples(
         n_ids=tokenizer.vocab_size,
         seed=seed,
         context_length=context_length,
-        on_tokens=(lambda _, new: print(text.add(new), end="", flush=True)) if streams else None,
+        on_tokens=(lambda _, new: write(text.add(new))) if streams else None,
     )
     seconds, n_tokens = time.perf_counter() - began, sum(map(len, samples))
     if streams:
-        print(text.close())
+        write(text.close() + "\n")
     else:
-        print(f"\n{SEPARATOR}\n".join(tokenizer.decode(ids + new) for new in samples))
+        write(f"\n{SEPARATOR}\n".join(tokenizer.decode(ids + new) for new in samples) + "\n")
     return f"{n_tokens:,} tokens in {seconds:.1f} s ({n_tokens / seconds:,.0f} a second, compilation included)"

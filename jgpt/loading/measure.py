@@ -4,8 +4,9 @@ After training, in the data path: `jgpt.evaluate` prints it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 from jgpt.data.batches import Batch, validation_blocks
@@ -34,6 +35,7 @@ class Measured:
     n_tokens: int
     n_bytes: int
     bits_per_byte: float
+    unknown: Counter[str] = field(default_factory=Counter)  # characters that the vocabulary lacks
 
     @property
     def perplexity(self) -> float:
@@ -57,7 +59,7 @@ def measure_text(loaded: LoadedModel, text_glob: str, text_field: str, encoding_
     """Measure a model on text files, in blocks of `length` tokens. Raises UserError of the files."""
     stream = TokenStream(Corpus(find_files(text_glob), text_field, encoding_errors), loaded.tokenizer)
     loss, n_tokens = evaluate_loaded(loaded, _some(blocks(stream, length)), _rows(length), length)
-    return Measured(loss, n_tokens, stream.n_bytes, bits_per_byte(loss, n_tokens + 1, stream.n_bytes))
+    return Measured(loss, n_tokens, stream.n_bytes, bits_per_byte(loss, n_tokens + 1, stream.n_bytes), stream.unknown)
 
 
 def measure_validation_split(loaded: LoadedModel, run_dir: str, length: int) -> Measured:

@@ -12,8 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jgpt.data.batches import Batch, Batches, ChatBatches, make_batches, validation_blocks
+from jgpt.data.chat_template import render
 from jgpt.data.find_files import PACKED_SUFFIXES
 from jgpt.data.token_files import TokenData
+from jgpt.data.unknown import name_unknown, unknown_characters
 from jgpt.errors import UserError
 from jgpt.exchange.families import export_family
 from jgpt.hardware.devices import describe
@@ -67,8 +69,22 @@ def set_up(config: ConfigDict, data: TokenData, devices: list[jax.Device]) -> Se
     length_key = "batch.sequence_length" if config.batch.sequence_length else "model.context_length"
     batches = make_batches(data, config.seed, size, length, shapes.vocab_size, length_key=length_key)
     log_choices(config, parts, batches)
+    if note := name_unknown(unknown_characters(data.tokenizer, sample_prompt(config, data)), "sample.prompt"):
+        log.warning("%s", note)
     val_blocks = validation_blocks(data, length, config.eval.batches * size, length_key=length_key)
     return Setup(parts, data, batches, val_blocks)
+
+
+def sample_prompt(config: ConfigDict, data: TokenData) -> str:
+    """Return the text before each sample: sample.prompt, in conversations as what a user says.
+
+    Raises UserError where the chat template refuses it.
+    """
+    prompt = config.sample.prompt
+    if not prompt or not data.is_chat:
+        return prompt
+    settings = data.tokenizer.settings
+    return render(settings["chat_template"], settings, [{"role": "user", "content": prompt}], True)
 
 
 def check_disk(run_dir: Path, size: int, checkpoint: ConfigDict) -> None:

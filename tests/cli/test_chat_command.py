@@ -1,7 +1,13 @@
 """Conversations with a small random model: what it is shown, what is kept of it, and the command around that."""
 
+import contextlib
+import io
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,11 +17,12 @@ import pytest
 from jax import tree
 from tokenizers import Tokenizer as Backend
 
+from jgpt.cli.terminal import read_message
 from jgpt.data.chat_template import render
 from jgpt.data.tokenizer import Tokenizer, train_bpe
 from jgpt.errors import UserError
 from jgpt.exchange.pretrained import export_model
-from jgpt.inference.chat import Chat, talk
+from jgpt.inference.chat import Answer, Chat, talk
 from jgpt.inference.decode import generate
 from jgpt.inference.sampling import Sampling
 from jgpt.model.gpt import GPT
@@ -27,6 +34,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 GREEDY = Sampling(0)
+ROOT = Path(__file__).parents[2]
 
 
 @cache
@@ -134,6 +142,46 @@ def test_interrupting_at_the_prompt_is_answered():
     assert "Ctrl-D" in heard[0] and "/save FILE" in heard[1]
 
 
+def test_only_known_commands_are_commands():
+    questions = ["/no_think one", "/etc/hosts is what?", "/quit smoking", "/reset\none", "/save a\nb"]
+    messages, heard, chat = iter([*questions, "/save", "/quit", "never"]), [], make(max_new_tokens=1, context_length=0)
+    asked = []
+    chat.ask = lambda message, write: asked.append(message) or Answer()
+    talk(chat, lambda: next(messages), lambda _: None, heard.append)
+    assert asked == questions and heard[-1] == "/save needs the name of a file: /save FILE"
+
+
+def test_a_message_may_have_several_lines(monkeypatch):
+    text = '\ufeffone\n"""two\n\n  three"""\n"""four"""\n"""\nfive\n""" \n"""six\nseven'
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    heard = [read_message() for _ in range(5)]
+    assert heard == ["one", "two\n\n  three", "four", "\nfive\n", "six\nseven"]
+    with pytest.raises(EOFError):
+        read_message()
+
+
+def test_what_is_pasted_into_a_terminal_is_one_message():
+    readline = pytest.importorskip("readline")
+    if "libedit" in (readline.__doc__ or ""):
+        pytest.skip("libedit has no bracketed paste")
+    program = "from jgpt.cli.terminal import read_message; print(ascii([read_message(), read_message()]))"
+    main, terminal = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "INPUTRC": os.devnull}
+    streams = dict(stdin=terminal, stdout=terminal, stderr=terminal)
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, cwd=ROOT, **streams) as process:
+        os.close(terminal)
+        for keys in (b"\x1b[200~one\rtwo\rthree\x1b[201~\r", b"four\r"):
+            shown = b""
+            while not shown.endswith(b"> "):
+                shown += os.read(main, 1)
+            os.write(main, keys)
+        with contextlib.suppress(OSError):  # Linux ends a terminal so
+            while piece := os.read(main, 1000):
+                shown += piece
+    os.close(main)
+    assert process.returncode == 0 and b"['one\\ntwo\\nthree', 'four']" in shown
+
+
 def test_the_command_holds_a_conversation(command, directory, tmp_path):
     lines = ["one", "", "two", f"/save {tmp_path}/a.jsonl", "/save", "/reset", "one", f"/save {tmp_path}/a.jsonl"]
     lines += [f"/save {tmp_path}/none/a.jsonl", "/quit", "two"]
@@ -143,7 +191,7 @@ def test_the_command_holds_a_conversation(command, directory, tmp_path):
     first = answer_to([system, one])
     second = answer_to([system, one, said("assistant", first.strip()), two])
     assert (result.code, result.out) == (0, f"{first}\n{second}\n{first}\n"), result.err
-    assert result.err.count("8 tokens, ") == 3 and "/help" in result.err and "cannot be written" in result.err
+    assert result.err.count("8 tokens, ") == 3 and "/save needs" in result.err and "cannot be written" in result.err
     saved = [json.loads(line)["messages"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     first, second = said("assistant", first.strip()), said("assistant", second.strip())
     assert saved == [[system, one, first, two, second], [system, one, first]]
@@ -173,7 +221,12 @@ def test_a_run_with_a_template_from_a_file(command, trained, tmp_path):
     flags = [f"--run_dir={trained}", f"--chat_template={tmp_path}/t.jinja", "--prompt=7", "--max_new_tokens=3"]
     result = command("chat", *flags)
     assert result.code == 0 and "context 16 tokens" in result.err, result.err
-    assert len(result.out) > 1
+    assert len(result.out) > 1 and "not in the model's vocabulary" not in result.err
+    result = command("chat", *flags, "--prompt=7 \u00e9\u00e9")
+    assert (
+        "2 characters of the conversation are not in the model's vocabulary" in result.err
+        and "'\u00e9' (2)" in result.err
+    )
 
 
 @pytest.mark.parametrize(

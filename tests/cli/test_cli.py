@@ -1,5 +1,8 @@
 """What the commands have in common: flags in; help, one clear message and an exit code out."""
 
+import contextlib
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -231,6 +234,51 @@ def test_an_interrupted_command_ends_before_what_runs_at_exit_can_crash():
     program += "def main(): signal.raise_signal(signal.SIGINT)\n"
     done = subprocess.run([sys.executable, "-c", program + "run(main, '')"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+SPEAKING = """
+import logging
+from jgpt.cli.run import run
+from jgpt.cli.terminal import say, write
+from jgpt.errors import UserError
+
+TEXT = "\\x1b[2J\\x9b1m\\u6f22\\ud800\\b\\tok"
+
+def main():
+    write(TEXT + "\\r\\n")
+    say(TEXT)
+    print("\\u6f22")
+    logging.getLogger("jgpt").info("%s", TEXT)
+    raise UserError(TEXT)
+
+run(main, "")
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_no_character_makes_a_command_fail(encoding):
+    """A pipe gets text as it is; what its encoding lacks is an escape."""
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", SPEAKING], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr, done.stderr
+    text = "\x1b[2J\x9b1m\u6f22\ud800\b\tok".encode(encoding, "backslashreplace")
+    assert done.stdout == text + b"\r\n" + "\u6f22\n".encode(encoding, "backslashreplace")
+    assert done.stderr == text + b"\n" + text + b"\nerror: " + text + b"\n"
+
+
+def test_a_terminal_obeys_nothing_that_a_text_holds():
+    main, terminal = pty.openpty()
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    streams = dict(stdin=terminal, stdout=terminal, stderr=terminal)
+    with subprocess.Popen([sys.executable, "-c", SPEAKING], cwd=ROOT, env=environment, **streams):
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux ends a terminal so
+            while piece := os.read(main, 1000):
+                shown += piece
+    os.close(main)
+    text = "\\x1b[2J\\x9b1m\u6f22\\ud800\\x08\tok\r\n"
+    assert shown.decode() == f"{text}{text}\u6f22\r\n{text}error: {text}"
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -49,6 +49,14 @@ def test_the_command_prints_it_and_measures_other_text_the_same(command, trained
     assert other == found
 
 
+def test_text_that_the_model_has_never_seen_is_named_as_such(command, trained, tmp_path):
+    (tmp_path / "val.txt").write_text("Съешь ещё этих мягких французских булок. " * 9, encoding="utf-8")
+    result = command("evaluate", f"--run_dir={trained}", f"--text_glob={tmp_path}/*.txt")
+    assert numbers(result)["loss"] > math.log(50)
+    assert "306 characters of the text are not in the model's vocabulary" in result.err and ", and " in result.err
+    assert "which guessing among all tokens would give" in result.err and "script" in result.err
+
+
 def test_an_older_checkpoint_and_a_run_that_was_moved(command, trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)

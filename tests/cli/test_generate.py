@@ -36,11 +36,18 @@ def write(command, trained):
 def test_the_prompt_comes_from_the_flag_a_file_or_a_pipe(write, tmp_path):
     text = write(f"--prompt={PROMPT}")
     assert text.startswith(PROMPT) and len(PROMPT) < len(text) <= len(PROMPT) + 13
-    (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
+    (tmp_path / "prompt.txt").write_text("\ufeff" + PROMPT + "\n")
     assert write(f"--prompt_file={tmp_path}/prompt.txt") == text
-    assert write(stdin=PROMPT + "\r\n") == text
+    assert write(stdin="\ufeff" + PROMPT + "\r\n") == text
     assert write("--prompt=-", stdin=PROMPT) == text
     assert write(f"--prompt={PROMPT}", stdin="not this") == text
+
+
+def test_characters_that_the_vocabulary_lacks_are_named(command, trained):
+    result = command("generate", f"--run_dir={trained}", "--max_new_tokens=1", f"--prompt={PROMPT}\u6f22\u5b57\u6f22")
+    assert result.code == 0 and result.out.startswith(f"{PROMPT}<unk><unk><unk>")
+    assert "3 characters of the prompt are not in the model's vocabulary" in result.err
+    assert "as <unk>: '\u6f22' (2), '\u5b57' (1)\n" in result.err
 
 
 def test_without_a_prompt_a_new_document_begins(write):

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ml_collections import ConfigDict
 from jgpt.config.defaults import default_config
 from jgpt.data import corpus
 from jgpt.data.batches import make_batches
+from jgpt.data.chat_lines import read_chat_line
 from jgpt.data.chat_template import render
 from jgpt.data.conversations import BEGINS, IDS, LEARNED, ChatCorpus
 from jgpt.data.token_directory import token_directory
@@ -87,6 +90,61 @@ def test_meta_counts_what_is_learned(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "conversations 40" in caplog.text and "2 conversations are left out: they hold no answer" in caplog.text
 
 
+def test_all_fields_reach_the_template_and_what_it_does_not_read_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = {"function": {"name": "add", "arguments": {"a": 2}}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "2+2"}, "?"], "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "content": "4", "tool_calls": None, "weight": None, "never": None},
+        {"role": "assistant", "content": "no", "weight": 0},
+        {"role": "assistant", "content": "It is 4.", "weight": 1},
+    ]
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %};{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    config = make_config(tmp_path, [{"messages": messages, "tools": '["add"]', "id": 3, "source": "x"}] * 3)
+    (tmp_path / "chat.jinja").write_text(template, encoding="utf-8")
+    data = prepare(config)
+    (words,) = split(data.val)
+    assert data.tokenizer.decode(words & IDS) == (
+        '["add"]<user>2+2?;<assistant>hm{"name": "add", "arguments": {"a": 2}};'
+        "<tool>4;<assistant>no;<assistant>It is 4.;"
+    )
+    learned = data.tokenizer.decode(words[(words & LEARNED) > 0] & IDS)
+    assert learned == 'hm{"name": "add", "arguments": {"a": 2}};It is 4.;'
+    assert data.meta["val_bytes"] == len(json.dumps([call]) + "hm" + "It is 4.")
+    unread = (
+        "does not read these fields, so the model does not see them: id of the line (3), name (3), source of the line"
+    )
+    assert caplog.text.count(unread) == 1 and caplog.text.count("does not read") == 1
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="the commands are for jq")
+@pytest.mark.parametrize(
+    "other, question",
+    [
+        ({"conversations": [{"from": "human", "value": "Hi'\n"}, {"from": "gpt", "value": "Ho"}]}, "Hi'\n"),
+        ({"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}, "Hi"),
+        ({"instruction": "Say", "input": "Hi", "output": "Ho"}, "Say\n\nHi"),
+        ({"instruction": "Hi", "output": "Ho"}, "Hi"),
+        ({"prompt": "Hi", "completion": "Ho"}, "Hi"),
+        ({"prompt": line("Hi")["messages"], "completion": line("", "Ho")["messages"][1:]}, "Hi"),
+        ({"question": "Hi", "answer": "Ho"}, "Hi"),
+    ],
+)
+def test_the_command_that_a_message_names_converts_the_lines(tmp_path: Path, other: Any, question: str) -> None:
+    with pytest.raises(UserError, match="has no list of messages.* To convert such lines: jq -c ") as refused:
+        read_chat_line(other | {"tools": []}, "OLD.jsonl, line 1", lambda text, _: text)
+    (tmp_path / "OLD.jsonl").write_text(json.dumps(other | {"tools": []}))
+    subprocess.run(str(refused.value).split("such lines: ")[1], shell=True, cwd=tmp_path, check=True)
+    converted = json.loads((tmp_path / "NEW.jsonl").read_text())
+    assert converted == line(question, "Ho") | {"tools": []}
+
+
 def test_the_template_goes_with_the_tokenizer_and_another_template_makes_new_tokens(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -151,8 +209,16 @@ def test_bounded_memory_gives_the_same_words(tmp_path: Path, monkeypatch: pytest
         ('{"messages": ["Hi"]}', "message 1 is 'Hi', which is not an object"),
         ('{"messages": [{"role": "human", "content": "Hi"}]}', "message 1 has the role 'human'. Allowed: system, user"),
         ('{"messages": [{"content": "Hi"}]}', "message 1 has the role None"),
-        ('{"messages": [{"role": "user", "content": ["Hi"]}]}', r"message 1 has the content .* which is not text"),
+        ('{"messages": [{"role": "user", "content": ["Hi", 3]}]}', "message 1 has a content with a part of type '3'"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            "a part of type 'image', which is not text",
+        ),
+        ('{"messages": [{"role": "user", "content": "Hi", "weight": 1}]}', "message 1, of the user, has the weight 1"),
+        ('{"messages": [{"role": "assistant", "content": "Hi", "weight": 0.5}]}', "has the weight 0.5. Allowed: 0"),
+        ('{"messages": [{"role": "user", "content": "Hi"}], "tools": "["}', "has the tools '\\['. Allowed: a list"),
         ('{"messages": [{"role": "user"}]}', "message 1 has the content 'None'"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', "message 1 has the content 'None'"),
         (json.dumps(line("Hi", " \n")), "message 2 is an empty answer"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "message 1 holds half a surrogate pair"),
         (json.dumps(line("refuse", "me")), "the chat template does not render these messages .TemplateError: no"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jgpt.cli.terminal import TerminalHandler
+from jgpt.cli.terminal import TerminalHandler, accept_all_characters
 from jgpt.run_dir.metrics_file import MetricsLog, best_validation, read_metrics
 from jgpt.training.progress import Progress, Throughput, format_line
 
@@ -178,6 +178,7 @@ def test_terminal_has_a_bar_below_whole_lines(monkeypatch: pytest.MonkeyPatch) -
 def test_a_terminal_that_lacks_a_character_gets_an_escape(monkeypatch: pytest.MonkeyPatch) -> None:
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
+    accept_all_characters()
     TerminalHandler().handle(logging.makeLogRecord({"msg": "a 漢 sample"}))
     assert ascii_only.buffer.getvalue() == b"a \\u6f22 sample\n"  # type: ignore[attr-defined]
 

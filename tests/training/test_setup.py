@@ -14,7 +14,9 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batches
+from jgpt.data.conversations import BEGINS, LEARNED
 from jgpt.data.token_files import TokenData
+from jgpt.data.tokenizer import train_char
 from jgpt.errors import UserError
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.parameters import abstract_params, count_parameters, flops_per_token
@@ -49,6 +51,22 @@ def set_up_of(config: ConfigDict) -> Setup:
 
 def batch_of(training: Setup, step: int) -> Any:
     return training.parts.strategy.place_batch(training.batches.batch(step), training.parts.accumulation)
+
+
+def test_characters_of_the_prompt_for_samples_that_the_vocabulary_lacks_are_named(caplog: Any) -> None:
+    data = dataclasses.replace(data_of(28), tokenizer=train_char(["abcdefghijklmnopqrstuvwxyz"]))
+    set_up(config_of(**{"sample.prompt": "what?"}), data, build.training_devices(config_of()))
+    assert "1 character of sample.prompt is not in the model's vocabulary, which sees each as <unk>: '?'" in caplog.text
+
+
+def test_a_prompt_for_samples_that_the_chat_template_refuses_ends_the_run_before_its_first_step() -> None:
+    words = np.full(2000, 7 | LEARNED, np.uint32)
+    words[::5] = 7 | BEGINS
+    tokenizer = train_char(["abcdefghijklmnopqrstuvwxyz"])
+    tokenizer.settings["chat_template"] = "{{ raise_exception('a system message comes first') }}"
+    data = TokenData(words, words[:500], {"format": "chat"}, tokenizer)
+    with pytest.raises(UserError, match="does not render these messages .TemplateError: a system message"):
+        set_up(config_of(**{"sample.prompt": "what"}), data, build.training_devices(config_of()))
 
 
 @pytest.fixture

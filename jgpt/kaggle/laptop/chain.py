@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jgpt.cli.terminal import write
 from jgpt.errors import UserError
 from jgpt.kaggle.laptop.answers import Status
 from jgpt.kaggle.laptop.kernel import Kernel
@@ -138,4 +139,4 @@ def wait_for_end(kaggle: "Kaggle", slug: str, version: int, poll_seconds: float)
 
 def say(line: str) -> None:
     """Print a line with the time of day."""
-    print(f"{time.strftime('%H:%M')}  {line}", flush=True)
+    write(f"{time.strftime('%H:%M')}  {line}\n")

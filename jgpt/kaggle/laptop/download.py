@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jgpt.cli.terminal import write
 from jgpt.errors import UserError
 from jgpt.file_lock import hold
 from jgpt.kaggle.session.pack import unpack
@@ -45,7 +46,7 @@ def download_run(kaggle: "Kaggle", slug: str, version: int, target: Path) -> Non
                     f"an output of {slug} is called {name!r} and would land outside of {target}. A run writes below"
                     " outputs/. Nothing was taken from it; look at it on kaggle.com."
                 )
-            print(f"{i} of {len(files)}: {name}", flush=True)
+            write(f"{i} of {len(files)}: {name}\n")
             kaggle.download(url, path)
         unpacked = parts / "run"
         shutil.rmtree(unpacked, ignore_errors=True)  # of an interrupted call

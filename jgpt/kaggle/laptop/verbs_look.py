@@ -7,6 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
+from jgpt.cli.terminal import write
 from jgpt.errors import UserError
 from jgpt.kaggle.laptop.download import check_replaceable, download_run
 from jgpt.kaggle.laptop.progress import last_progress
@@ -43,7 +44,7 @@ def status() -> None:
     session = kaggle.status(slug, version)
     print(f"version {version}: {session.state}   https://www.kaggle.com/code/{slug}")
     if session.message:
-        print(f"Kaggle says: {session.message}")
+        write(f"Kaggle says: {session.message}\n")
     progress = last_progress(kaggle, slug, version)
     print(f"last output: {progress}, {progress.trained_hours:.1f} h trained" if progress else "last output: none yet")
     if quota := kaggle.quota():
@@ -71,10 +72,11 @@ def logs() -> None:
     kaggle = connect()
     if flags.FLAGS.follow:
         for piece in kaggle.follow_log(slug, version):
-            print(piece, end="" if piece.endswith("\n") else "\n", flush=True)
+            write(piece if piece.endswith("\n") else f"{piece}\n")
         return
     lines = kaggle.log_lines(slug, version)
-    print("\n".join(lines) or "no log yet: it is available when the run has ended, and --follow shows it sooner")
+    log = "\n".join(lines) or "no log yet: it is available when the run has ended, and --follow shows it sooner"
+    write(f"{log}\n")
 
 
 def define_pull() -> None:

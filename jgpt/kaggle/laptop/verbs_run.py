@@ -9,6 +9,7 @@ from absl import flags
 
 from jgpt.atomic_write import atomic_file
 from jgpt.cli.help import columns
+from jgpt.cli.terminal import write
 from jgpt.errors import UserError
 from jgpt.kaggle.laptop.chain import Chain, wait_for_end
 from jgpt.kaggle.laptop.kernel import Kernel, write_folder
@@ -160,10 +161,10 @@ def doctor() -> None:
     status = wait_for_end(kaggle, kernel.slug, version, args.poll_seconds)
     content = kaggle.read_output(kernel.slug, version, "doctor.json")
     if content is None:
-        print("\n".join(kaggle.log_lines(kernel.slug, version)))
+        write("\n".join([*kaggle.log_lines(kernel.slug, version), ""]))
         raise UserError(f"the doctor left no doctor.json ({status.state}). Its log is above. Fix what it names.")
     path = folder / f"doctor-{version}.json"
     with atomic_file(path) as file:
         file.write(content)
-    print(columns((part, in_short(value)) for part, value in json.loads(content).items()))
+    write(columns((part, in_short(value)) for part, value in json.loads(content).items()) + "\n")
     print(f"{path} is written")

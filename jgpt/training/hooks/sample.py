@@ -7,13 +7,13 @@ import logging
 
 import jax
 
-from jgpt.data.chat_template import render
 from jgpt.inference.decode import NonFiniteLogits, generate
 from jgpt.inference.sampling import Sampling
 from jgpt.planning.remedies import SAMPLING
 from jgpt.run_dir.samples import append_samples
 from jgpt.step.train_step import variables
 from jgpt.training.run import Run
+from jgpt.training.setup import sample_prompt
 from jgpt.training.status import explain_shortage
 
 log = logging.getLogger("jgpt")
@@ -28,10 +28,7 @@ def sample_due(run: Run) -> bool:
 def sample(run: Run) -> None:
     """Let the model write; a failure of memory, or logits that are not finite, cost the samples and not the run."""
     c, parts, tokenizer = run.config.sample, run.parts, run.data.tokenizer
-    text = c.prompt
-    if text and run.data.is_chat:  # it is what a user says
-        settings = tokenizer.settings
-        text = render(settings["chat_template"], settings, [{"role": "user", "content": text}], True)
+    text = sample_prompt(run.config, run.data)
     prompt = tokenizer.encode(text).tolist() if text else [tokenizer.eot_id]
     try:
         texts = generate(
