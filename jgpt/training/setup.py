@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jgpt.data.batches import Batch, Batches, ChatBatches, make_batches, validation_blocks
-from jgpt.data.find_files import PACKED_SUFFIXES
+from jgpt.data.find_files import is_packed
 from jgpt.data.token_files import TokenData
 from jgpt.errors import UserError
 from jgpt.exchange.families import export_family
@@ -31,7 +31,7 @@ log = logging.getLogger("jgpt")
 
 def text_bytes(files: list[Path]) -> int | None:
     """Return the bytes of text in files; None where some are compressed, whose sizes do not bound the text's length."""
-    if any(file.suffix in PACKED_SUFFIXES for file in files):
+    if any(map(is_packed, files)):
         return None
     return sum(file.stat().st_size for file in files)
 
