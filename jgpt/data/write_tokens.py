@@ -78,11 +78,12 @@ def _open_corpus(config: ConfigDict, given: Tokenizer | None, files: list[Path] 
     data, chat = config.data, config.data.format == "chat"
     files = files or find_files(data.text_glob, data.format)
     if not chat:
-        return Corpus(files, data.text_field, data.encoding_errors)
+        return Corpus(files, data.text_field, data.encoding_errors, encoding=data.encoding)
     from_tokenizer = config.tokenizer.kind == "hf" and not given and not config.tokenizer.chat_template
     template = "" if from_tokenizer else _chat_template(config, given)
     # The settings are for a tokenizer that is trained on the rendered text.
-    return ChatCorpus(files, "", data.encoding_errors, template, {"eos_token": END_OF_TEXT})
+    settings = {"eos_token": END_OF_TEXT}
+    return ChatCorpus(files, "", data.encoding_errors, template, settings, encoding=data.encoding)
 
 
 def _chat_template(config: ConfigDict, tokenizer: Tokenizer | None) -> str:
@@ -105,6 +106,8 @@ def _fingerprint(config: ConfigDict, files: list[Path]) -> str:
     values = {"char": [], "bpe": [options.vocab_size, options.training_megabytes], "hf": [options.pretrained]}[kind]
     sources = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     data = [config.data.text_field, config.data.val_fraction, config.data.encoding_errors]
+    if config.data.encoding != "utf-8":
+        data += ["encoding", config.data.encoding]
     if config.data.format == "chat":  # the template itself is compared by its own hash
         data += ["chat", bool(options.chat_template)]
     return _sha256(json.dumps([FORMAT_VERSION, sources, data, kind, values]))
@@ -196,7 +199,7 @@ def _write_documents(
     log.info(
         "tokens: files %d, documents %s, %.1f MB at %.1f MB/s: %s tokens, %.2f bytes a token, %.1f s%s",
         *(len(corpus.files), f"{n_documents:,}", total_bytes / 1e6, total_bytes / 1e6 / seconds, f"{total:,}"),
-        *(total_bytes / total, seconds, f", {corpus.replaced:,} characters replaced" if corpus.replaced else ""),
+        *(total_bytes / total, seconds, corpus.remarks()),
     )
     return {
         "format": "text",
