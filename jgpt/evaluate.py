@@ -14,6 +14,8 @@ from absl import flags
 
 from jgpt.cli import model_flags
 from jgpt.cli.run import run
+from jgpt.config.check import is_encoding
+from jgpt.config.defaults import KEYS
 
 
 def define_flags() -> None:
@@ -22,9 +24,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("sequence_length", 0, "tokens of a block; 0: as trained, or up to 2048", lower_bound=0)
     flags.DEFINE_string("text_glob", "", "text to measure on: a glob, a directory, or several with commas between")
     flags.DEFINE_string("text_field", "text", "the field that holds the text in .jsonl and .parquet")
-    flags.DEFINE_enum(
-        "encoding_errors", "strict", ["strict", "replace"], "bytes that are not UTF-8: refuse, or put U+FFFD"
-    )
+    data = KEYS["data.encoding"], KEYS["data.encoding_errors"]
+    flags.DEFINE_string("encoding", "utf-8", data[0].reason)
+    flags.register_validator("encoding", is_encoding, "Python knows no such text encoding; for example: gb18030")
+    flags.DEFINE_enum("encoding_errors", "strict", list(data[1].choices), data[1].explained())
     model_flags.define_device()
 
 
@@ -41,7 +44,7 @@ def main() -> None:
     loaded = model_flags.load(args.sequence_length or LONGEST)
     length = block_length(loaded, args.sequence_length)
     if args.text_glob:
-        found = measure_text(loaded, args.text_glob, args.text_field, args.encoding_errors, length)
+        found = measure_text(loaded, args.text_glob, args.text_field, args.encoding, args.encoding_errors, length)
     else:
         found = measure_validation_split(loaded, name, length)
     at_step = "" if loaded.step is None else f" (step {loaded.step})"

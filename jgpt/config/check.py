@@ -5,6 +5,7 @@ Beside the data path: the commands ask before the long work.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -124,11 +125,29 @@ def _tokenizer(config: ConfigDict) -> Iterator[str]:
 
 
 def _names(config: ConfigDict) -> Iterator[str]:
-    """Check that the run directory and the text are named."""
+    """Check that the run directory and the text are named, and that the encoding is one."""
     if not config.out_dir.strip():
         yield "out_dir='': a run writes into a directory of its own; set out_dir='runs/NAME'"
     if not config.data.text_glob.strip():
         yield "data.text_glob='': name the text, a glob or a directory; set data.text_glob='texts/**/*.txt'"
+    if not is_encoding(config.data.encoding):
+        yield (
+            f"data.encoding={config.data.encoding!r}: Python knows no such text encoding; set it to 'utf-8', or one "
+            "of docs.python.org/3/library/codecs.html#standard-encodings"
+        )
+
+
+def is_encoding(name: str) -> bool:
+    """Return whether Python reads text in an encoding of this name.
+
+    >>> is_encoding("gb18030"), is_encoding("utf-9"), is_encoding("rot13"), is_encoding("")
+    (True, False, False, False)
+    """
+    try:
+        b"a".decode(name, "ignore")  # refused for codecs from bytes to bytes, and from text to text
+        return codecs.getincrementaldecoder(name) is not None
+    except (LookupError, ValueError):  # ValueError: a NUL in the name
+        return False
 
 
 def _secrets(config: ConfigDict) -> Iterator[str]:

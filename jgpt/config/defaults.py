@@ -57,10 +57,17 @@ DATA = Group(
         "text_field": Key("text", "the field that holds the text in .jsonl and .parquet"),
         "cache_dir": Key("", "the token directory; '': tokens/ in the run directory"),
         "val_fraction": Key(0.1, "share of the documents (of the tokens, if there are few) held out", 1e-6, 0.5),
+        "encoding": Key(
+            "utf-8", "of the text files, such as 'gb18030', 'cp1252' or 'utf-16'; .parquet is always UTF-8"
+        ),
         "encoding_errors": Key(
             "strict",
-            "what to do with bytes that are not UTF-8",
-            choices={"strict": "refuse them", "replace": "read them as U+FFFD, and count them"},
+            "what to do with bytes that the encoding does not have",
+            choices={
+                "strict": "refuse them",
+                "replace": "read them as U+FFFD, and count them, up to 1% of a file",
+                "replace_any": "the same, however many",
+            },
         ),
     },
 )

@@ -133,7 +133,7 @@ def write_conversations(
         "tokens: files %d, conversations %s, %.1f MB at %.1f MB/s: %s tokens, %.0f%% of them learned, %.1f s%s",
         *(len(corpus.files), f"{n_conversations:,}", text_bytes / 1e6, text_bytes / 1e6 / seconds),
         *(f"{sum(n_words):,}", 100 * sum(n_targets) / sum(n_words), seconds),
-        f", {corpus.replaced:,} characters replaced" if corpus.replaced else "",
+        corpus.remarks(),
     )
     if corpus.unanswered:
         log.warning(

@@ -4,30 +4,36 @@ A document is read in pieces of at most `PIECE_CHARACTERS`, so a text file may h
 is translated, and only a byte order mark is removed. In the data path: after `find_files.py`, before `tokenizer.py`.
 """
 
-import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from jgpt.data.find_files import CORRUPT, decompress
+from jgpt.data.decompress import CORRUPT, decompress
+from jgpt.data.encodings import NotDecodable, decode
+from jgpt.data.find_files import JSON_LINES
+from jgpt.data.first_bytes import HEAD_BYTES
+from jgpt.data.not_text import (
+    REPLACE_HINT,
+    lines_hint,
+    look_at,
+    misnamed_hint,
+    not_decodable,
+    refuse_other_kinds,
+    too_much_replaced,
+)
+from jgpt.data.pieces import Piece, cut
 from jgpt.errors import UserError
 
-PIECE_CHARACTERS = 1 << 18  # small, because tokenizers need about 100 bytes a token while they work
 BATCH_CHARACTERS = 1 << 22  # text that is tokenized at a time: enough for all cores, little memory
+LINE_CHARACTERS = 1 << 28  # of .jsonl: a line must be in memory as a whole, a few times
+MOST_REPLACED = 0.01  # of a file's characters: more is another encoding, and what is left of it is no text
+MOST_BAD_FILES, MOST_BYTES_AFTER = 20, 1 << 30  # after a bad file others are looked for, but not for hours
 Item = TypeVar("Item")
-REPLACE_HINT = "set data.encoding_errors='replace' to read what cannot be decoded as U+FFFD"
-
-
-class Piece(NamedTuple):
-    """A part of a document: text, and whether the document ends with it."""
-
-    text: str
-    ends_document: bool
 
 
 @dataclass
@@ -36,9 +42,15 @@ class Corpus:
 
     files: list[Path]
     text_field: str = "text"
-    encoding_errors: str = "strict"  # or "replace": U+FFFD in the place of what is not UTF-8
+    encoding_errors: str = (
+        "strict"  # or "replace": U+FFFD in the place of what is not text; "replace_any": of any share
+    )
+    encoding: str = field(default="utf-8", kw_only=True)  # any text encoding that Python knows; .parquet is UTF-8
     replaced: int = field(default=0, init=False)  # characters that the last `pieces()` replaced
+    nulls: int = field(default=0, init=False)  # rows without text that the last `pieces()` left out
     bytes_read: int = field(default=0, init=False)  # of `n_bytes`, by the last `pieces()`: for the progress bar
+    _characters: int = field(default=0, init=False)  # that were decoded
+    _undecoded: int = field(default=0, init=False)  # of these, U+FFFD in the place of bytes
 
     @property
     def n_bytes(self) -> int:
@@ -48,59 +60,108 @@ class Corpus:
     def pieces(self, progress: str = "") -> Iterator[Piece]:
         """Yield all documents that are not empty, in pieces; with `progress` as its label, a terminal shows a bar.
 
-        Raises UserError, with the file's name, when a file cannot be read or is not UTF-8.
+        Raises UserError, with the names of the files, when some cannot be read or are not text in `encoding`.
         """
         return self._read(lambda file: chain.from_iterable(map(cut, self._documents(file))), progress)
 
+    def remarks(self) -> str:
+        """Say how much the last `pieces()` replaced and left out, as the end of a line; "" where it is nothing."""
+        counts = {"characters replaced": self.replaced, "rows without text (null) left out": self.nulls}
+        return "".join(f", {n:,} {what}" for what, n in counts.items() if n)
+
     def _read(self, read: Callable[[Path], Iterator[Item]], progress: str) -> Iterator[Item]:
-        self.replaced = self.bytes_read = done = 0
+        self.replaced = self.nulls = self.bytes_read = 0
+        if bad := {file: problem for file in self.files if (problem := look_at(file))}:
+            others = [file for file in self.files if file not in bad]
+            raise self._all_bad(list(bad.values()), others, read)
         hidden = None if progress else True  # None: tqdm shows the bar on terminals only
         with tqdm(total=self.n_bytes, desc=progress, unit="B", unit_scale=True, disable=hidden) as bar:
-            for file in self.files:
+            for i, file in enumerate(self.files):
                 try:
-                    for item in read(file):
+                    for item in self._read_file(file, read):
                         bar.update(self.bytes_read - bar.n)
                         yield item
-                    self.bytes_read = done = done + file.stat().st_size
-                except CORRUPT as error:
-                    raise UserError(
-                        f"{file} cannot be read: {error}. Files must be whole and readable. "
-                        "Replace this one, or leave it out of data.text_glob."
-                    ) from error
+                except UserError as error:
+                    raise self._all_bad([str(error)], self.files[i + 1 :], read) from error
+
+    def _read_file(self, file: Path, read: Callable[[Path], Iterator[Item]]) -> Iterator[Item]:
+        before, undecoded, characters = self.bytes_read, self._undecoded, self._characters
+        try:
+            yield from read(file)
+            self.bytes_read = before + file.stat().st_size
+        except CORRUPT as error:
+            raise UserError(
+                f"{file} cannot be read: {error}. Files must be whole and readable. "
+                f"Replace this one, or leave it out of data.text_glob.{misnamed_hint(file)}"
+            ) from error
+        undecoded, characters = self._undecoded - undecoded, self._characters - characters
+        if self.encoding_errors == "replace" and undecoded > MOST_REPLACED * characters:
+            raise too_much_replaced(file, undecoded, characters, MOST_REPLACED, self.encoding)
+
+    def _all_bad(self, known: list[str], others: list[Path], read: Callable[[Path], Iterator[Any]]) -> UserError:
+        """Make one error of all bad files: read the others for nothing but their problems, as far as that is quick."""
+        problems, n_bytes, n_left = list(known), 0, len(others)
+        for file in others:
+            if n_bytes > MOST_BYTES_AFTER or len(problems) >= MOST_BAD_FILES:
+                break
+            try:
+                n_left -= 1
+                n_bytes += file.stat().st_size if file.exists() else 0
+                for _ in self._read_file(file, read):
+                    pass
+            except UserError as error:
+                problems.append(str(error))
+        if len(problems) == 1 and not n_left:
+            return UserError(problems[0])
+        lines = problems[:MOST_BAD_FILES]
+        if len(problems) > len(lines):
+            lines.append(f"and {len(problems) - len(lines):,} more")
+        if n_left:
+            lines.append(f"{n_left:,} files after these were not looked at")
+        return UserError(f"{len(problems):,} files of data.text_glob cannot be used:\n  - " + "\n  - ".join(lines))
 
     def _documents(self, file: Path) -> Iterator[Iterable[str]]:
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             yield from self._parquet_documents(file)
-        elif file.name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
+        elif file.name.lower().endswith(JSON_LINES):
             yield from self._jsonl_documents(file)
         else:
-            texts = self._decode(self._blocks(file), 0, str(file))
-            yield chain([next(texts, "").removeprefix("\ufeff")], texts)
+            yield self._texts(file)
+
+    def _texts(self, file: Path, by_line: bool = False) -> Iterator[str]:
+        """Yield the text of a file, cut anywhere, without a byte order mark; errors name the line where asked."""
+        texts = self._decode(self._blocks(file), file, by_line)
+        return chain([next(texts, "").removeprefix("\ufeff")], texts)
 
     def _jsonl_records(self, file: Path) -> Iterator[tuple[str, Any]]:
         """Yield each line that is not empty: its place ("FILE, line N"), and its JSON value."""
-        offset = 0
-        for number, line in enumerate(_lines(self._blocks(file)), start=1):
+        for number, line in enumerate(_lines(self._texts(file, by_line=True), file), start=1):
             place = f"{file}, line {number}"
-            text = "".join(self._decode([line], offset, place)).removeprefix("\ufeff")
-            offset += len(line) + 1
+            text = line.removeprefix("\ufeff")  # files that were joined have one inside
             if not text.strip():
                 continue
             try:
                 record = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{place} is not JSON: {error}. A .jsonl file holds one object a line.") from error
+                raise UserError(
+                    f"{place} is not JSON: {error}. A .jsonl file holds one object a line.{lines_hint(text, file)}"
+                ) from error
             yield place, record
 
     def _jsonl_documents(self, file: Path) -> Iterator[list[str]]:
         for place, record in self._jsonl_records(file):
-            if not isinstance(record, dict) or not isinstance(record.get(self.text_field), str):
+            text = record.get(self.text_field, 0) if isinstance(record, dict) else 0
+            if text is None:
+                self.nulls += 1
+            elif isinstance(text, str):
+                yield [self._well_formed(text, place)]
+            else:
                 have = f"has the fields {sorted(record)}" if isinstance(record, dict) else f"is {str(record)[:40]!r}"
+                hint = lines_hint("[", file) if isinstance(record, list) else ""
                 raise UserError(
-                    f"{place} has no text in the field {self.text_field!r}: it {have}. "
-                    "Each line must be an object with a string there. Set data.text_field to the field's name."
+                    f"{place} has no text in the field {self.text_field!r}: it {have}. Each line must be an object "
+                    f"with a string (or null, which is left out) there. Set data.text_field to the field's name.{hint}"
                 )
-            yield [self._well_formed(record[self.text_field], place)]
 
     def _parquet_documents(self, file: Path) -> Iterator[list[str]]:
         try:
@@ -113,16 +174,21 @@ class Corpus:
             with parquet.ParquetFile(file) as table:
                 schema = table.schema_arrow
                 kind = schema.field(self.text_field).type if self.text_field in schema.names else None
-                if kind not in (pyarrow.string(), pyarrow.large_string()):
+                if kind is None or not _is_text(kind):
                     have = ", ".join(f"{column.name} ({column.type})" for column in schema)
                     raise UserError(
                         f"{file} has no text in the column {self.text_field!r}: it has {have}. "
                         "A column of strings is needed. Set data.text_field to its name."
                     )
                 for batch in table.iter_batches(batch_size=256, columns=[self.text_field]):
-                    for value in batch.column(0).cast(pyarrow.large_binary()):
+                    column = batch.column(0)
+                    if isinstance(column, pyarrow.DictionaryArray):
+                        column = column.dictionary_decode()
+                    for value in column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()):
                         if value.is_valid:
-                            yield ["".join(self._decode([value.as_py()], 0, f"{file}, row {row}"))]
+                            yield ["".join(self._decode([value.as_py()], file, row=f", row {row}"))]
+                        else:
+                            self.nulls += 1
                         row += 1
                     self.bytes_read = before + size * row // table.metadata.num_rows
         except pyarrow.ArrowInvalid as error:
@@ -131,27 +197,26 @@ class Corpus:
     def _blocks(self, file: Path) -> Iterator[bytes]:
         before = self.bytes_read
         with file.open("rb") as raw:
-            for block in decompress(file, raw):
+            for i, block in enumerate(decompress(file, raw)):
+                if i == 0:
+                    refuse_other_kinds(file, block[:HEAD_BYTES], self.encoding)
                 self.bytes_read = before + raw.tell()
                 yield block
 
-    def _decode(self, blocks: Iterable[bytes], offset: int, place: str) -> Iterator[str]:
-        """Decode UTF-8 that arrives in blocks, cut anywhere; errors name `place` and count bytes from `offset`."""
-        pending = b""
-        for block in chain(blocks, [b""]):  # blocks are never empty: an empty one marks the end
-            data = pending + block
-            try:
-                text, n_decoded = codecs.utf_8_decode(data, self.encoding_errors, not block)
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{place} is not UTF-8: byte 0x{data[error.start]:02x} at byte offset {offset + error.start} "
-                    f"({error.reason}). Text must be UTF-8. Convert it (iconv -t utf-8), or {REPLACE_HINT}."
-                ) from error
-            if self.encoding_errors == "replace":  # do not count a U+FFFD that is in the file
-                self.replaced += text.count("\ufffd") - data[:n_decoded].count(b"\xef\xbf\xbd")
-            pending, offset = data[n_decoded:], offset + n_decoded
-            if text:
+    def _decode(self, blocks: Iterable[bytes], file: Path, by_line: bool = False, row: str = "") -> Iterator[str]:
+        """Decode bytes that arrive in blocks, cut anywhere; errors name the file, and its line or row."""
+        encoding = "utf-8" if row else self.encoding
+        try:
+            for text in decode(blocks, encoding, self.encoding_errors != "strict", self._count_replaced):
+                self._characters += len(text)
                 yield text
+        except NotDecodable as error:
+            place = f", line {error.line}" if by_line else row
+            raise not_decodable(file, place, error, encoding, in_a_row=bool(row)) from error
+
+    def _count_replaced(self, n: int) -> None:
+        self.replaced += n
+        self._undecoded += n
 
     def _well_formed(self, text: str, place: str) -> str:
         """Refuse or replace half a surrogate pair: JSON can spell it (\\ud800), and UTF-8 cannot hold it."""
@@ -168,6 +233,16 @@ class Corpus:
         return text
 
 
+def _is_text(kind: Any) -> bool:
+    """Return whether a pyarrow type is a string, also one that is stored as a dictionary or a view."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    views = [pyarrow.string_view()] if hasattr(pyarrow, "string_view") else []
+    return kind in (pyarrow.string(), pyarrow.large_string(), *views)
+
+
 def without_surrogates(text: str) -> str:
     r"""Replace each half of a surrogate pair by U+FFFD.
 
@@ -177,43 +252,27 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def cut(texts: Iterable[str]) -> Iterator[Piece]:
-    """Cut one document, given as texts of any length, into pieces; an empty document has none."""
-    rest = ""
-    for text in texts:
-        rest, start = rest + text, 0
-        while len(rest) - start > PIECE_CHARACTERS:
-            end = _cut_before(rest, start, start + PIECE_CHARACTERS)
-            yield Piece(rest[start:end], ends_document=False)
-            start = end
-        rest = rest[start:]
-    if rest:
-        yield Piece(rest, ends_document=True)
+def _lines(texts: Iterable[str], file: Path) -> Iterator[str]:
+    r"""Join text that is cut anywhere to lines, in time that does not grow faster than the text.
 
-
-def _cut_before(text: str, start: int, end: int) -> int:
-    """Find a place to cut, start < place <= end, that changes the ids as little as possible.
-
-    The usual byte-level pre-tokenizers (GPT-2, GPT-4, Llama 3, Qwen) split between a letter or digit and a newline or
-    space, so a cut there leaves the document's ids unchanged. If there is none, cut before a newline; else at the end.
+    >>> list(_lines(["a", "b\nc\n\n", "d"], Path("a.jsonl")))
+    ['ab', 'c', '', 'd']
     """
-    low = max(start, end - (1 << 14))
-    for mark, after_word in (("\n", True), (" ", True), ("\n", False)):
-        at = text.rfind(mark, low, end)
-        while at > low:
-            before = at - text.startswith("\r\n", at - 1)
-            if before > start and (text[before - 1].isalnum() or not after_word):
-                return before
-            at = text.rfind(mark, low, at)
-    return end - text.startswith("\r\n", end - 1)
-
-
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for block in blocks:
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    yield rest
+    parts: list[str] = []
+    n_lines, n_characters = 1, 0
+    for text in texts:
+        first, *others = text.split("\n")
+        parts.append(first)
+        n_characters += len(first)
+        if n_characters > LINE_CHARACTERS:
+            raise UserError(
+                f"{file}, line {n_lines} is longer than {LINE_CHARACTERS:,} characters. A line must fit in memory. "
+                f"Cut it, or save its text as .txt.{lines_hint(parts[0], file)}"
+            )
+        for line in others:
+            yield "".join(parts)
+            parts, n_characters, n_lines = [line], len(line), n_lines + 1
+    yield "".join(parts)
 
 
 def batched_by_characters(items: Iterable[Item], count: Callable[[Item], int]) -> Iterator[list[Item]]:

@@ -7,6 +7,7 @@ opens in `transformers.AutoTokenizer` and gives the same ids there. In the data 
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,11 +22,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jgpt.atomic_write import write_file
 from jgpt.data.corpus import Corpus, without_surrogates
+from jgpt.data.first_bytes import why_unusable
 from jgpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
 MIN_BPE_VOCABULARY = 257  # all bytes and the end-of-text token
+LONGEST_WORD = 512  # bytes, for bpe: no word of a language is as long, and text without spaces is one word
+MOST_NEW = 8_000_000  # bytes of different words to learn merges from: each takes about 80 bytes of memory
+log = logging.getLogger("jgpt")
+_WORDS = re.compile(r"[^\W\d]+|\d+|[^\w\s]+")  # about those of GPT-2's pre-tokenizer, to count them
 
 
 class Tokenizer:
@@ -124,12 +130,31 @@ def make_tokenizer(options: ConfigDict, corpus: Corpus) -> Tokenizer:
 
 
 def _sample(corpus: Corpus, budget: float) -> Iterator[str]:
-    """Yield about `budget` characters of text, spread evenly over a corpus, whether it is compressed or not."""
-    taken, share = 0, budget / max(corpus.n_bytes, 1)
+    """Yield about `budget` characters of text, spread evenly over a corpus, whether it is compressed or not.
+
+    A trainer keeps every different word in memory. Where most words are different (no spaces, Chinese, random data) the
+    sample is smaller, and the log says so; half of `MOST_NEW` is taken as it comes, and half is spread evenly.
+    """
+    taken, n_new, left_out, total = 0, 0, 0, max(corpus.n_bytes, 1)
+    seen: set[int] = set()
     for piece in corpus.pieces("tokenizer"):
-        if taken <= corpus.bytes_read * share:
-            taken += len(piece.text)
-            yield piece.text
+        done = corpus.bytes_read / total
+        if taken > done * budget:
+            continue
+        if n_new > (1 + done) / 2 * MOST_NEW:
+            left_out += len(piece.text)
+            continue
+        new = [word for word in set(_WORDS.findall(piece.text)) if hash(word) not in seen]
+        seen.update(map(hash, new))
+        n_new += sum(len(word.encode("utf-8", "surrogatepass")) for word in new)
+        taken += len(piece.text)
+        yield piece.text
+    if left_out:
+        log.warning(
+            "tokenizer: learned from %.1f MB of text, because nearly all of its words are different: %.1f MB of them, "
+            "and more do not fit in 1 GB of memory",
+            *(taken / 1e6, n_new / 1e6),
+        )
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -142,6 +167,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise UserError(
             f"{directory} holds no complete tokenizer ({type(error).__name__}: {error}). It must have tokenizer.json "
             "and tokenizer_config.json as a run wrote them. Restore them, or delete the directory that holds them."
+            + _what_files_are(directory)
         ) from error
 
 
@@ -168,7 +194,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer with GPT-2's pre-tokenizer (Radford et al. 2019).
 
     Every byte has an id, so any text is encoded and decoded exactly. A small corpus gives fewer ids than `vocab_size`.
-    Raises UserError when `vocab_size` is too small for the bytes.
+    Words are cut after `LONGEST_WORD` bytes, because learning takes time that grows with the square of a word's length.
+    The saved tokenizer.json cuts them as well, so that ids are the same everywhere. Raises UserError when `vocab_size`
+    is too small for the bytes.
     """
     if vocab_size < MIN_BPE_VOCABULARY:
         raise UserError(
@@ -176,7 +204,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"{END_OF_TEXT}. Set it to 4096, or higher for a large corpus."
         )
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # type: ignore[assignment]
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    parts = pre_tokenizers.Split(tokenizers.Regex(rf"[\s\S]{{1,{LONGEST_WORD}}}"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, parts])  # type: ignore[assignment]
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -214,6 +244,7 @@ def load_pretrained(name: str) -> Tokenizer:
             f"tokenizer.pretrained: {name!r} does not open in transformers ({type(error).__name__}: {reason}). It "
             "must be a directory with tokenizer.json, or the name of a public model, which needs internet. Check the "
             "name, or download it and name the directory. Tokenizers with code of their own are never run."
+            + (_what_files_are(Path(directory)) if is_directory else "")
         ) from error
     if not isinstance(pretrained, PreTrainedTokenizerFast):
         raise UserError(
@@ -232,6 +263,12 @@ def load_pretrained(name: str) -> Tokenizer:
             "or name its end-of-text token as eos_token in the directory's tokenizer_config.json."
         )
     return Tokenizer(pretrained.backend_tokenizer.to_str(pretty=True), settings)
+
+
+def _what_files_are(directory: Path) -> str:
+    """Name the files of a tokenizer's directory that are something else, such as git-lfs pointers; "" without one."""
+    files = (directory / name for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return "".join(f" {file}:{reason}" for file in files if (reason := why_unusable(file)))
 
 
 def _tokens_at(encoding: tokenizers.Encoding, places: Sequence[int]) -> list[int] | None:

@@ -81,14 +81,16 @@ def find_text(config: ConfigDict) -> list[Path]:
     """
     try:
         return find_files(config.data.text_glob, "chat" if config.data.format == "chat" else "text")
-    except UserError:
-        directory = token_directory(config)
+    except UserError as error:
+        directory, reason = token_directory(config), str(error).split(". ")[0]
         meta = read_token_meta(directory)
         if meta.get("format_version") != FORMAT_VERSION or meta.get("text_glob") != config.data.text_glob:
             raise
     log.warning(
-        "data.text_glob=%r matches no text here. Going on from its tokens in %s, which were made from %s",
-        *(config.data.text_glob, directory, f"{meta['n_files']:,} files that it matched before"),
+        "%s. Training continues from the tokens in %s, which were made from %s",
+        reason,
+        directory,
+        f"{meta['n_files']:,} files that data.text_glob={config.data.text_glob!r} matched before",
     )
     return []
 
@@ -146,11 +148,12 @@ def _open_corpus(config: ConfigDict, given: Tokenizer | None, files: list[Path])
     """Open the text of a config. Of conversations the template stays empty where a pretrained tokenizer brings it."""
     data, chat = config.data, config.data.format == "chat"
     if not chat:
-        return Corpus(files, data.text_field, data.encoding_errors)
+        return Corpus(files, data.text_field, data.encoding_errors, encoding=data.encoding)
     from_tokenizer = config.tokenizer.kind == "hf" and not given and not config.tokenizer.chat_template
     template = "" if from_tokenizer else _chat_template(config, given)
     # The settings are for a tokenizer that is trained on the rendered text.
-    return ChatCorpus(files, "", data.encoding_errors, template, {"eos_token": END_OF_TEXT})
+    settings = {"eos_token": END_OF_TEXT}
+    return ChatCorpus(files, "", data.encoding_errors, template, settings, encoding=data.encoding)
 
 
 def _chat_template(config: ConfigDict, tokenizer: Tokenizer | None) -> str:
@@ -182,7 +185,8 @@ def _settings(config: ConfigDict) -> str:
     """Hash the config's values that the token files depend on."""
     kind, options = config.tokenizer.kind, config.tokenizer
     values = {"char": [], "bpe": [options.vocab_size, options.training_megabytes], "hf": [options.pretrained]}[kind]
-    data = [config.data.text_field, config.data.val_fraction, config.data.encoding_errors]
+    d = config.data
+    data = [d.text_field, d.val_fraction, d.encoding, d.encoding_errors]
     if config.data.format == "chat":  # the template itself is compared by its own hash
         data += ["chat", bool(options.chat_template)]
     return _sha256(json.dumps([FORMAT_VERSION, data, kind, values]))
@@ -240,7 +244,7 @@ def _write_documents(
     log.info(
         "tokens: files %d, documents %s, %.1f MB at %.1f MB/s: %s tokens, %.2f bytes a token, %.1f s%s",
         *(len(corpus.files), f"{n_documents:,}", total_bytes / 1e6, total_bytes / 1e6 / seconds, f"{total:,}"),
-        *(total_bytes / total, seconds, f", {corpus.replaced:,} characters replaced" if corpus.replaced else ""),
+        *(total_bytes / total, seconds, corpus.remarks()),
     )
     return {
         "format": "text",

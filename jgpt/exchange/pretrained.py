@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 import jgpt
 from jgpt.atomic_write import atomic_directory, write_file
+from jgpt.data.first_bytes import why_unusable
 from jgpt.data.tokenizer import Tokenizer, load_pretrained
 from jgpt.errors import UserError
 from jgpt.exchange.families import ARCHITECTURES, export_family, read_config, write_config
@@ -95,7 +96,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         content, reason = None, str(error)
     if not isinstance(content, dict):
         raise UserError(
-            f"{path} is not a JSON object ({reason}). It must be the file that its publisher wrote. Download it again."
+            f"{path} is not a JSON object ({reason}). It must be the file that its publisher wrote."
+            f"{why_unusable(path) or ' Download it again.'}"
         )
     return content
 

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from jgpt.atomic_write import write_file
+from jgpt.data.first_bytes import why_unusable
 from jgpt.errors import UserError
 from jgpt.exchange.tensors import BUFFERS, Entry, Shape, prefix
 from jgpt.model.precision import DTYPES
@@ -89,7 +90,7 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not an index of safetensors files ({type(error).__name__}: {error}). It must be JSON with a"
-            f" weight_map. {RESTORE}"
+            f" weight_map.{why_unusable(path) or f' {RESTORE}'}"
         ) from None
     if outside:
         raise UserError(
@@ -112,7 +113,7 @@ def _open(path: Path) -> safe_open:
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is not a complete safetensors file ({error}). It must have all bytes that its header describes."
-            f" {RESTORE}"
+            f"{why_unusable(path) or f' {RESTORE}'}"
         ) from None
 
 

@@ -55,9 +55,12 @@ def block_length(loaded: LoadedModel, given: int) -> int:
     return length
 
 
-def measure_text(loaded: LoadedModel, text_glob: str, text_field: str, encoding_errors: str, length: int) -> Measured:
+def measure_text(
+    loaded: LoadedModel, text_glob: str, text_field: str, encoding: str, encoding_errors: str, length: int
+) -> Measured:
     """Measure a model on text files, in blocks of `length` tokens. Raises UserError of the files."""
-    stream = TokenStream(Corpus(find_files(text_glob), text_field, encoding_errors), loaded.tokenizer)
+    corpus = Corpus(find_files(text_glob), text_field, encoding_errors, encoding=encoding)
+    stream = TokenStream(corpus, loaded.tokenizer)
     loss, n_tokens = evaluate_loaded(loaded, _some(blocks(stream, length)), _rows(length), length)
     return Measured(loss, n_tokens, stream.n_bytes, bits_per_byte(loss, n_tokens + 1, stream.n_bytes), stream.unknown)
 

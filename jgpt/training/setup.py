@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jgpt.data.batches import Batch, Batches, ChatBatches, make_batches, validation_blocks
 from jgpt.data.chat_template import render
-from jgpt.data.find_files import PACKED_SUFFIXES
+from jgpt.data.find_files import is_packed
 from jgpt.data.token_files import TokenData
 from jgpt.data.unknown import name_unknown, unknown_characters
 from jgpt.errors import UserError
@@ -33,7 +33,7 @@ log = logging.getLogger("jgpt")
 
 def text_bytes(files: list[Path]) -> int | None:
     """Return the bytes of text in files; None where they are gone or compressed, so that the text may be longer."""
-    if not files or any(file.suffix in PACKED_SUFFIXES for file in files):
+    if not files or any(map(is_packed, files)):
         return None
     return sum(file.stat().st_size for file in files)
 

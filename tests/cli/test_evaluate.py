@@ -107,5 +107,10 @@ def test_tokens_of_another_tokenizer_are_not_measured(command, own_run, tiny, tm
 
 def test_bytes_that_are_not_utf8_can_be_replaced(command, trained, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9 au lait")
-    arguments = [f"--run_dir={trained}", f"--text_glob={tmp_path}/bad.txt", "--encoding_errors=replace"]
+    arguments = [f"--run_dir={trained}", f"--text_glob={tmp_path}/bad.txt", "--encoding_errors=replace_any"]
     assert numbers(command("evaluate", *arguments))["tokens"] == 12
+    assert numbers(command("evaluate", *arguments[:2], "--encoding=cp1252"))["tokens"] == 12
+    refused(
+        command("evaluate", *arguments[:2], "--encoding=cp125"),
+        "--encoding='cp125': it must be another value, such as utf-8",
+    )

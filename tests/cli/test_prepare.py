@@ -70,7 +70,10 @@ def test_text_that_is_not_utf8_is_named_or_replaced(command, tiny, tmp_path):
     before = state(tmp_path / "run" / "tokens")
     refused(command("prepare", *tiny, glob), f"{tmp_path}/more.txt is not UTF-8: byte 0xe9 at byte offset 3", "replace")
     assert state(tmp_path / "run" / "tokens") == before
-    result = command("prepare", *tiny, glob, "--config.data.encoding_errors=replace")
+    refused(command("prepare", *tiny, glob, "--config.data.encoding_errors=replace"), "100 of 550 char", "replace_any")
+    assert command("prepare", *tiny, glob, "--config.data.encoding=cp1252").code == 0
+    assert "é" in (tmp_path / "run" / "tokens" / "tokenizer" / "tokenizer.json").read_text()
+    result = command("prepare", *tiny, glob, "--config.data.encoding_errors=replace_any")
     assert result.code == 0 and "100 characters replaced" in result.out
     assert json.loads((tmp_path / "run" / "tokens" / "meta.json").read_text())["replaced_characters"] == 100
 
@@ -82,7 +85,7 @@ def test_text_that_is_not_utf8_is_named_or_replaced(command, tiny, tmp_path):
         ("a.jsonl", '{"text": "a"}\n{"body": "b"}\n', ["a.jsonl, line 2", "'body'", "Set data.text_field to"]),
         ("b.jsonl", "not json\n", ["b.jsonl, line 1 is not JSON"]),
         ("c.txt.gz", "not compressed", ["c.txt.gz cannot be read"]),
-        ("d.pdf", "x", ["matches only files that are not text (.pdf)", "Supported are .txt"]),
+        ("d.pdf", "%PDF-1.7", ["d.pdf is not text: it is a PDF", "pdftotext"]),
     ],
 )
 def test_text_that_cannot_be_used(command, tiny, tmp_path, name, content, parts):

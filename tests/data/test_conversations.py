@@ -186,7 +186,9 @@ def test_compressed_files_and_only_jsonl_of_a_folder(tmp_path: Path) -> None:
     config.data.text_glob = str(folder)
     assert prepare(config).meta["train_sha256"] == expected
     config.data.text_glob = str(folder / "README.md")
-    with pytest.raises(UserError, match=r"only files that are not .jsonl \(.md\).*Supported are .jsonl, also with .gz"):
+    with pytest.raises(
+        UserError, match=r"only files that are not .jsonl \(.md\).*Supported are .jsonl or .ndjson, also with .gz"
+    ):
         prepare(config)
 
 

@@ -404,7 +404,7 @@ def test_replaced_characters_are_reported(tmp_path: Path, caplog: pytest.LogCapt
     (tmp_path / "texts" / "latin.txt").write_bytes("café ".encode("latin-1") * 1234)
     with pytest.raises(UserError, match=r"latin.txt is not UTF-8: .* byte offset 3 "):
         prepare(config)
-    config.data.encoding_errors = "replace"
+    config.data.encoding_errors = "replace_any"
     with caplog.at_level("INFO", "jgpt"):
         assert prepare(config).meta["replaced_characters"] == 1234
     assert "files 41, documents 41" in caplog.text and "1,234 characters replaced" in caplog.text

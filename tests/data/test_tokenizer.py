@@ -10,8 +10,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from jgpt.data import tokenizer as tokenizer_module
 from jgpt.data.corpus import Corpus
-from jgpt.data.tokenizer import Tokenizer, _sample, load_pretrained, load_tokenizer, train_bpe, train_char
+from jgpt.data.tokenizer import LONGEST_WORD, Tokenizer, _sample, load_pretrained, load_tokenizer, train_bpe, train_char
 from jgpt.errors import UserError
 
 CORPUS = [
@@ -190,6 +191,44 @@ def test_bpe_is_deterministic_and_as_large_as_asked() -> None:
         train_bpe(CORPUS, 256)
 
 
+def test_long_words_are_cut_where_they_are_learned_and_where_they_are_encoded(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    dna = "".join(random.Random(0).choices("ACGT", k=200_000))
+    bpe = train_bpe([dna, "漢字🙂" * 500, *CORPUS], 2000)
+    assert bpe.vocab_size == 2000
+    bpe.save(tmp_path, 77)
+    auto = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+    for text in (dna[:5000], "x" * 511, "x" * 513, "漢" * 1000, "a🙂" * 400, f"{CORPUS[0]}{dna[:1025]} {CORPUS[1]}"):
+        ids = bpe.encode(text)
+        assert ids.tolist() == auto.encode(text, add_special_tokens=False)
+        assert bpe.decode(ids) == text
+    assert bpe.backend.pre_tokenizer is not None
+    words = bpe.backend.pre_tokenizer.pre_tokenize_str(f"one two {dna}")
+    assert [len(word) for word, _ in words[:3]] == [3, 4, 512] and max(len(word) for word, _ in words) == LONGEST_WORD
+    # A word that is not long has the ids that it had without the bound.
+    plain = tokenizers.Tokenizer.from_str(bpe.tokenizer_json)
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    for text in [*CORPUS[:2], *map(nasty, range(3))]:
+        assert plain.encode(text).ids == bpe.encode(text).tolist()
+
+
+def test_text_whose_words_are_all_different_is_learned_from_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tokenizer_module, "MOST_NEW", 40_000)
+    rng = random.Random(0)
+    for i in range(100):
+        (tmp_path / f"{i:02}.txt").write_text(f"{i:02}" + "".join(rng.choices("ACGT", k=2000)))
+    corpus = Corpus(sorted(tmp_path.iterdir()))
+    chosen = [int(text[:2]) for text in _sample(corpus, 1e9)]
+    assert 18 <= len(chosen) <= 22 and chosen[:10] == list(range(10)) and chosen[-1] >= 90
+    assert "tokenizer: learned from 0.0 MB of text, because nearly all of its words are different" in caplog.text
+    for i in range(100):
+        (tmp_path / f"{i:02}.txt").write_text(f"{i:02} " + "the same words again and again " * 70)
+    assert len(list(_sample(corpus, 1e9))) == 100
+
+
 def test_char_ids_are_sorted_characters() -> None:
     char = train_char(["ba", "🙂\n", "\ud800"])
     assert char.vocab_size == 6 and char.eot_id == 5
@@ -242,6 +281,14 @@ def test_bad_pretrained_names_are_answered(tmp_path: Path, monkeypatch: pytest.M
     (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(UserError, match="has no eos_token"):
         load_pretrained(str(directory))
+
+
+def test_a_pointer_in_the_place_of_a_tokenizer_is_named(tmp_path: Path) -> None:
+    directory = pretrained_like(tmp_path / "gpt2", "gpt2")
+    (directory / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    for opening in (lambda: load_pretrained(str(directory)), lambda: load_tokenizer(directory)):
+        with pytest.raises(UserError, match=r"gpt2/tokenizer.json: It is a git-lfs pointer.*cd .*gpt2 && git lfs pull"):
+            opening()
 
 
 def test_a_saved_tokenizer_that_is_not_whole_is_answered(tmp_path: Path) -> None:

@@ -161,6 +161,10 @@ def test_a_file_that_is_not_whole(tmp_path):
     for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:9], b"", whole + b"x", b"version https://git-lfs..."):
         path.write_bytes(damaged)
         refused(tmp_path, f"{path} is not a complete safetensors file", "Download it again")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    refused(tmp_path, "is not a complete safetensors", "It is a git-lfs pointer", f"cd {tmp_path} && git lfs pull")
+    path.write_text("<!DOCTYPE html><title>Sign in</title>" + "x" * 99)
+    refused(tmp_path, "is not a complete safetensors", "It is a web page")
     header = {
         "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
         "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
