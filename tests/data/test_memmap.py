@@ -340,7 +340,7 @@ def test_complete_tokens_stand_in_for_text_that_is_gone(
     config.data.cache_dir = str(tmp_path / "there")
     again = prepare(config)
     assert np.array_equal(again.train, first.train) and np.array_equal(again.val, first.val)
-    assert "matches no text here. Going on from its tokens in" in caplog.text and "from 40 files" in caplog.text
+    assert "Training continues from the tokens in" in caplog.text and "from 40 files" in caplog.text
     prepare(config, tmp_path / "there" / "tokenizer")  # a run that goes on
     with pytest.raises(UserError, match="cannot serve instead: they were made with other settings"):
         config.data.val_fraction = 0.3
