@@ -22,7 +22,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, from_step: int):
         lines = _read_lines(path)
-        kept = [line for line in lines if (record := _parse(line)) and record.get("step", 0) <= from_step]
+        kept = [line for line in lines if (record := _parse(line)) and record["step"] <= from_step]
         if kept != lines:
             write_file(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8", newline="")
@@ -50,12 +50,16 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """Return the record, or None for a line that a kill or a full disk has torn (a line without its end is one)."""
+    """Return the record, or None for a line that a kill or a full disk has torn (a line without its end is one).
+
+    A record has a step, a whole number; what has none was not written by a run.
+    """
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and line.endswith("\n") else None
+    whole = isinstance(record, dict) and type(record.get("step")) is int and line.endswith("\n")
+    return record if whole else None
 
 
 def _plain(value: Any) -> int | float | str | None:
@@ -68,7 +72,7 @@ def _plain(value: Any) -> int | float | str | None:
 
 def best_validation(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the record with the lowest validation loss."""
-    evaluated = [record for record in records if record.get("val_loss") is not None]
+    evaluated = [record for record in records if isinstance(record.get("val_loss"), int | float)]
     return min(evaluated, key=lambda record: record["val_loss"], default=None)
 
 
