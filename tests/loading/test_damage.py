@@ -148,7 +148,7 @@ def test_each_command_gives_the_same_verdict(
         with pytest.raises(UserError):
             export_run(str(run), tmp_path / "exported", step=None, base="", dtype="auto")
         assert not (tmp_path / "exported").exists()
-        if trains > 0:  # the damaged one is never loaded in silence, nor is another in its place: the message names that
+        if trains > 0:  # never another step in silence: the message names it
             assert "checkpoint 4" in str(refused.value) and "--step: [2]" in str(refused.value)
             load_params(open_source(str(run), step=2), np.float32, lambda path, array: array)
 
