@@ -263,7 +263,13 @@ def save_params(
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
     path.touch()
     mode = path.stat().st_mode  # safetensors would make the file readable by its owner only
-    save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without it
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without it
+    except SafetensorError as error:  # in place of an OSError
+        raise UserError(
+            f"{path} could not be written: {error}. Make room, or name a directory on another disk, then run the same"
+            " command again."
+        ) from error
     path.chmod(mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -11,8 +11,7 @@ from jgpt.config.defaults import default_config, flatten
 from jgpt.errors import UserError
 from jgpt.loading.source import Source, is_run, local_directory, open_source
 from jgpt.run_dir.identity import read_config
-from jgpt.run_dir.manifest import whole_steps
-from jgpt.run_dir.params import read_meta
+from jgpt.run_dir.manifest import newest_meta, whole_steps
 
 
 def adopt_source(config: ConfigDict, run_dir: Path) -> tuple[ConfigDict, Source | None]:
@@ -30,7 +29,7 @@ def adopt_source(config: ConfigDict, run_dir: Path) -> tuple[ConfigDict, Source 
     begun = (run_dir / "config.json").is_file() and bool(whole_steps(run_dir / "checkpoints"))
     theirs, source = read_config(run_dir) if begun else None, None
     if theirs is None or config.lora.rank or theirs.init_from != config.init_from:
-        source = open_source(config.init_from, fingerprint=_began_from(run_dir) if begun else "")
+        source = open_source(config.init_from, fingerprint=_began_from(run_dir / "checkpoints") if begun else "")
     if theirs is None:
         assert source is not None
         theirs = source.config
@@ -48,14 +47,9 @@ def adopt_source(config: ConfigDict, run_dir: Path) -> tuple[ConfigDict, Source 
     return config.lock(), source
 
 
-def _began_from(run_dir: Path) -> str:
+def _began_from(checkpoints: Path) -> str:
     """Return the fingerprint of the model that a run began from; "" where no checkpoint says."""
-    for step in reversed(whole_steps(run_dir / "checkpoints")):
-        try:
-            return read_meta(run_dir / "checkpoints" / str(step)).get("base") or ""
-        except (OSError, ValueError):  # a damaged one, which restoring passes over as well
-            continue
-    return ""
+    return newest_meta(checkpoints, whole_steps(checkpoints)).get("base") or ""
 
 
 def _check_against(config: ConfigDict, theirs: ConfigDict) -> None:

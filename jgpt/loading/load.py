@@ -91,6 +91,10 @@ def import_model(pretrained: Pretrained, run_dir: Path, params: str) -> None:
         source.tokenizer.save(directory / "tokenizer", source.shapes.context_length)
         write_identity(directory, config)
         tree = load_params(source, DTYPES[params], lambda path, array: array)
-        save_params(
-            directory / "checkpoints", 0, tree, {"step": 0, "val_loss": None, "stop_ids": list(source.stop_ids)}
-        )
+        meta = {
+            "step": 0,
+            "val_loss": None,
+            "stop_ids": list(source.stop_ids),
+            "tokenizer_sha256": source.tokenizer.sha256,
+        }
+        save_params(directory / "checkpoints", 0, tree, meta)

@@ -21,9 +21,9 @@ from jgpt.exchange.pretrained import Pretrained, open_pretrained
 from jgpt.model.lora import lora_config, merge
 from jgpt.model.parameters import abstract_adapters, abstract_stored
 from jgpt.model.shapes import ModelConfig, model_config
-from jgpt.run_dir.identity import read_config
-from jgpt.run_dir.manifest import whole_steps
-from jgpt.run_dir.params import read_meta, restore_params
+from jgpt.run_dir.identity import check_tokenizer, read_config
+from jgpt.run_dir.manifest import read_meta, whole_steps
+from jgpt.run_dir.params import restore_params
 
 Place = Callable[[tuple[str, ...], np.ndarray], Any]  # (a parameter's keys in the tree, its values) -> where it belongs
 EDGE = 1 << 20  # bytes of a file's beginning and of its end that a fingerprint reads
@@ -75,7 +75,7 @@ def open_source(name: str, step: int | None = None, fingerprint: str = "", base:
     if step is not None:
         raise UserError(f"a step was given, and {name} is no run directory, which alone has several. Leave it out.")
     source = describe(open_pretrained(locate(name)))
-    _same_files(source, fingerprint)
+    _same_files(source.directory, source.fingerprint, fingerprint)
     return source
 
 
@@ -94,9 +94,11 @@ def _open_run(run_dir: Path, step: int | None, fingerprint: str, base: str) -> S
     prints = {n: hashlib.sha256((checkpoints / f"{n}.sha256").read_bytes()).hexdigest() for n in steps}
     with_print = [n for n in steps if prints[n] == fingerprint]
     step = step if step is not None else with_print[0] if with_print else steps[-1]
+    _same_files(run_dir, prints[step], fingerprint)
+    meta = read_meta(checkpoints, step)
+    check_tokenizer(run_dir / "tokenizer", step, meta)
     config, tokenizer = read_config(run_dir), load_tokenizer(run_dir / "tokenizer")
-    meta = read_meta(checkpoints / str(step))
-    source = Source(
+    return Source(
         directory=run_dir,
         config=config,
         shapes=model_config(config.model, tokenizer.vocab_size),
@@ -105,10 +107,8 @@ def _open_run(run_dir: Path, step: int | None, fingerprint: str, base: str) -> S
         fingerprint=prints[step],
         step=step,
         val_loss=meta.get("val_loss"),
-        base=_open_base(run_dir, config.init_from, meta["base"], base) if config.lora.rank else None,
+        base=_open_base(run_dir, config.init_from, meta.get("base") or "", base) if config.lora.rank else None,
     )
-    _same_files(source, fingerprint)
-    return source
 
 
 def _open_base(run_dir: Path, init_from: str, fingerprint: str, base: str) -> Source:
@@ -121,10 +121,10 @@ def _open_base(run_dir: Path, init_from: str, fingerprint: str, base: str) -> So
         ) from None
 
 
-def _same_files(source: Source, fingerprint: str) -> None:
-    if fingerprint and source.fingerprint != fingerprint:
+def _same_files(directory: Path, found: str, expected: str) -> None:
+    if expected and found != expected:
         raise UserError(
-            f"{source.directory} holds another model than the one that this run began from: its files differ. Only that"
+            f"{directory} holds another model than the one that this run began from: its files differ. Only that"
             " one will do. Name the directory where it is."
         )
 

@@ -19,11 +19,11 @@ import orbax.checkpoint as ocp
 
 from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
-from jgpt.run_dir.disk import check_room, room
-from jgpt.run_dir.manifest import digest, verify, whole_steps
-from jgpt.run_dir.params import val_loss_of
+from jgpt.run_dir.disk import cannot_write, check_room, remove_unfinished, room, silence_orbax
+from jgpt.run_dir.manifest import digest, read_meta, steps_without_manifest, val_loss_of, verify, whole_steps
 from jgpt.step.state import TrainState, tree_bytes
 
+DELETED = ".deleted-"  # the start of the name of a step that is being deleted
 SAVE_BYTES_PER_SECOND = 50e6  # until a save was timed: a slow disk, which is written, and read again for the manifest
 log = logging.getLogger("jgpt")
 
@@ -49,7 +49,11 @@ class Checkpoints:
         self._on_saved = on_saved
         self._finishing: threading.Thread | None = None
         self._error: Exception | None = None
+        self._failed = False  # a save failed, and it was said
         self._damaged: set[int] = set()  # steps that restore passed over: in the way of what is saved from now on
+        silence_orbax()
+        for leftover in self.directory.glob(f"{DELETED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
             create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
@@ -109,17 +113,13 @@ class Checkpoints:
             self._finishing.join()
             self._finishing = None
         if self._error is not None:
-            error, self._error = self._error, None
-            for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(partial, ignore_errors=True)
+            error, self._error, self._failed = self._error, None, True
+            remove_unfinished(self.directory)
             if isinstance(error, MemoryError):
                 raise error
-            free = shutil.disk_usage(self.directory.parent).free / 1e9
-            reason = (str(error) or type(error).__name__).splitlines()[0][:300]
             raise UserError(
-                f"a checkpoint could not be written to {self.directory} ({free:.2f} GB free): {reason}. Earlier "
-                "checkpoints are whole. Make room (a smaller --config.checkpoint.keep_last, another "
-                "--config.out_dir), then run the same command again."
+                f"{cannot_write(self.directory, error)} Earlier checkpoints are whole. Make room (a smaller"
+                " --config.checkpoint.keep_last, another --config.out_dir), then run the same command again."
             ) from error
 
     def close(self) -> None:
@@ -127,7 +127,11 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            try:
+                self._manager.close()
+            except Exception:  # Orbax raises the error of a failed save again, which `wait` has raised before
+                if not self._failed:
+                    raise
 
     def manifest(self, step: int) -> Path:
         """Return where a step's manifest is."""
@@ -140,26 +144,27 @@ class Checkpoints:
     def _prune(self) -> None:
         steps = [step for step in self.steps() if step not in self._damaged]
         keep = {*steps[-self.keep_last :], *self._best(steps)}
-        for step in self._present() - keep:  # those no longer wanted, cut off or damaged
+        for step in {*self.steps(), *self._cut_off(), *self._damaged} - keep:
             self._delete(step)
+
+    def _cut_off(self) -> list[int]:
+        """Return the step that a killed process left without a manifest; where there are more, nobody judged them."""
+        without = steps_without_manifest(self.directory)
+        return without if len(without) == 1 else []
 
     def _best(self, steps: list[int]) -> list[int]:
         """Return the one of these steps that `keep_best` keeps, where there is one."""
-        losses = {step: val_loss_of(self.directory / str(step)) for step in steps} if self.keep_best else {}
+        losses = {step: val_loss_of(self.directory, step) for step in steps} if self.keep_best else {}
         best = min(losses, key=lambda step: losses[step], default=None)
         return [best] if best is not None and losses[best] < math.inf else []
-
-    def _present(self) -> set[int]:
-        """Return every step that has a directory, whole or not."""
-        return {int(path.name) for path in self.directory.iterdir() if path.name.isdigit()}
 
     def _make_room(self, n_bytes: int) -> None:
         """Delete, while a save of so many bytes would not fit: what is not whole, then the oldest, last the best one.
 
-        The newest whole one always stays.
+        The newest whole one always stays, and what was not judged.
         """
         whole = [step for step in self.steps() if step not in self._damaged]
-        spare = sorted(self._present() - set(whole)) + whole[:-1]
+        spare = sorted({*self._cut_off(), *self._damaged}) + whole[:-1]
         best = self._best(whole)
         spare.sort(key=lambda step: (step in whole, step in best))
         run_dir = self.directory.parent
@@ -171,9 +176,15 @@ class Checkpoints:
         check_room(run_dir, n_bytes, self.disk_gb)
 
     def _delete(self, step: int) -> None:
-        self.manifest(step).unlink(missing_ok=True)  # first: what is half deleted is never whole
-        if (self.directory / str(step)).exists():
-            self._manager.delete(step)
+        path, manifest = self.directory / str(step), self.manifest(step)
+        if path.exists():  # renamed first: a half-deleted step is never taken for a step
+            gone = path.rename(self.directory / f"{DELETED}{step}")
+            shutil.rmtree(gone)
+            self._manager.reload()
+        if manifest.is_dir() and not manifest.is_symlink():
+            shutil.rmtree(manifest)
+        else:
+            manifest.unlink(missing_ok=True)
         self._damaged.discard(step)
 
     def restore(self, abstract: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -181,8 +192,14 @@ class Checkpoints:
 
         `abstract` are its shapes, `shardings` say where each of its arrays is to lie.
 
-        A damaged one is named and passed over. Raises UserError when there are some and none is whole.
+        A damaged one is named and passed over. Raises UserError when there are some and none is whole, and when the
+        newest whole one is of another model.
         """
+        placed = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
+        )
+        for step in self._cut_off():
+            log.warning("checkpoint %d has no manifest: it was cut off while it was saved, and is passed over", step)
         steps = self.steps()[::-1]
         for step in steps:
             damage = verify(self.directory, step)
@@ -190,25 +207,20 @@ class Checkpoints:
                 log.warning("checkpoint %d is damaged and passed over: %s", step, damage)
                 self._damaged.add(step)
                 continue
-            placed = jax.tree.map(
-                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
+            args = ocp.args.Composite(
+                params=ocp.args.StandardRestore(placed.params),  # pyright: ignore[reportCallIssue]
+                training=ocp.args.StandardRestore(placed._replace(params={})._asdict()),  # pyright: ignore[reportCallIssue]
             )
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(placed.params),  # pyright: ignore[reportCallIssue]
-                    training=ocp.args.StandardRestore(placed._replace(params={})._asdict()),  # pyright: ignore[reportCallIssue]
-                    meta=ocp.args.JsonRestore(),
-                ),
-            )
+            try:
+                restored = self._manager.restore(step, args=args)
+            except ValueError as error:  # its files are what was saved, so they were saved for other shapes
+                raise UserError(
+                    f"checkpoint {step} in {self.directory} does not fit the model that config.json and the tokenizer"
+                    f" of its run describe: {str(error).splitlines()[0][:200]} Put back the files that the run wrote,"
+                    " or set another --config.out_dir. Its checkpoints were not changed."
+                ) from error
             state = TrainState(**restored.training)._replace(params=restored.params)
-            return state, restored.meta
-        without = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
-        if without and not steps:
-            log.warning(
-                "checkpoints %s have no manifest (STEP.sha256): cut off while they were saved; starting from step 0",
-                without,
-            )
+            return state, read_meta(self.directory, step)
         if steps:
             raise UserError(
                 f"{self.directory} holds checkpoints, and none is whole. Nothing was changed. Allowed: a run directory "

@@ -3,6 +3,8 @@
 Beside the data path: `setup.py` asks before the first step, `checkpoint.py` before each save.
 """
 
+import errno
+import logging
 import os
 import shutil
 from contextlib import suppress
@@ -27,6 +29,30 @@ def room(run_dir: Path, disk_gb: float) -> int:
     """Return the bytes that a checkpoint may take now: what is free, and what is left of `disk_gb` (0: no budget)."""
     free = shutil.disk_usage(run_dir).free
     return min(free, int(disk_gb * 1e9) - SMALL_FILES - bytes_below(run_dir)) if disk_gb else free
+
+
+def cannot_write(directory: Path, error: BaseException) -> str:
+    """Say that a checkpoint could not be written to `directory`, why, and how much of its disk is free."""
+    free = shutil.disk_usage(directory.parent).free / 1e9
+    reason = (str(error) or type(error).__name__).splitlines()[0][:300].removesuffix(".")
+    full = os.strerror(errno.ENOSPC)
+    reason = full if full in str(error) else reason  # tensorstore says so at the end of a long line
+    return f"a checkpoint could not be written to {directory} ({free:.2f} GB free): {reason}."
+
+
+def silence_orbax() -> None:
+    """Keep what Orbax logs off the terminal: it raises every error as well, once, and we say it in one message."""
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Remove what a save that failed has left in a directory of checkpoints; nobody may be writing there now."""
+    for partial in checkpoints.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_room(run_dir: Path, n_bytes: int, disk_gb: float) -> None:

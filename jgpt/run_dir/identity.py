@@ -3,6 +3,7 @@
 Beside the data path: the loop opens it first and closes it last.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -22,7 +23,8 @@ from jgpt.errors import UserError
 from jgpt.file_lock import HeldElsewhere, hold
 from jgpt.hardware.devices import local_devices
 from jgpt.redaction import redact_values
-from jgpt.run_dir.manifest import whole_steps
+from jgpt.run_dir.manifest import is_imported, newest_meta, steps_without_manifest, whole_steps
+from jgpt.run_dir.metrics_file import read_metrics
 
 log = logging.getLogger("jgpt")
 
@@ -55,7 +57,11 @@ def open_run_dir(out_dir: str) -> Iterator[Path]:
 
 
 def look_for_run(run_dir: Path, config: ConfigDict) -> bool:
-    """Tell whether `run_dir` holds a run to go on with; raise UserError where checkpoint.resume or that run forbids."""
+    """Tell whether `run_dir` holds a run to go on with; raise UserError where checkpoint.resume or that run forbids.
+
+    Also where the checkpoints that it had are gone, and where its tokenizer is another one: going on, or beginning
+    again, would overwrite what is left of it.
+    """
     resume, parts = config.checkpoint.resume, [run_dir / "config.json", run_dir / "tokenizer" / "tokenizer.json"]
     found = all(part.is_file() for part in parts)
     if not found and whole_steps(run_dir / "checkpoints"):
@@ -64,7 +70,9 @@ def look_for_run(run_dir: Path, config: ConfigDict) -> bool:
             f"{run_dir} holds checkpoints, but not {missing}: without it they cannot be read as they were meant. Put it"
             " back, or set another --config.out_dir; nothing was changed."
         )
-    steps = whole_steps(run_dir / "checkpoints")
+    checkpoints = run_dir / "checkpoints"
+    steps = whole_steps(checkpoints)
+    _check_manifests(checkpoints)
     if resume == "must" and not (found and steps):
         raise UserError(
             f"checkpoint.resume='must', and {run_dir} holds no run that has saved a checkpoint. Name the out_dir of"
@@ -75,15 +83,58 @@ def look_for_run(run_dir: Path, config: ConfigDict) -> bool:
             f"checkpoint.resume='never', and {run_dir} holds a run, which a start from step 0 would overwrite. Set"
             " another --config.out_dir, or remove that directory yourself."
         )
-    if steps and not (run_dir / "checkpoints" / str(steps[-1]) / "training").is_dir():
+    if found and not steps:
+        _check_never_saved(run_dir)
+    if steps and is_imported(checkpoints, steps[-1]):
         raise UserError(
             f"{run_dir} holds an imported model: its checkpoint has no optimizer state to go on with. A training run"
             f" has a directory of its own. Set --config.init_from={run_dir} and another --config.out_dir."
         )
     if found:
+        check_tokenizer(run_dir / "tokenizer", steps[-1] if steps else 0, newest_meta(checkpoints, steps))
         for change in check_same_run(run_dir, config):
             log.info("changed since this run was last started: %s", change)
     return found
+
+
+def _check_manifests(checkpoints: Path) -> None:
+    """Refuse steps whose manifests somebody removed: a run that was killed while it saved leaves one at most."""
+    without = steps_without_manifest(checkpoints)
+    if len(without) > 1:
+        raise UserError(
+            f"{checkpoints} holds steps {', '.join(map(str, without))} without their manifests (STEP.sha256), so that"
+            " nothing tells whether they are whole, and going on would delete them. A run that is killed while it saves"
+            " leaves one such step at most. Put the manifests back. Where you are sure of a step, make its manifest: cd"
+            f" {checkpoints} && find {without[-1]} -type f -exec sha256sum {{}} + > {without[-1]}.sha256. Or remove the"
+            " folders of these steps, or set another --config.out_dir. Nothing was changed."
+        )
+
+
+def _check_never_saved(run_dir: Path) -> None:
+    """Refuse to begin a run again that has no checkpoint left, though its metrics reach beyond its second save.
+
+    A save waits until the one before it is whole: such a run had one, unless it diverged before.
+    """
+    last = max((record["step"] for record in read_metrics(run_dir / "metrics.jsonl")), default=0)
+    every = read_config(run_dir).checkpoint.every_steps
+    if last > 2 * every:
+        raise UserError(
+            f"{run_dir} holds a run that reached step {last} (metrics.jsonl) with checkpoint.every_steps={every}, and"
+            " no checkpoint with a manifest (STEP.sha256). A start from step 0 would overwrite what is left of it. Put"
+            " the checkpoints and their manifests back. To begin again from step 0 (a run that diverged early has no"
+            f" checkpoint), remove {run_dir / 'metrics.jsonl'}, or set another --config.out_dir. Nothing was changed."
+        )
+
+
+def check_tokenizer(directory: Path, step: int, meta: dict[str, Any]) -> None:
+    """Raise UserError where a run's tokenizer is not the one that the checkpoint at `step` was trained with."""
+    expected, path = meta.get("tokenizer_sha256"), directory / "tokenizer.json"
+    if expected and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        raise UserError(
+            f"{path} is not the tokenizer that checkpoint {step} of this run was trained with: its sha256 is not"
+            f" {expected}. With another one the model reads and writes other text. Put back the file that the run"
+            " wrote, or name another run; nothing was changed."
+        )
 
 
 def check_same_run(run_dir: Path, config: ConfigDict) -> list[str]:

@@ -82,7 +82,7 @@ def _plain(value: Any) -> int | float | None:
 
 def best_validation(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the record with the lowest validation loss."""
-    evaluated = [record for record in records if record.get("val_loss") is not None]
+    evaluated = [record for record in records if isinstance(record.get("val_loss"), int | float)]
     return min(evaluated, key=lambda record: record["val_loss"], default=None)
 
 

@@ -1,10 +1,10 @@
-"""Parameters alone, in and out of a checkpoint, and the JSON that goes with them.
+"""Parameters alone, in and out of a checkpoint.
 
 Beside the data path: what `loading/` reads a run's model with, and an import writes.
 """
 
-import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,24 @@ import orbax.checkpoint as ocp
 
 from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
-from jgpt.run_dir.manifest import digest, verify, whole_steps
-
-
-def read_meta(step_directory: Path) -> dict[str, Any]:
-    """Read the JSON that a checkpoint carries: step, tokens, val_loss and what the run was."""
-    handler = ocp.Checkpointer(ocp.JsonCheckpointHandler())
-    return handler.restore(step_directory / "meta")
-
-
-def val_loss_of(step_directory: Path) -> float:
-    """Return a checkpoint's validation loss; infinity where it has none, or is too damaged to say."""
-    try:
-        loss = read_meta(step_directory).get("val_loss")
-    except (OSError, ValueError):
-        return math.inf
-    return math.inf if loss is None or math.isnan(loss) else loss
+from jgpt.run_dir.disk import cannot_write, remove_unfinished, silence_orbax
+from jgpt.run_dir.manifest import check_whole, digest, verify
 
 
 def save_params(directory: Path, step: int, params: Any, meta: dict[str, Any]) -> None:
-    """Write a checkpoint of parameters alone (numpy arrays) and its `meta` (JSON): one to begin from, not to go on."""
+    """Write a checkpoint of parameters alone (numpy arrays) and its `meta` (JSON): one to begin from, not to go on.
+
+    Raises UserError where it cannot be written (a full disk); nothing of it is left then.
+    """
     args = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))  # pyright: ignore[reportCallIssue]
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(directory / str(step), args=args, force=True)
-    write_file(directory / f"{step}.sha256", digest(directory / str(step)))
+    silence_orbax()
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(directory / str(step), args=args, force=True)
+        write_file(directory / f"{step}.sha256", digest(directory / str(step)))
+    except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors
+        remove_unfinished(directory)
+        raise UserError(f"{cannot_write(directory, error)} Make room, then run the same command again.") from error
 
 
 def restore_params(
@@ -46,12 +40,9 @@ def restore_params(
     """Restore the parameters of a step alone, verified, in the dtypes of `abstract`.
 
     Each goes through `place(path, array)`, `path` its keys in the tree; no more than one layer waits on the host.
+    Raises UserError where the step is damaged, or its parameters have other shapes.
     """
-    damage = verify(directory, step)
-    if damage:
-        others = [other for other in whole_steps(directory) if other != step]
-        advice = f"Take another with --step: {others}." if others else "There is no other."
-        raise UserError(f"checkpoint {step} in {directory} is damaged: {damage}. {advice}")
+    check_whole(directory, step, verify(directory, step))
     restored = {}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         for name in abstract:
@@ -59,7 +50,17 @@ def restore_params(
             as_numpy = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), layer)
             args = ocp.args.PyTreeRestore(item=layer, restore_args=as_numpy, partial_restore=True)  # pyright: ignore[reportCallIssue]
             arrays = checkpointer.restore(directory / str(step) / "params", args=args)
+            jax.tree_util.tree_map_with_path(partial(_check_shape, directory, step), layer, arrays)
             restored |= jax.tree_util.tree_map_with_path(
                 lambda path, x: place(tuple(key.key for key in path), x), arrays
             )
     return restored
+
+
+def _check_shape(directory: Path, step: int, path: Any, expected: Any, found: Any) -> None:
+    if expected.shape != found.shape:
+        raise UserError(
+            f"checkpoint {step} in {directory} holds {jax.tree_util.keystr(path)} with the shape {found.shape}, and the"
+            f" config.json and the tokenizer of its run give {expected.shape}: they are of another run. Put back those"
+            " that the run wrote; nothing was changed."
+        )

@@ -14,7 +14,7 @@ from jgpt.report.page import write_report
 from jgpt.run_dir.checkpoint import SAVE_BYTES_PER_SECOND
 from jgpt.step.train_step import Numbers
 from jgpt.training.hooks.evaluate import evaluate_run, evaluation_due
-from jgpt.training.hooks.health import check_health
+from jgpt.training.hooks.health import Health
 from jgpt.training.hooks.log import Log
 from jgpt.training.hooks.sample import sample, sample_due
 from jgpt.training.hooks.save import Save
@@ -27,7 +27,7 @@ EXIT_SECONDS = 10.0  # what leaving takes beside the save: samples, plots, the i
 log = logging.getLogger("jgpt")
 
 
-def loop(run: Run, metrics: Log, save: Save, stop: Stop) -> None:
+def loop(run: Run, metrics: Log, save: Save, health: Health, stop: Stop) -> None:
     """Train to the end, or until there is a reason to stop; save, draw, and say how the run ended."""
     if run.is_done:
         log.info(
@@ -44,7 +44,7 @@ def loop(run: Run, metrics: Log, save: Save, stop: Stop) -> None:
         while not run.is_done and not reason:
             numbers = run.advance(batches.next(run.step))
             if unread is not None:
-                check_health(run, *unread)  # while the devices are busy with the step just dispatched
+                _check_health(run, save, health, *unread)  # while the devices are busy with the step just dispatched
             unread = run.step, numbers
             if run.step == first_step:
                 jax.block_until_ready(numbers)
@@ -54,16 +54,25 @@ def loop(run: Run, metrics: Log, save: Save, stop: Stop) -> None:
             began = time.monotonic()
             reason = stop.reason(2 * longest + save.seconds() + EXIT_SECONDS)
 
-            if metrics.due(run) or evaluation_due(run):
-                check_health(run, *unread)
+            reports, saves = metrics.due(run) or evaluation_due(run), bool(reason) or save.due(run)
+            if reports or saves:
+                _check_health(run, save, health, *unread)
                 unread = None
+            if reports:
                 _report(run, metrics, numbers)
             with metrics.paused():
                 if sample_due(run):
                     sample(run)
-                if reason or save.due(run):
-                    save(run)
+                if saves:
+                    save(run, leaving=bool(reason))
     finish(run, save, "" if run.is_done else reason)
+
+
+def _check_health(run: Run, save: Save, health: Health, step: int, numbers: Numbers) -> None:
+    """Raise TrainingDiverged where `step` was the last of too many in a row that were skipped or exploded."""
+    trouble = health.read(run, step, numbers)
+    if trouble:
+        raise save.diverged(trouble)
 
 
 def _report(run: Run, metrics: Log, numbers: Numbers) -> None:
@@ -80,9 +89,14 @@ def _report(run: Run, metrics: Log, numbers: Numbers) -> None:
 
 
 def finish(run: Run, save: Save, reason: str = "") -> None:
-    """Save, draw, and say how the run ended and how it goes on; `reason` is why it stops before its end."""
-    save(run)
+    """Save, draw, and say how the run ended and how it goes on; `reason` is why it stops before its end.
+
+    Raises TrainingDiverged where the run is at its end, and its last step is not good enough to be saved.
+    """
+    save(run, leaving=True)
     save.wait()
+    if not reason and not save.saved(run):
+        raise save.diverged(f"training has diverged at the last step, {run.step}, which is not saved.")
     run.status.write("stopped" if reason else "finished", reason or "all steps are done")
     write_curves(run.run_dir)
     write_report(run.run_dir)

@@ -45,6 +45,7 @@ class Run:
     resumed: bool = False
     tokens: int = 0  # seen so far
     val_loss: float | None = None  # at this very step
+    lowest_loss: float | None = None  # of the last steps before this process, on the same text
     elapsed_before: float = 0.0  # seconds of the run's earlier processes
     started: float = field(default_factory=time.monotonic)
 
@@ -120,6 +121,8 @@ def _continue_from(run: Run, meta: dict[str, Any]) -> None:
     log.info("resuming from step %d of %d", run.step, run.total_steps)
     if meta["train_sha256"] != run.data.meta["train_sha256"]:
         log.warning("the text has changed since this run began: its next batches are not those it would have seen")
+    else:
+        run.lowest_loss = meta.get("lowest_loss")
     n_devices = len(run.parts.strategy.devices)
     if meta["devices"] != n_devices:
         log.info(

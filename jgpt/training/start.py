@@ -20,6 +20,7 @@ from jgpt.planning.auto import choose_execution, with_execution_of_run
 from jgpt.run_dir.checkpoint import Checkpoints
 from jgpt.run_dir.identity import look_for_run, open_run_dir, write_identity
 from jgpt.run_dir.samples import drop_samples_after
+from jgpt.training.hooks.health import Health
 from jgpt.training.hooks.log import Log
 from jgpt.training.hooks.save import Save
 from jgpt.training.loop import loop
@@ -81,4 +82,5 @@ def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], Non
             run = begin(config, run_dir, setup, source, checkpoints, status)
             drop_samples_after(run_dir / "samples.txt", run.step)
             with Log(run, peak_flops(setup.parts)) as metrics:
-                loop(run, metrics, Save(run, checkpoints), stop)
+                health = Health(setup.parts.shapes.vocab_size, run.lowest_loss)
+                loop(run, metrics, Save(run, checkpoints, health), health, stop)

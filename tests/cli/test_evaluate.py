@@ -12,8 +12,8 @@ from jgpt.data.blocks import blocks
 from jgpt.data.token_files import open_token_data
 from jgpt.loading.load import load_model
 from jgpt.loading.measure import evaluate_loaded
+from jgpt.run_dir.manifest import read_meta
 from jgpt.run_dir.metrics_file import read_metrics
-from jgpt.run_dir.params import read_meta
 
 
 def refused(result, *parts: str) -> None:
@@ -34,13 +34,13 @@ def test_loss_of_the_validation_split_is_that_of_training(trained):
         loaded = load_model(str(trained))
         loss, n_tokens = evaluate_loaded(loaded, blocks([open_token_data(trained / "tokens").val], 16), rows=3)
     assert n_tokens == 128
-    assert loss == pytest.approx(read_meta(trained / "checkpoints" / "4")["val_loss"], rel=1e-6)
+    assert loss == pytest.approx(read_meta(trained / "checkpoints", 4)["val_loss"], rel=1e-6)
 
 
 def test_the_command_prints_it_and_measures_other_text_the_same(command, trained, tmp_path):
     found = numbers(command("evaluate", f"--run_dir={trained}"))
     assert found["tokens"] == 128
-    assert found["loss"] == pytest.approx(read_meta(trained / "checkpoints" / "4")["val_loss"], abs=1e-4)
+    assert found["loss"] == pytest.approx(read_meta(trained / "checkpoints", 4)["val_loss"], abs=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-3)
     logged = read_metrics(trained / "metrics.jsonl")[-1]["bits_per_byte"]
     assert found["bits per byte"] == pytest.approx(logged, abs=1e-4)
@@ -61,7 +61,7 @@ def test_an_older_checkpoint_and_a_run_that_was_moved(command, trained, tmp_path
     shutil.copytree(trained, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     found = numbers(command("evaluate", "--run_dir=moved", "--step=2"))
-    assert found["loss"] == pytest.approx(read_meta(trained / "checkpoints" / "2")["val_loss"], abs=1e-4)
+    assert found["loss"] == pytest.approx(read_meta(trained / "checkpoints", 2)["val_loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 from jgpt.errors import UserError
 from jgpt.kaggle.session.pack import checkpoints_in, pack, unpack
-from jgpt.run_dir.manifest import verify, whole_steps
+from jgpt.run_dir.manifest import digest, verify, whole_steps
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -221,3 +221,13 @@ def test_tars_that_kaggle_has_unpacked_into_folders_are_found(own_run, before, t
     assert checkpoints_in(own_run) == [2, 4]
     unpack(own_run, tmp_path / "back")
     assert contents(tmp_path / "back") == before
+
+
+def test_checkpoints_that_nobody_judged_are_left(own_run: Path, caplog: pytest.LogCaptureFixture):
+    """Two without a manifest: somebody removed those, and the run that found them refused to go on."""
+    for step in (2, 4):
+        (own_run / "checkpoints" / f"{step}.sha256").unlink()
+    before = digest(own_run / "checkpoints")
+    pack(own_run)
+    assert digest(own_run / "checkpoints") == before and "steps 2, 4 have no manifest" in caplog.text
+    assert (own_run / "tokenizer.tar").is_file() and not (own_run / "checkpoints.tar").exists()

@@ -15,8 +15,7 @@ from jgpt.kaggle.session import pack as packing
 from jgpt.kaggle.session.pack import pack
 from jgpt.kaggle.session.resume import restore_earlier_run, unpack_model
 from jgpt.run_dir.identity import read_config
-from jgpt.run_dir.manifest import digest, verify, whole_steps
-from jgpt.run_dir.params import read_meta
+from jgpt.run_dir.manifest import digest, read_meta, verify, whole_steps
 
 MOUNTS = ("notebooks/me/my-run/outputs", "my-run/outputs", "datasets/me/my-run")
 
@@ -261,7 +260,7 @@ def test_a_packed_run_is_a_model_to_begin_from(config, mount, root, tmp_path):
     run_dir = root / "temp" / "jgpt" / "init_from"
     (root / "temp").mkdir()
     assert unpack_model(str(folder)) == str(run_dir)
-    assert read_meta(run_dir / "checkpoints" / "4")["step"] == 4
+    assert read_meta(run_dir / "checkpoints", 4)["step"] == 4
     for name in ("", "gpt2", str(tmp_path), str(mount(MOUNTS[1]))):
         assert unpack_model(name) == name
     assert packing.checkpoints_in(folder) == [2, 4]

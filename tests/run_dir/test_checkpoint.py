@@ -3,11 +3,14 @@
 import hashlib
 import logging
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +22,8 @@ from jax.sharding import SingleDeviceSharding
 from jgpt.errors import UserError
 from jgpt.run_dir import checkpoint as module
 from jgpt.run_dir.checkpoint import Checkpoints
-from jgpt.run_dir.manifest import digest, verify, whole_steps
-from jgpt.run_dir.params import read_meta, restore_params
+from jgpt.run_dir.manifest import digest, read_meta, steps_without_manifest, verify, whole_steps
+from jgpt.run_dir.params import restore_params, save_params
 from jgpt.step.state import LossScale, TrainState, tree_bytes
 
 Opened = Callable[..., Checkpoints]
@@ -190,8 +193,9 @@ def test_falls_back_to_the_step_before(copied: Path, opened: Opened, damage: str
         checkpoints = opened(keep_last=1)
         assert restored_step(checkpoints) == 3
     told = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
-    assert len(told) == (0 if damage in ("manifest", "directory") else 1)
-    assert all("checkpoint 5 is damaged" in line and "5/" in line for line in told)
+    assert len(told) == (0 if damage == "directory" else 1)
+    expected = "checkpoint 5 has no manifest" if damage == "manifest" else "checkpoint 5 is damaged"
+    assert all(expected in line for line in told)
     # What is saved from there on takes the place of the bad one, and is never thrown away for its sake.
     checkpoints.save(state_at(4), meta_at(4))
     checkpoints.wait()
@@ -295,6 +299,53 @@ def test_a_failed_write_is_told_once_and_costs_nothing(
     assert checkpoints.steps() == [5, 8] and restored_step(checkpoints) == 8
 
 
+@contextmanager
+def files_of_at_most(n_bytes: int) -> Iterator[None]:
+    """Let this process write no longer files, as a full disk would not: real writes fail."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore's late callbacks
+def test_a_write_that_really_fails_costs_nothing(copied: Path, opened: Opened, caplog: pytest.LogCaptureFixture):
+    """Said once, also where Orbax says it again when it is closed; nothing half-written stays."""
+    checkpoints = opened()
+    before = digest(copied)
+    with files_of_at_most(500), pytest.raises(UserError, match="could not be written .*Earlier checkpoints are whole"):
+        checkpoints.save(state_at(8), meta_at(8))
+        checkpoints.wait()
+    checkpoints.close()
+    assert digest(copied) == before
+    with files_of_at_most(500), pytest.raises(UserError, match="could not be written .*Make room"):
+        save_params(copied, 9, state_at(9).params, meta_at(9))
+    assert digest(copied) == before and not caplog.messages
+
+
+def test_steps_that_nobody_judged_are_never_deleted(copied: Path, opened: Opened):
+    """More than one without a manifest: somebody removed those. A directory in a manifest's place is in the way."""
+    for step in (3, 5):
+        (copied / f"{step}.sha256").unlink()
+    (copied / "8.sha256").mkdir()
+    checkpoints = opened(keep_last=1)
+    for step in (7, 8):
+        checkpoints.save(state_at(step), meta_at(step))
+    checkpoints.wait()
+    assert {path.name for path in copied.iterdir()} == {"3", "5", "8", "8.sha256"} and checkpoints.steps() == [8]
+
+
+def test_a_kill_while_a_step_is_deleted_leaves_no_half_of_it(copied: Path, opened: Opened):
+    """It is renamed first; the next process removes the rest."""
+    checkpoints = opened(keep_last=1)
+    with mock.patch.object(shutil, "rmtree", side_effect=SystemExit), pytest.raises(SystemExit):
+        checkpoints._delete(3)
+    assert checkpoints.steps() == [5] and not steps_without_manifest(copied)
+    assert restored_step(opened()) == 5 and {path.name for path in copied.iterdir()} == {"3.sha256", "5", "5.sha256"}
+
+
 def test_a_lost_directory_is_told(tmp_path: Path, opened: Opened):
     """Really: Orbax cannot write where a file has taken the directory's place."""
     checkpoints = opened()
@@ -337,7 +388,7 @@ def test_parameters_alone(copied: Path):
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float16), ABSTRACT.params)
     as_half = restore_params(copied, 3, half, lambda path, x: x)
     assert bits(as_half) == bits(jax.tree.map(lambda x: x.astype(np.float16), params))
-    assert read_meta(copied / "3") == meta_at(3)
+    assert read_meta(copied, 3) == meta_at(3)
     (copied / "3" / "_CHECKPOINT_METADATA").unlink()
     with pytest.raises(UserError, match=r"checkpoint 3 in .* is damaged: .*_CHECKPOINT_METADATA\. .*--step.*5"):
         restore_params(copied, 3, ABSTRACT.params, lambda path, x: x)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,9 +24,11 @@ from jgpt.config.defaults import default_config
 from jgpt.errors import TrainingDiverged, UserError
 from jgpt.run_dir import checkpoint
 from jgpt.run_dir.checkpoint import Checkpoints
-from jgpt.run_dir.manifest import digest, whole_steps
+from jgpt.run_dir.manifest import digest, read_meta, verify, whole_steps
 from jgpt.training import start as start_module
-from jgpt.training.hooks import health
+from jgpt.training.hooks import health as health_module
+from jgpt.training.hooks.health import Health
+from jgpt.training.hooks.save import Save
 from jgpt.training.loop import EXIT_SECONDS
 from jgpt.training.start import train
 from jgpt.training.stop import Stop
@@ -192,6 +196,8 @@ def test_the_time_that_saving_needs_is_guessed_and_then_measured(config: Make):
 def test_killed_before_the_first_checkpoint_starts_from_scratch(full: Path, copy: Path, config: Make):
     """Its metrics and samples as well: nothing is there twice."""
     shutil.rmtree(copy / "checkpoints")
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[:6]))
     train(config())
     assert [line["step"] for line in metrics(copy)] == list(range(STEPS + 1))
     assert_same_run(full, copy)
@@ -260,12 +266,30 @@ def test_divergence(copy: Path, command: Any, arguments: Arguments):
         return restored
 
     before = digest(copy / "checkpoints")
-    with mock.patch.object(Checkpoints, "restore", poisoned), mock.patch.object(health, "MAX_SKIPPED_IN_A_ROW", 3):
+    with mock.patch.object(Checkpoints, "restore", poisoned), mock.patch.object(health_module, "MAX_IN_A_ROW", 3):
         result = command("train", *arguments(copy, **MORE, **{"checkpoint.every_steps": 100}))
     assert result.code == 4 and "training has diverged" in result.err and "Traceback" not in result.err, result.err
     assert "not finite in 3 steps in a row, up to step 15" in result.err
     assert status(copy)["state"] == "failed" and TrainingDiverged.__name__ in status(copy)["reason"]
     assert digest(copy / "checkpoints") == before
+
+
+def test_manifests_that_are_gone_are_no_reason_to_begin_again(copy: Path, command: Any, arguments: Arguments):
+    """Nobody judged those checkpoints. Without any, the metrics tell that there were some."""
+    for manifest in (copy / "checkpoints").glob("*.sha256"):
+        manifest.unlink()
+    before = digest(copy)
+    result = command("train", *arguments(copy))
+    assert result.code == 2 and "without their manifests (STEP.sha256)" in result.err, result.err
+    made = re.search(r"make its manifest: (cd .* > 12.sha256)\.", result.err)
+    assert made and digest(copy) == before
+    subprocess.run(made[1], shell=True, check=True)
+    assert verify(copy / "checkpoints", 12) == "" and command("train", *arguments(copy)).code == 0
+    shutil.rmtree(copy / "checkpoints")
+    before = (copy / "metrics.jsonl").read_bytes()
+    result = command("train", *arguments(copy))
+    assert result.code == 2 and "holds a run that reached step 12 (metrics.jsonl)" in result.err, result.err
+    assert (copy / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_model_is_refused_and_nothing_touched(copy: Path, config: Make):
@@ -297,3 +321,67 @@ def test_a_failed_save_ends_the_run_with_the_reason(copy: Path, config: Make):
         train(config(**MORE, **{"sample.num_samples": 0}))
     assert status(copy)["state"] == "failed" and "No space left" in status(copy)["reason"]
     assert digest(copy / "checkpoints") == before
+
+
+def finite_and_as_recorded(run: Path, command: Any) -> None:
+    """Assert that the newest checkpoint of a run evaluates at the loss that it recorded, and writes text."""
+    directory = run / "checkpoints"
+    recorded = read_meta(directory, whole_steps(directory)[-1])["val_loss"]
+    result = command("evaluate", f"--run_dir={run}")
+    found = re.search(r"^loss +([\d.]+)", result.out, re.MULTILINE)
+    assert result.code == 0 and found and float(found[1]) == pytest.approx(recorded, abs=1e-4), result.err
+    result = command("generate", f"--run_dir={run}", "--max_new_tokens=3")
+    assert result.code == 0 and result.out, result.err
+
+
+def test_a_run_that_explodes_keeps_the_checkpoints_from_before(own_run: Path, command: Any, tiny: list[str]):
+    """Weights that grow a thousandfold each step are finite for a while. Each of these steps would be saved."""
+    before = digest(own_run / "checkpoints")
+    more = {"optimizer.total_steps": 9, "optimizer.weight_decay": 1e6, "checkpoint.every_steps": 1}
+    result = command("train", *tiny, *(f"--config.{key}={value}" for key, value in more.items()))
+    assert result.code == 4 and "training has diverged" in result.err and "Traceback" not in result.err, result.err
+    assert "The newest checkpoint is that of step 4, all of it finite, with the loss" in result.err
+    assert status(own_run)["state"] == "failed" and digest(own_run / "checkpoints") == before
+    finite_and_as_recorded(own_run, command)
+
+
+def test_a_run_that_explodes_at_once_saves_nothing(command: Any, tiny: list[str], tmp_path: Path):
+    """AdamW without eps divides zero by zero: a gradient that is finite makes parameters that are not."""
+    more = {"precision.compute": "fp16", "optimizer.eps": 0.0, "optimizer.learning_rate": 10.0}
+    more |= {"optimizer.total_steps": 100, "checkpoint.every_steps": 1, "eval.every_steps": 1000}
+    result = command("train", *tiny, *(f"--config.{key}={value}" for key, value in more.items()))
+    assert result.code == 4 and "training has diverged" in result.err, result.err
+    assert "No checkpoint was saved." in result.err and not whole_steps(tmp_path / "run" / "checkpoints")
+
+
+def test_a_step_that_is_not_good_is_saved_later(config: Make, caplog: pytest.LogCaptureFixture):
+    """The save of step 3 waits for the first good step, and that is said once."""
+    saved, losses = [], iter([99.0, float("nan"), 1.0, 1.0, 1.0, 1.0])
+    with mock.patch.object(Save, "_try", lambda self, run: next(losses)), caplog.at_level(logging.WARNING, "jgpt"):
+        train(config(), on_saved=lambda run_dir, step: saved.append(step))
+    assert saved == [5, 6, 9, 12]
+    (warning,) = [line for line in caplog.messages if "is not saved" in line]
+    assert warning.startswith("step 3 is not saved: the loss is 99, and was")
+    with mock.patch.object(Save, "_try", lambda self, run: 99.0):
+        with pytest.raises(TrainingDiverged, match=r"diverged at the last step, 15, .* newest .* is that of step 12,"):
+            train(config(**MORE))
+
+
+def test_what_a_good_step_is():
+    """Finite; not far above the lowest of late; not back at a guess, unless that is near."""
+    run = SimpleNamespace(parts=SimpleNamespace(strategy=SimpleNamespace(on_host=lambda numbers: numbers)))
+
+    def read(health: Health, *losses: float, skipped: int = 0) -> list[str]:
+        numbers = [{"loss": loss, "skipped_in_a_row": skipped, "loss_scale": 1.0} for loss in losses]
+        return [health.read(run, step, one) or health.exploding or health.skipped for step, one in enumerate(numbers)]  # type: ignore[arg-type]
+
+    health = Health(50_000)  # ln 50,000 is 10.8
+    assert read(health, 10.9, 11.5, 4.0, 6.9) == [""] * 4
+    assert read(health, 7.1, float("nan"), float("inf")) == [
+        "the loss is 7.1, and was 4 within the last 100 steps", "the loss is nan", "the loss is inf"
+    ]  # fmt: skip
+    assert read(health, 4.5, skipped=1) == ["the gradient is not finite"] and read(health, 4.5) == [""]
+    assert Health(64, 3.9).too_high(4.8) == "" and Health(64, 3.9).too_high(5.0) and Health(64, 2.5).too_high(4.2)
+    assert Health(64).too_high(99.0) == ""  # there is nothing to compare it with
+    assert not any("diverged" in text for text in read(health, *[9.0] * 49))
+    assert "so it went for 50 steps, up to step 0: training has diverged" in read(health, 9.0)[0]

@@ -24,6 +24,7 @@ from jgpt.atomic_write import atomic_file
 from jgpt.data.find_files import holds_run
 from jgpt.errors import UserError
 from jgpt.run_dir.disk import bytes_below
+from jgpt.run_dir.manifest import steps_without_manifest, whole_steps
 
 STAGING = ".staging-"  # the start of the name of a folder whose content is not complete yet
 
@@ -33,18 +34,23 @@ log = logging.getLogger("jgpt")
 def pack(run_dir: Path) -> None:
     """Pack a run directory in place, one folder at a time, so the disk never holds two copies of more than one.
 
-    A checkpoint without a manifest was not saved completely, and is deleted. Raises OSError when the disk is full:
-    nothing is lost then, and the run can be resumed from the half-packed directory.
+    A checkpoint without a manifest was not saved completely, and is deleted; where there are more than one, somebody
+    removed their manifests, and they are left as they are. Raises OSError when the disk is full: nothing is lost then,
+    and the run can be resumed from the half-packed directory.
     """
     checkpoints = run_dir / "checkpoints"
-    for manifest in sorted(checkpoints.glob("*.sha256")):
-        step = checkpoints / manifest.stem
-        if step.is_dir():
-            _write_tar(run_dir / f"checkpoint-{step.name}.tar", [step, manifest])
-            manifest.unlink()  # first: without it a half-deleted checkpoint does not count as whole
-            shutil.rmtree(step)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    for folder in sorted(path for path in run_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    without = steps_without_manifest(checkpoints)
+    for step in whole_steps(checkpoints):
+        folder, manifest = checkpoints / str(step), checkpoints / f"{step}.sha256"
+        _write_tar(run_dir / f"checkpoint-{step}.tar", [folder, manifest])
+        manifest.unlink()  # first: without it a half-deleted checkpoint does not count as whole
+        shutil.rmtree(folder)
+    if len(without) > 1:
+        log.warning("%s: steps %s have no manifest, and are not packed", checkpoints, ", ".join(map(str, without)))
+    else:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    folders = [path for path in run_dir.iterdir() if path.is_dir() and path != checkpoints]
+    for folder in sorted(path for path in folders if not path.name.startswith(".")):
         _write_tar(run_dir / f"{folder.name}.tar", [folder])
         shutil.rmtree(folder)
 

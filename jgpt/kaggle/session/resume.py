@@ -16,8 +16,8 @@ from jgpt.errors import UserError
 from jgpt.kaggle.session import pack
 from jgpt.kaggle.session.paths import find_runs, input_dir, scratch_dir
 from jgpt.kaggle.session.publish import fetch
-from jgpt.run_dir.identity import check_same_run, open_run_dir, read_config
-from jgpt.run_dir.manifest import verify, whole_steps
+from jgpt.run_dir.identity import check_same_run, check_tokenizer, open_run_dir, read_config
+from jgpt.run_dir.manifest import is_imported, read_meta, verify, whole_steps
 from jgpt.run_dir.metrics_file import best_validation, read_metrics
 
 FILES = ("config.json", "metrics.jsonl", "samples.txt")  # the loop deletes the lines after the checkpoint's step
@@ -98,7 +98,7 @@ def _restore(folder: Path, step: int, run_dir: Path, keep_best: bool) -> bool:
     """
     staging = _fetch_whole(folder, step, run_dir)
     tokenizer = pack.fetch_folder(folder, "tokenizer", run_dir) if staging else None
-    if staging is None or tokenizer is None:
+    if staging is None or tokenizer is None or not _is_its_tokenizer(tokenizer / "tokenizer", staging, step):
         pack.remove_leftovers(run_dir)
         return False
     for name in FILES:
@@ -115,13 +115,23 @@ def _restore(folder: Path, step: int, run_dir: Path, keep_best: bool) -> bool:
     return True
 
 
+def _is_its_tokenizer(tokenizer: Path, staging: Path, step: int) -> bool:
+    """Tell whether a checkpoint was trained with this tokenizer; log a warning where it was not."""
+    try:
+        check_tokenizer(tokenizer, step, read_meta(staging, step))
+    except UserError as error:
+        log.warning("checkpoint %d is skipped: %s", step, error)
+        return False
+    return True
+
+
 def _fetch_whole(folder: Path, step: int, run_dir: Path) -> Path | None:
     """Fetch a checkpoint if it matches its manifest and can be resumed; else log what is wrong, and return None."""
     staging = pack.fetch_checkpoint(folder, step, run_dir)
     if staging is None:
         return None
     damage = verify(staging, step)
-    if not damage and not (staging / str(step) / "training").is_dir():
+    if not damage and is_imported(staging, step):
         damage = "it is an imported model, without the optimizer's state"
     if damage:
         log.warning("checkpoint %d of %s is skipped: %s", step, folder, damage)

@@ -1,38 +1,72 @@
-"""Every `checkpoint.every_steps`, every `checkpoint.every_minutes`, and at the end: a checkpoint.
+"""Every `checkpoint.every_steps`, every `checkpoint.every_minutes`, and at the end: a checkpoint of a good step.
 
-In the data path: from the state to the run directory.
+In the data path: from the state to the run directory. What a good step is: see `health.py`. Where the step that is due
+is not good, the next good one is saved.
 """
 
+import logging
 import time
+from itertools import islice
 
-from jgpt.planning.remedies import SAVING
+import jax
+import numpy as np
+
+from jgpt.data.batches import Batch
+from jgpt.errors import TrainingDiverged, UserError
+from jgpt.parallel.evaluation import evaluate
+from jgpt.planning.remedies import EVALUATING, SAVING
 from jgpt.run_dir.checkpoint import Checkpoints
+from jgpt.run_dir.manifest import read_meta
 from jgpt.step.state import tree_bytes
+from jgpt.training.hooks.health import Health, out_of_range
 from jgpt.training.run import Run
+
+TRIED_SEQUENCES = 64  # of the next batch at most: the loss of what is about to be saved
+
+log = logging.getLogger("jgpt")
 
 
 class Save:
-    """When the next checkpoint is due, and what goes into it."""
+    """When the next checkpoint is due, whether the step is good enough for one, and what goes into it."""
 
-    def __init__(self, run: Run, checkpoints: Checkpoints) -> None:
-        self._checkpoints = checkpoints
+    def __init__(self, run: Run, checkpoints: Checkpoints, health: Health) -> None:
+        self._checkpoints, self._health = checkpoints, health
         self.state_bytes = tree_bytes(run.state)
         self._last_step = run.step if run.resumed else -1
         self._last_time = time.monotonic()
+        self._postponed = False  # a save is due since a step that was not good
+        self._tried = -1, ""  # the step whose parameters were tried last, and what was wrong with their loss
 
     def due(self, run: Run) -> bool:
         """Tell whether a checkpoint is due, by steps or by the clock."""
         c = run.config.checkpoint
         by_clock = c.every_minutes > 0 and time.monotonic() - self._last_time >= c.every_minutes * 60
-        return run.is_done or run.step % c.every_steps == 0 or by_clock
+        return self._postponed or run.is_done or run.step % c.every_steps == 0 or by_clock
 
     def seconds(self) -> float:
         """Return what stopping takes: the save that may be under way, and the last one."""
         return 2 * self._checkpoints.expected_seconds(self.state_bytes)
 
-    def __call__(self, run: Run) -> None:
-        """Begin to save the state of this step, if it is not saved yet; training goes on meanwhile."""
+    def __call__(self, run: Run, leaving: bool = False) -> None:
+        """Begin to save the state of this step, if it is good and not saved yet; training goes on meanwhile.
+
+        When `leaving`, a step counts that was skipped (it changed no parameter), and no batch is tried: there may be no
+        time. Raises TrainingDiverged where a parameter or a moment is out of range: no later step brings it back.
+        """
         if self._last_step == run.step:
+            return
+        trouble = self._health.exploding or (self._health.skipped if not leaving else "")
+        if not trouble:
+            wrong = out_of_range(*run.parts.strategy.for_decoding((run.state.params, run.state.opt_state)))
+            if wrong:
+                raise self.diverged(f"{wrong} at step {run.step}, and is not saved: training has diverged.")
+            if not leaving:
+                self._tried = run.step, self._health.too_high(self._try(run))
+            trouble = self._tried[1] if self._tried[0] == run.step else ""
+        if trouble:
+            if not self._postponed or leaving:
+                log.warning("step %d is not saved: %s. %s", run.step, trouble, self.newest())
+            self._postponed = True
             return
         with run.status.during(SAVING):
             self._checkpoints.save(
@@ -41,17 +75,70 @@ class Save:
                     "step": run.step,
                     "tokens": run.tokens,
                     "elapsed_seconds": run.elapsed_seconds,
+                    "loss": self._health.loss,
+                    "lowest_loss": self._health.lowest_loss,
                     "val_loss": run.val_loss,
                     "train_sha256": run.data.meta["train_sha256"],
+                    "tokenizer_sha256": run.data.tokenizer.sha256,
                     "devices": len(run.parts.strategy.devices),
                     "scales_loss": run.parts.policy.scales_loss,
                     "base": run.base,
                     "stop_ids": list(run.stop_ids),
                 },
             )
-        self._last_step, self._last_time = run.step, time.monotonic()
+        self._last_step, self._last_time, self._postponed = run.step, time.monotonic(), False
         run.status.write("running")
+
+    def saved(self, run: Run) -> bool:
+        """Tell whether this very step is saved."""
+        return self._last_step == run.step
 
     def wait(self) -> None:
         """Wait until what was saved is whole on disk."""
         self._checkpoints.wait()
+
+    def newest(self) -> str:
+        """Say which checkpoint is the newest, and how good it was; waits for the save under way."""
+        self.wait()
+        steps = self._checkpoints.steps()
+        if not steps:
+            return "No checkpoint was saved."
+        try:
+            loss = read_meta(self._checkpoints.directory, steps[-1]).get("loss")
+        except UserError:
+            loss = None
+        quality = "" if loss is None else f", all of it finite, with the loss {loss:.4g}"
+        return f"The newest checkpoint is that of step {steps[-1]}{quality}. The same command goes on from it."
+
+    def diverged(self, reason: str) -> TrainingDiverged:
+        """Return the error that ends a run, with the newest checkpoint and what to try."""
+        return TrainingDiverged(
+            f"{reason} {self.newest()} Try a lower --config.optimizer.learning_rate or weight_decay, more"
+            " warmup_steps, or --config.precision.compute=fp32."
+        )
+
+    def _try(self, run: Run) -> float:
+        """Return the loss of the present parameters on the beginning of the next batch.
+
+        The loss of a step is that before its update, which says nothing of what is saved.
+        """
+        batch, parts = run.batches.batch(run.step), run.parts
+        sequences = (jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(batch.tokens)))
+        learned = (block for block in sequences if block.weights is None or block.weights.any())
+        blocks = [_unweighted(block) for block in islice(learned, TRIED_SEQUENCES)]
+        with run.status.during(EVALUATING):
+            loss, _ = evaluate(
+                parts.strategy,
+                parts.eval_step,
+                run.state.params,
+                run.frozen,
+                blocks,
+                parts.rows,
+                parts.sequence_length,
+            )
+        return loss
+
+
+def _unweighted(block: Batch) -> Batch:
+    """Return a sequence whose learned targets have the weight 1, as `evaluate` takes them."""
+    return block if block.weights is None else block._replace(weights=(block.weights > 0).astype(np.float32))
