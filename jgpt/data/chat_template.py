@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -16,6 +15,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from jgpt.config.files import user_path
 from jgpt.errors import UserError
 
 Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": TEXT}
@@ -84,7 +84,7 @@ def answers(template: str, settings: Mapping[str, Any], messages: Sequence[Messa
 def read_template(name: str) -> str:
     """Read the template that tokenizer.chat_template names; raise UserError when it cannot be read."""
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        return user_path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"tokenizer.chat_template: {name!r} cannot be read ({error}). It must be a file with a Jinja template. "

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from jgpt.config.files import user_path
 from jgpt.data.conversations import IDS
 from jgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jgpt.errors import UserError
@@ -46,7 +47,7 @@ class TokenData:
 
 def token_directory(config: ConfigDict) -> Path:
     """Return the directory of a config's token files: data.cache_dir, or tokens/ in the run directory."""
-    return Path(config.data.cache_dir or f"{config.out_dir}/tokens").expanduser().absolute()
+    return user_path(config.data.cache_dir or f"{config.out_dir}/tokens").absolute()
 
 
 def open_token_data(directory: Path) -> TokenData:

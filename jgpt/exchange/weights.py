@@ -28,6 +28,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {name.upper().replace("FP", "F"): name for name in DTYPES}  # F32, F16 and BF16 to our names
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight")
 BAR: dict[str, Any] = {"disable": None, "delay": 2, "leave": False}  # tqdm: on a terminal only, after 2 seconds
+LONGEST_NAME = 255  # bytes that a file system allows a file's name
 RESTORE = "Download it again, or restore the file."
 
 
@@ -53,7 +54,7 @@ def find_tensors(directory: Path) -> dict[str, Stored]:
     files = _read_index(directory / INDEX)
     for file in sorted(set(files.values())):
         path = directory / file
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, it takes a name of any length
             raise UserError(
                 f"{path} is missing, and {INDEX} names it. Needed are all files that the index names. {RESTORE}"
             )
@@ -86,15 +87,16 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         outside = [name for name in files.values() if Path(name).name != name or not name.endswith(".safetensors")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        outside += [name for name in files.values() if len(name) > LONGEST_NAME]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(
             f"{path} is not an index of safetensors files ({type(error).__name__}: {error}). It must be JSON with a"
             f" weight_map. {RESTORE}"
         ) from None
     if outside:
         raise UserError(
-            f"{path} names the file {outside[0]!r}. Allowed are .safetensors files beside the index, by name alone. Do"
-            " not use this model: no tool writes such an index."
+            f"{path} names the file {outside[0][:LONGEST_NAME]!r}. Allowed are .safetensors files beside the index, by"
+            " name alone. Do not use this model: no tool writes such an index."
         )
     return files
 
