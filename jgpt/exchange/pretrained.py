@@ -204,7 +204,7 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     for key in ("bos_token", "pad_token"):
         token = tokenizer.settings.get(key)
         token_id = tokenizer.backend.token_to_id(token) if isinstance(token, str) else None
-        if token_id is not None:
+        if token_id is not None and token_id < tokenizer.vocab_size:  # one without a row is no id of the model's
             ids[f"{key}_id"] = token_id
     return ids
 

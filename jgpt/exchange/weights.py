@@ -182,7 +182,7 @@ def load_params(
             # The biases of fused layers count as matrices, because as parameters they have more than one axis.
             is_matrix = len(entry.shapes[0]) > 1 or entry.path[-2] in ("qkv", "gate_up")
             dtype = matrices if is_matrix else np.float32
-            parts = [_cast(files[one.file].get_tensor(one.name), dtype, f"{one.name} in {one.file}") for one in stored]
+            parts = [cast(files[one.file].get_tensor(one.name), dtype, f"{one.name} in {one.file}") for one in stored]
             if entry.in_model:
                 _put(params, entry.path, place(entry.path, entry.join(parts)))
             elif np.any(parts[0]):
@@ -213,12 +213,13 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """Return an array in `dtype`; raise UserError for a value that fp16 cannot hold, with the tensor's `name`."""
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    if dtype == jnp.float16 and not np.all(np.isfinite(cast)):
+        converted = array.astype(dtype)
+    if dtype == jnp.float16 and not np.all(np.isfinite(converted)):
         largest = np.max(np.abs(array.astype(np.float32)))
         if not np.isfinite(largest):
             raise UserError(f"{name} holds {largest}. Allowed: finite numbers. {RESTORE}")
@@ -226,7 +227,7 @@ def _cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
             f"{name} does not fit in fp16: its largest value is {largest:g}. Allowed in fp16: up to 65504. Take bf16 on"
             " a GPU of compute capability 8.0 or above, else fp32."
         )
-    return cast
+    return converted
 
 
 def entry_bytes(entry: Entry, dtype: Any) -> int:
@@ -253,7 +254,7 @@ def save_params(
     weight_map = {}
     for i, shard in enumerate(tqdm(shards, "files", **BAR), 1):
         name = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {_full(start, key): x for entry in shard for key, x in _tensors(params, entry, dtype)}
+        tensors = {key: x for entry in shard for key, x in named_tensors(params, entry, dtype, start)}
         _write(directory / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
@@ -270,8 +271,11 @@ def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
         os.fsync(file.fileno())
 
 
-def _tensors(params: Any, entry: Entry, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Return the names and arrays of one parameter's tensors; a bias that the GPT does not have is zeros."""
+def named_tensors(params: Any, entry: Entry, dtype: Any, start: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Return the names, with the prefix `start`, and the arrays of one parameter's tensors.
+
+    A bias that the GPT does not have is zeros. Raises UserError for a value that fp16 cannot hold.
+    """
     if not entry.in_model:
         arrays = [np.zeros(shape, dtype) for shape in entry.shapes]
     else:
@@ -284,4 +288,4 @@ def _tensors(params: Any, entry: Entry, dtype: Any) -> Iterator[tuple[str, np.nd
         arrays = entry.split(value)
     for name, shape, array in zip(entry.names, entry.shapes, arrays, strict=True):
         assert array.shape == shape, (name, array.shape, shape)
-        yield name, np.ascontiguousarray(_cast(array, dtype, name))
+        yield _full(start, name), np.ascontiguousarray(cast(array, dtype, name))

@@ -52,6 +52,7 @@ def restore_params(
         others = [other for other in whole_steps(directory) if other != step]
         advice = f"Take another with --step: {others}." if others else "There is no other."
         raise UserError(f"checkpoint {step} in {directory} is damaged: {damage}. {advice}")
+    _check_shapes(directory, step, abstract)
     restored = {}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         for name in abstract:
@@ -63,3 +64,22 @@ def restore_params(
                 lambda path, x: place(tuple(key.key for key in path), x), arrays
             )
     return restored
+
+
+def _check_shapes(directory: Path, step: int, wanted: Any) -> None:
+    """Refuse parameters of other shapes than the run's config.json says; Orbax would pass over what is missing."""
+    stored = ocp.PyTreeCheckpointHandler().metadata(directory / str(step) / "params").tree
+    found, expected = (
+        {"/".join(key.key for key in path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (stored, wanted)
+    )
+    differ = [
+        f"{name} {found.get(name, 'missing')} where config.json describes {expected.get(name, 'none')}"
+        for name in sorted(found | expected)
+        if found.get(name) != expected.get(name)
+    ]
+    if differ:
+        raise UserError(
+            f"checkpoint {step} in {directory} holds another model than the config.json of the run:"
+            f" {'; '.join(differ[:3])}. They must be of one run. Put back the config.json that the run wrote."
+        )
