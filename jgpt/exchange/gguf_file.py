@@ -28,15 +28,18 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {CONTRACTIONS + r"\p{N}{1,3}" + REST: "llama-bpe", CONTRACTIONS + r"\p{N}" + REST: "qwen2"}
-FULL_BETAS = (32.0, 1.0)  # yarn's beta_fast and beta_slow that llama.cpp takes for granted
 
 
 def check_gguf(out: Path, shapes: ModelConfig, tokenizer: Tokenizer) -> str:
-    """Return the family that a model would be written as; raise UserError where GGUF cannot hold it for certain."""
+    """Return the family that a model would be written as.
+
+    Raises UserError where `out` is taken, where GGUF cannot hold the model for certain, and where gguf is not installed.
+    """
     if out.suffix != ".gguf":
         raise UserError(f"{out} does not end in .gguf, and tools know the format by that. Name a file such as m.gguf.")
     if out.exists() or not out.absolute().parent.is_dir():
         raise UserError(f"{out} exists, or its folder does not. Allowed: a new file in a folder that is there.")
+    _gguf()
     family, scaling = export_family(shapes), shapes.rope_scaling
     reasons = []
     if shapes.bias and family != "gpt2":
@@ -45,8 +48,8 @@ def check_gguf(out: Path, shapes: ModelConfig, tokenizer: Tokenizer) -> str:
         reasons.append("qkv_bias=True beside qk_norm=True")
     if scaling.kind == "llama3" and family not in ("llama", "mistral"):
         reasons.append(f"rope_scaling.kind='llama3' in a {family} model")
-    if scaling.kind == "yarn" and ((scaling.beta_fast, scaling.beta_slow) != FULL_BETAS or scaling.attention_factor):
-        reasons.append("rope_scaling.kind='yarn' with beta_fast, beta_slow or attention_factor of its own")
+    if scaling.kind == "yarn" and scaling.attention_factor:
+        reasons.append("rope_scaling.kind='yarn' with an attention_factor of its own")
     if reasons:
         raise UserError(
             f"no GGUF file is written of a model with {' and '.join(reasons)}: whether llama.cpp computes the same is"
@@ -99,7 +102,7 @@ def write_gguf(
 
     `params` is the parameter tree of the plain model, `entries` its table in the layout of `family`, which `check_gguf`
     returned. Matrices are written in `dtype` ("fp32" or "fp16"), vectors and learned positions in fp32, as llama.cpp
-    needs them. Raises UserError where gguf is not installed.
+    needs them. Raises UserError for a value that fp16 cannot hold, and where the disk is too small.
     """
     gguf = _gguf()
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[family])
@@ -151,6 +154,7 @@ def _describe_model(
     writer: Any, gguf: Any, shapes: ModelConfig, family: str, vocab_size: int, dtype: str, name: str
 ) -> None:
     c, s = shapes, shapes.rope_scaling
+    writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if dtype == "fp32" else gguf.LlamaFileType.MOSTLY_F16)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -175,6 +179,8 @@ def _describe_model(
         writer.add_rope_scaling_factor(s.factor)
     if s.kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(s.original_context_length)
+        writer.add_rope_scaling_yarn_beta_fast(s.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(s.beta_slow)
 
 
 def _describe_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, stop_ids: tuple[int, ...]) -> None:

@@ -15,6 +15,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from jgpt.data.tokenizer import Tokenizer, train_bpe, train_char
 from jgpt.errors import UserError
 from jgpt.exchange.gguf_file import SPLITS, check_gguf, pre_tokenizer, write_gguf
+from jgpt.exchange.pretrained import export_model
 from jgpt.exchange.tensors import table
 from jgpt.exchange.weights import named_tensors
 from jgpt.model.parameters import abstract_params
@@ -125,6 +126,7 @@ def test_every_tensor_and_every_number_is_in_the_file(architecture, shapes, dtyp
         wanted |= {"rope.scaling.type": shapes.rope_scaling.kind, "rope.scaling.factor": shapes.rope_scaling.factor}
     if shapes.rope_scaling.kind == "yarn":
         wanted |= {"rope.scaling.original_context_length": 32}
+        wanted |= {"rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}
     assert ours == wanted | epsilon
     assert keys["general.architecture"] == architecture and keys["general.file_type"] == (dtype == "fp16")
 
@@ -197,7 +199,7 @@ def test_tokenizers_are_told_apart_and_what_llama_cpp_lacks_is_refused(tokenizer
         (replace(OWN, bias=True), "bias=True in a llama model"),
         (replace(OWN, qk_norm=True, qkv_bias=True), "qkv_bias=True beside qk_norm=True"),
         (replace(OWN, qkv_bias=True, rope_scaling=LLAMA3), "rope_scaling.kind='llama3' in a qwen2 model"),
-        (replace(OWN, rope_scaling=replace(YARN, beta_fast=16.0)), "rope_scaling.kind='yarn' with beta_fast"),
+        (replace(OWN, rope_scaling=replace(YARN, attention_factor=1.5)), "rope_scaling.kind='yarn' with an attention"),
         (replace(OWN, norm="layernorm"), "no Hugging Face architecture"),
     ],
 )
@@ -209,7 +211,19 @@ def test_what_is_not_certain_is_refused_by_name(shapes, part, tokenizer, tmp_pat
             check_gguf(tmp_path / name, OWN, tokenizer)
 
 
-def test_a_run_goes_out_as_a_file_that_is_there_whole_or_not_at_all(command, own_run, tiny, tmp_path):
-    refused = command("convert", "gguf", str(own_run), str(tmp_path / "m.gguf"))
-    assert refused.code == 2 and "tokenizer.kind='bpe'" in refused.err  # the small run has a char tokenizer
-    assert not list(tmp_path.glob("*.gguf*"))
+def test_the_command_writes_a_file_that_is_there_whole_or_not_at_all(command, trained, tokenizer, tmp_path):
+    params = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), abstract_params(OWN))
+    model, out = tmp_path / "model", tmp_path / "m.gguf"
+    export_model(model, params, OWN, tokenizer, vocab_size=OWN.vocab_size, stop_ids=(), dtype="bf16")
+    result = command("convert", "gguf", str(model), str(out))
+    assert result.code == 0 and f"{out} is written: llama, fp16, " in result.out, result.err
+    assert all(np.all(tensor.data == 0.5) for tensor in gguf.GGUFReader(out).tensors)
+    before = out.read_bytes()
+    for arguments, part in (
+        ([str(model), str(out)], "exists"),
+        ([str(model), str(tmp_path / "b.gguf"), "--dtype=bf16"], "Take --dtype=fp16"),
+        ([str(trained), str(tmp_path / "b.gguf")], "tokenizer.kind='bpe'"),  # it has characters, not bytes
+    ):
+        refused = command("convert", "gguf", *arguments)
+        assert refused.code == 2 and part in refused.err and "Traceback" not in refused.err
+    assert out.read_bytes() == before and [path.name for path in tmp_path.glob("*gguf*")] == ["m.gguf"]
