@@ -33,7 +33,7 @@ SPLITS = {CONTRACTIONS + r"\p{N}{1,3}" + REST: "llama-bpe", CONTRACTIONS + r"\p{
 def check_gguf(out: Path, shapes: ModelConfig, tokenizer: Tokenizer) -> str:
     """Return the family that a model would be written as.
 
-    Raises UserError where `out` is taken, where GGUF cannot hold the model for certain, and where gguf is not installed.
+    Raises UserError where `out` is taken, GGUF cannot hold the model for certain, or gguf is not installed.
     """
     if out.suffix != ".gguf":
         raise UserError(f"{out} does not end in .gguf, and tools know the format by that. Name a file such as m.gguf.")

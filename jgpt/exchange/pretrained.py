@@ -125,12 +125,14 @@ def _sampling(path: Path, generation: dict[str, Any]) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for name, rule in RULES.items():
-        value = generation.get(name)
+        value: Any = generation.get(name)
         if name == "top_k":
             value = 0 if value == -1 else int(value) if isinstance(value, float) and value.is_integer() else value
+        if value is None:
+            continue
         if rule.allows(value) and not (name == "temperature" and 0 < value < 1e-6):
             found[name] = value
-        elif value is not None:
+        else:
             log.warning("%s: %s=%.80r is left out: it must be %s", path, name, value, rule.allowed(in_full=True))
     return found
 
