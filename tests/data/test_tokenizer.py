@@ -271,7 +271,7 @@ def test_a_vocabulary_of_bert_needs_its_kind_and_an_end(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="BertTokenizer for a vocab.txt"):  # it opened, and every text was empty
         load_pretrained(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
-    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 7, "eos_token_id": null}')
     with pytest.raises(UserError, match='has no eos_token.*"eos_token": ".SEP."'):
         load_pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 7, "eos_token_id": 3}')
