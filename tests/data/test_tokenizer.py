@@ -263,6 +263,7 @@ def test_a_sentencepiece_model_alone_names_the_package_that_is_missing(tmp_path,
         load_pretrained(str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")  # transformers 5.0 itself
 def test_a_vocabulary_of_bert_needs_its_kind_and_an_end(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nhello\n##s\n")
     (tmp_path / "config.json").write_text(
