@@ -1,7 +1,8 @@
-"""Import a Hugging Face model as a run directory, or export a run as a Hugging Face model.
+"""Import a Hugging Face model as a run directory, or export a run as a Hugging Face model or as a GGUF file.
 
     python -m jgpt.convert import HuggingFaceTB/SmolLM2-135M-Instruct runs/smollm2
     python -m jgpt.convert export runs/quickstart exported/quickstart
+    python -m jgpt.convert gguf runs/quickstart quickstart.gguf
 
 import SRC RUN_DIR writes a run directory that generate, chat, evaluate and --config.init_from take. SRC is a model
 directory, a directory with one somewhere below it (as Kaggle mounts models), or a name on the Hub, which is downloaded:
@@ -9,8 +10,10 @@ GPT-2, Llama (SmolLM2, TinyLlama), Mistral, Qwen2, Qwen2.5 or Qwen3, from safete
 SRC directly, without a copy.)
 
 export RUN_DIR OUT writes a directory that transformers.AutoModelForCausalLM.from_pretrained(OUT) opens, and every tool
-that reads such directories. The adapters of a LoRA run are merged into their base. For GGUF, run llama.cpp's own
-convert_hf_to_gguf.py on OUT.
+that reads such directories. The adapters of a LoRA run are merged into their base.
+
+gguf RUN_DIR OUT.gguf writes one file, in fp32 or fp16, that llama.cpp and what is built on it open (Ollama, LM Studio).
+It takes the package gguf (pip install gguf). What llama.cpp is not known to compute alike is refused.
 
 Beside the data path: between the Hugging Face layout and run directories.
 """
@@ -28,20 +31,20 @@ KINDS = ["auto", "fp32", "fp16", "bf16"]
 def define_flags() -> None:
     """Define the flags."""
     flags.DEFINE_enum("params", "auto", KINDS, "import: the dtype to keep the weights in; auto: the one they have")
-    flags.DEFINE_enum("dtype", "auto", KINDS, "export: the dtype to write; auto: the one they are kept in")
-    flags.DEFINE_integer("step", None, "export: the checkpoint to take; without it the newest", lower_bound=0)
-    flags.DEFINE_string("base", "", "export: where the base model of a LoRA run is now, if it has moved")
+    flags.DEFINE_enum("dtype", "auto", KINDS, "export, gguf: the dtype to write; auto: the one they are kept in")
+    flags.DEFINE_integer("step", None, "export, gguf: the checkpoint to take; without it the newest", lower_bound=0)
+    flags.DEFINE_string("base", "", "export, gguf: where the base model of a LoRA run is now, if it has moved")
 
 
 def main(action: str = "", source: str = "", target: str = "") -> None:
     """Do what the first argument says."""
-    if action not in ("import", "export") or not source or not target:
+    if action not in ("import", "export", "gguf") or not source or not target:
         given = " ".join(filter(None, (action, source, target))) or "nothing"
         raise UserError(
-            f"given was {given!r}. Allowed: import SRC RUN_DIR, or export RUN_DIR OUT. For example: python -m"
-            " jgpt.convert export runs/quickstart exported/quickstart"
+            f"given was {given!r}. Allowed: import SRC RUN_DIR, export RUN_DIR OUT, or gguf RUN_DIR OUT.gguf. For"
+            " example: python -m jgpt.convert export runs/quickstart exported/quickstart"
         )
-    (_import if action == "import" else _export)(source, target)
+    {"import": _import, "export": _export, "gguf": _gguf}[action](source, target)
 
 
 def _import(name: str, run_dir: str) -> None:
@@ -71,6 +74,15 @@ def _export(run_dir: str, out: str) -> None:
     megabytes = sum(path.stat().st_size for path in Path(out).iterdir()) / 1e6
     print(f"{out} is written: {family}, {dtype}, {megabytes:,.1f} MB. To open it:")
     print(f'    transformers.AutoModelForCausalLM.from_pretrained("{out}")')
+
+
+def _gguf(run_dir: str, out: str) -> None:
+    from jgpt.loading.export import export_gguf  # here: --help must not wait for JAX
+
+    args = flags.FLAGS
+    family, dtype = export_gguf(run_dir, Path(out), step=args.step, base=args.base, dtype=args.dtype)
+    print(f"{out} is written: {family}, {dtype}, {Path(out).stat().st_size / 1e6:,.1f} MB. To try it:")
+    print(f'    llama-cli -m {out} -no-cnv -p "Once"')
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@
 Training does the same when the token directory is missing or out of date.
 """
 
-from pathlib import Path
-
 from jgpt.cli.flags import define_config, load_config
 from jgpt.cli.run import run
 from jgpt.config.check import check
+from jgpt.config.files import user_path
 
 PREVIEW_TOKENS = 200
 
@@ -24,7 +23,7 @@ def main() -> None:
 
     config = load_config()
     check(config)
-    config, _ = adopt_source(config, Path(config.out_dir).expanduser().absolute())
+    config, _ = adopt_source(config, user_path(config.out_dir).absolute())
     data = prepare(config)
     meta = data.meta
     n_tokens, n_bytes = len(data.train) + len(data.val), meta["train_bytes"] + meta["val_bytes"]

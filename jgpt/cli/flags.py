@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 HELP = {"-h", "--help", "-help", "--helpfull"}
-CONFIG_FLAG = re.compile(r"--?config(?:=(.*))?")
+CONFIG_FLAG = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
 AUTO = re.compile(r"^(--?config\.execution\.micro_batch_size=)auto$")  # a key of whole numbers, where 0 is auto
 OWN_CONFIG = "Start with jgpt.config.default_config(), change its keys, and return it."
 
@@ -94,12 +94,16 @@ def _with_config_file(arguments: list[str]) -> tuple[list[str], Path]:
     known = config_files()
     allowed = f"Allowed: {', '.join(known)}, or a file of your own with get_config()."
     advice = f"{allowed} For example: --config quickstart"
-    place = value = None
+    given = []
     for i, argument in enumerate(arguments):
         if found := CONFIG_FLAG.fullmatch(argument):
-            place, value = (i, found[1]) if found[1] is not None else (i + 1, "".join(arguments[i + 1 : i + 2]))
-    if place is None or not value or value.startswith("-"):
+            given += [(i, found[1]) if found[1] is not None else (i + 1, "".join(arguments[i + 1 : i + 2]))]
+    if not given or not given[-1][1] or given[-1][1].startswith("-"):
         raise UserError(f"no --config was given. {advice}")
+    if len(given) > 1:
+        names = " and ".join(f"--config={value}" for _, value in given)
+        raise UserError(f"{names} were given. Allowed: one config, whose keys --config.KEY=VALUE overrides.")
+    place, value = given[0]
     name, colon, argument = value.partition(":")  # what follows the colon is an argument of get_config
     path = find_config(name)
     if path is None:
@@ -107,8 +111,8 @@ def _with_config_file(arguments: list[str]) -> tuple[list[str], Path]:
         raise UserError(
             f"--config={value}: there is no such config or file (current folder: {Path.cwd()}).{hint} {advice}"
         )
-    given = arguments[place].removesuffix(value)
-    return [*arguments[:place], f"{given}{path}{colon}{argument}", *arguments[place + 1 :]], path
+    flag = arguments[place].removesuffix(value)
+    return [*arguments[:place], f"{flag}{path}{colon}{argument}", *arguments[place + 1 :]], path
 
 
 def _check_keys(arguments: list[str]) -> None:

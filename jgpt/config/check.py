@@ -34,13 +34,15 @@ def problems(config: ConfigDict, text_bytes: int | None = None) -> list[str]:
     return [
         *single.values(),
         *_heads(config, wrong),
+        *_rope_scaling(config, wrong),
         *_batch(config, wrong),
         *_learning_rate(config, wrong),
-        *_tokenizer(config),
-        *_names(config),
+        *_tokenizer(config, wrong),
+        *_names(config, wrong),
         *_secrets(config),
         *_length(config, wrong, text_bytes),
-        *_fine_tuning(config),
+        *_sampling(config, wrong),
+        *_fine_tuning(config, wrong),
     ]
 
 
@@ -53,7 +55,7 @@ def _single_keys(flat: Mapping[str, Any]) -> dict[str, str]:
             continue
         renamed = moved.new_value(name, value)
         hint = f"; {value!r} is now {renamed!r}" if renamed else _did_you_mean(value, key.choices)
-        found[name] = f"{name}={value!r}: it must be {key.allowed()}{hint}"
+        found[name] = f"{name}={value!r}: it must be {key.allowed(in_full=True)}{hint}"
     return found
 
 
@@ -81,13 +83,33 @@ def _heads(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
         )
 
 
+def _rope_scaling(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
+    """Check that the frequencies of a stretched model can be computed."""
+    s, name = config.model.rope_scaling, "model.rope_scaling"
+    if s.kind not in ("llama3", "yarn") or any(key.startswith(name) for key in wrong):
+        return
+    if not s.original_context_length:
+        yield f"{name}.original_context_length=0: kind={s.kind!r} needs the tokens before it was stretched; set them"
+    if s.kind == "llama3" and s.low_freq_factor >= s.high_freq_factor:
+        yield (
+            f"{name}.low_freq_factor={s.low_freq_factor:g} is not below {name}.high_freq_factor="
+            f"{s.high_freq_factor:g}: frequencies between them are mixed; set both as the model's publisher has them"
+        )
+    if s.kind == "yarn" and not (s.beta_fast and s.beta_slow and config.model.rope_theta > 1):
+        yield (
+            f"{name}: yarn divides by beta_fast={s.beta_fast:g}, beta_slow={s.beta_slow:g} and the logarithm of"
+            f" model.rope_theta={config.model.rope_theta:g}: both must be above 0 and that above 1; set them as the"
+            " model's publisher has them"
+        )
+
+
 def _batch(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
     """Check that equal micro-batches make the batch."""
     whole, micro = config.batch.global_batch_size, config.execution.micro_batch_size
     if not wrong.isdisjoint(("batch.global_batch_size", "execution.micro_batch_size")) or not micro:
         return
     if whole % micro:
-        largest = max(n for n in range(1, micro + 1) if whole % n == 0)
+        largest = next(n for n in range(min(micro, whole), 0, -1) if whole % n == 0)
         yield (
             f"execution.micro_batch_size={micro} does not divide batch.global_batch_size={whole}: a step is made of "
             f"equal micro-batches; set execution.micro_batch_size={largest}"
@@ -110,27 +132,29 @@ def _learning_rate(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
         )
 
 
-def _tokenizer(config: ConfigDict) -> Iterator[str]:
+def _tokenizer(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
     """Check that the vocabulary is large enough, and that a pretrained tokenizer has a name."""
     t, n_rows = config.tokenizer, config.model.vocab_size
-    if t.kind == "bpe" and t.vocab_size < 257:
-        yield f"tokenizer.vocab_size={t.vocab_size}: bpe needs 256 bytes and an end-of-text token; set 257 or more"
     if t.kind == "hf" and not t.pretrained:
         yield "tokenizer.pretrained='': kind 'hf' needs a directory or a Hub name; set tokenizer.pretrained='gpt2'"
-    if t.kind == "bpe" and 0 < n_rows < t.vocab_size:
+    if t.kind != "bpe" or "tokenizer.vocab_size" in wrong:
+        return
+    if t.vocab_size < 257:
+        yield f"tokenizer.vocab_size={t.vocab_size}: bpe needs 256 bytes and an end-of-text token; set 257 or more"
+    if "model.vocab_size" not in wrong and 0 < n_rows < t.vocab_size:
         yield (
             f"model.vocab_size={n_rows} is below tokenizer.vocab_size={t.vocab_size}: the model needs a row for every "
             "id; set model.vocab_size=0"
         )
 
 
-def _names(config: ConfigDict) -> Iterator[str]:
+def _names(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
     """Check that the run directory and the text are named, and that the encoding is one."""
-    if not config.out_dir.strip():
+    if "out_dir" not in wrong and not config.out_dir.strip():
         yield "out_dir='': a run writes into a directory of its own; set out_dir='runs/NAME'"
-    if not config.data.text_glob.strip():
+    if "data.text_glob" not in wrong and not config.data.text_glob.strip():
         yield "data.text_glob='': name the text, a glob or a directory; set data.text_glob='texts/**/*.txt'"
-    if not is_encoding(config.data.encoding):
+    if "data.encoding" not in wrong and not is_encoding(config.data.encoding):
         yield (
             f"data.encoding={config.data.encoding!r}: Python knows no such text encoding; set it to 'utf-8', or one "
             "of docs.python.org/3/library/codecs.html#standard-encodings"
@@ -181,8 +205,17 @@ def _length(config: ConfigDict, wrong: set[str], text_bytes: int | None) -> Iter
         )
 
 
-def _fine_tuning(config: ConfigDict) -> Iterator[str]:
+def _sampling(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
+    """Check that samples can be drawn: a sample must not end a run after hours."""
+    temperature = config.sample.temperature
+    if "sample.temperature" not in wrong and 0 < temperature < 1e-6:
+        yield f"sample.temperature={temperature:g}: fp32 would round it to 0; set 0, or 0.000001 or more"
+
+
+def _fine_tuning(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
     """Check that adapters have a model beside them, and are on layers that exist."""
+    if not wrong.isdisjoint(("lora.rank", "lora.targets", "init_from")):
+        return
     rank = config.lora.rank
     if rank and not config.init_from:
         yield (

@@ -25,14 +25,15 @@ def standard_library_glob() -> str:
 
 
 LORA_TARGETS = ("qkv", "proj", "gate_up", "up", "down")  # the linear layers of a block, by their names
-LARGEST_INT = 2**31 - 1
+# Beyond what anybody trains, and far below what would make a program work for hours before it says no.
+MOST_LAYERS, MOST_HEADS, MOST_WIDTH, MOST_ROWS, MOST_TOKENS, MOST_SEQUENCES = 1000, 4096, 2**17, 2**24, 2**24, 2**20
 DTYPES = {"fp32": "", "fp16": "", "bf16": ""}
 
 RUN = Group(
     "",
     "the run",
     {
-        "seed": Key(1337, "decides initial parameters, order of the blocks, dropout and samples", 0, LARGEST_INT),
+        "seed": Key(1337, "decides initial parameters, order of the blocks, dropout and samples", 0),
         "out_dir": Key("runs/default", "the run directory: all that this run writes, and where it resumes from"),
         "init_from": Key("", "start from this model: a Hugging Face directory or Hub name, or a run directory"),
         "log_every_steps": Key(10, "steps between two lines of the log", low=1),
@@ -81,8 +82,8 @@ TOKENIZER = Group(
             "which tokenizer",
             choices={"char": "", "bpe": "byte-level, trained on the text", "hf": "a pretrained one"},
         ),
-        "vocab_size": Key(4096, "bpe: ids in all, special tokens included (257 or more)"),
-        "training_megabytes": Key(64, "bpe: text to learn merges from, spread over all files", low=1),
+        "vocab_size": Key(4096, "bpe: ids in all, special tokens included (257 or more)", 0, 2**20),
+        "training_megabytes": Key(64, "bpe: text to learn merges from, spread over all files", 1, 1_000_000),
         "pretrained": Key("", "hf: a local directory, or a name on the Hugging Face Hub"),
         "chat_template": Key("", "a Jinja file that turns messages into text; '': the pretrained tokenizer's own"),
     },
@@ -92,15 +93,19 @@ MODEL = Group(
     "model",
     "the architecture; with init_from, all but dropout are that model's",
     {
-        "n_layers": Key(6, "blocks", low=1),
-        "n_heads": Key(6, "query heads", low=1),
-        "n_kv_heads": Key(0, "key/value heads (grouped-query attention); 0: as many as n_heads", low=0),
-        "d_model": Key(384, "width of the residual stream", low=1),
-        "d_head": Key(0, "width of one head; 0: d_model / n_heads", low=0),
-        "d_ff": Key(0, "hidden width of the MLP; 0: 4 d_model, or 8/3 d_model rounded up to 64 for swiglu", low=0),
-        "context_length": Key(256, "tokens that the model sees at once", low=1),
-        "vocab_size": Key(0, "rows of the embedding; 0: the tokenizer's, rounded up to vocab_multiple_of", low=0),
-        "vocab_multiple_of": Key(64, "GPUs multiply matrices faster when their sides are multiples of 64", low=1),
+        "n_layers": Key(6, "blocks", 1, MOST_LAYERS),
+        "n_heads": Key(6, "query heads", 1, MOST_HEADS),
+        "n_kv_heads": Key(0, "key/value heads (grouped-query attention); 0: as many as n_heads", 0, MOST_HEADS),
+        "d_model": Key(384, "width of the residual stream", 1, MOST_WIDTH),
+        "d_head": Key(0, "width of one head; 0: d_model / n_heads", 0, MOST_WIDTH),
+        "d_ff": Key(
+            0, "hidden width of the MLP; 0: 4 d_model, or 8/3 d_model rounded up to 64 for swiglu", 0, 8 * MOST_WIDTH
+        ),
+        "context_length": Key(256, "tokens that the model sees at once", 1, MOST_TOKENS),
+        "vocab_size": Key(
+            0, "rows of the embedding; 0: the tokenizer's, rounded up to vocab_multiple_of", 0, MOST_ROWS
+        ),
+        "vocab_multiple_of": Key(64, "GPUs multiply matrices faster when their sides are multiples of 64", 1, 65_536),
         "dropout": Key(0.0, "share of activations set to zero in training", 0, 0.99),
         "position": Key("rope", "how positions enter the model", choices={"learned": "GPT-2", "rope": ""}),
         "norm": Key("rmsnorm", "the normalization", choices={"layernorm": "GPT-2", "rmsnorm": ""}),
@@ -109,7 +114,7 @@ MODEL = Group(
         "qkv_bias": Key(False, "biases in the query, key and value layers alone (Qwen2); implied by bias"),
         "qk_norm": Key(False, "RMSNorm on each query and key head (Qwen3)"),
         "tie_embeddings": Key(True, "the output layer is the token embedding, transposed"),
-        "rope_theta": Key(10_000.0, "base of the rotary frequencies", low=1),
+        "rope_theta": Key(10_000.0, "base of the rotary frequencies", 1, 1e15),
         "norm_eps": Key(1e-5, "added to the variance in every norm", 0, 1),
     },
 )
@@ -166,7 +171,7 @@ OPTIMIZER = Group(
     "optimizer",
     "AdamW, with a linear warmup and a cosine decay",
     {
-        "total_steps": Key(1000, "optimizer steps of the whole run", 1, LARGEST_INT),
+        "total_steps": Key(1000, "optimizer steps of the whole run", low=1),
         "warmup_steps": Key(100, "steps until the peak learning rate", low=0),
         "learning_rate": Key(1e-3, "the peak, after warmup", 1e-12, 10),
         "min_learning_rate": Key(1e-4, "at the end of the cosine", 0, 10),
@@ -182,8 +187,8 @@ BATCH = Group(
     "batch",
     "what one optimizer step sees",
     {
-        "global_batch_size": Key(32, "sequences of an optimizer step, on all devices together", low=1),
-        "sequence_length": Key(0, "tokens of a training sequence; 0: model.context_length", low=0),
+        "global_batch_size": Key(32, "sequences of an optimizer step, on all devices together", 1, MOST_SEQUENCES),
+        "sequence_length": Key(0, "tokens of a training sequence; 0: model.context_length", 0, MOST_TOKENS),
     },
 )
 
@@ -197,7 +202,7 @@ EXECUTION = Group(
             choices={"data": "each has a copy of the model", "tensor": "the model is split over all; LoRA only"},
         ),
         "micro_batch_size": Key(
-            32, "most sequences on a device at a time, others wait their turn; 0 or auto: search", 0
+            32, "most sequences on a device at a time, others wait their turn; 0 or auto: search", 0, MOST_SEQUENCES
         ),
         "remat": Key(
             "none",
@@ -236,8 +241,8 @@ SAMPLE = Group(
     {
         "every_steps": Key(500, "steps between two samples; 0: only at the end", low=0),
         "prompt": Key("", "'': start a new document; with data.format='chat' it is what the user says"),
-        "num_samples": Key(2, "texts each time", low=0),
-        "max_new_tokens": Key(200, "most tokens of a text", low=1),
+        "num_samples": Key(2, "texts each time", 0, 1024),
+        "max_new_tokens": Key(200, "most tokens of a text", 1, MOST_TOKENS),
         "temperature": Key(0.8, "0: always the likeliest token; 1: the model's own distribution", 0, 100),
         "top_k": Key(50, "draw from the k likeliest tokens only; 0: from all", low=0),
         "top_p": Key(1.0, "draw from the fewest likeliest tokens that add up to this; 1: from all", 1e-6, 1),

@@ -13,9 +13,9 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from jgpt.config.files import user_path
 from jgpt.errors import UserError
 
 Message = Mapping[str, Any]  # {"role": "system", "user", "assistant" or "tool", "content": TEXT, ...}
@@ -86,7 +86,7 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 def read_template(name: str) -> str:
     """Read the template that tokenizer.chat_template names; raise UserError when it cannot be read."""
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8-sig")
+        return user_path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"tokenizer.chat_template: {name!r} cannot be read ({error}). It must be a file with a Jinja template. "

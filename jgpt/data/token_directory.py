@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jgpt.atomic_write import write_file
+from jgpt.config.files import user_path
 from jgpt.errors import UserError
 from jgpt.file_lock import LOCK, hold
 
@@ -26,7 +27,7 @@ FILES = ("meta.json", "train.bin", "val.bin")  # meta.json is removed first and 
 
 def token_directory(config: ConfigDict) -> Path:
     """Return the directory of a config's token files: data.cache_dir, or tokens/ in the run directory."""
-    return Path(config.data.cache_dir or f"{config.out_dir}/tokens").expanduser().absolute()
+    return user_path(config.data.cache_dir or f"{config.out_dir}/tokens").absolute()
 
 
 def make_token_directory(directory: Path) -> None:

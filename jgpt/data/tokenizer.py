@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jgpt.atomic_write import write_file
+from jgpt.data import published
 from jgpt.data.corpus import Corpus, without_surrogates
 from jgpt.data.first_bytes import why_unusable
 from jgpt.errors import UserError
@@ -54,7 +55,8 @@ class Tokenizer:
         start = self.backend.encode("").ids
         self.backend.post_processor = None  # it adds special tokens, which nobody here wants, and trims offsets
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1  # the number of ids, though a vocabulary may skip some
+        # The number of ids, though a vocabulary may skip some; without those that the model has no row for.
+        self.vocab_size: int = min(max(vocabulary.values()) + 1, settings.get(published.ROWS, 2**32))
         self.eot_id: int = vocabulary[settings["eos_token"]]
         self.start_ids = [i for i in start if i != self.eot_id]
         self.sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
@@ -74,7 +76,7 @@ class Tokenizer:
         except TypeError:  # Rust has no lone surrogates; they come from a terminal's prompt, never from a corpus
             texts = [without_surrogates(text) for text in texts]
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        return [self._ids(encoding) for encoding in encodings]
 
     def encode_parts(self, texts: Sequence[Sequence[str]]) -> list[list[np.ndarray]]:
         """Return the ids of each part of many texts, uint32; the parts' ids together are those of the whole text.
@@ -88,9 +90,20 @@ class Tokenizer:
         encodings = self.backend.encode_batch(["".join(parts) for parts in texts], add_special_tokens=False)
         for parts, encoding in zip(texts, encodings, strict=True):
             cuts = _tokens_at(encoding, list(accumulate(map(len, parts[:-1]))))
-            ids = np.array(encoding.ids, np.uint32)
+            ids = self._ids(encoding)
             ids_of_parts.append(self.encode_batch(parts) if cuts is None else np.split(ids, cuts))
         return ids_of_parts
+
+    def _ids(self, encoding: tokenizers.Encoding) -> np.ndarray:
+        """Return the ids of a text; raise UserError where the model has no row for one."""
+        ids = np.array(encoding.ids, np.uint32)
+        if published.ROWS in self.settings and (beyond := ids[ids >= self.vocab_size]).size:
+            raise UserError(
+                f"the text holds {self.backend.id_to_token(int(beyond[0]))!r}, a token that was added to the tokenizer,"
+                f" and the model's embedding has no row for it: it ends at {self.vocab_size - 1}. Allowed: texts"
+                " without it. Remove it from the text or the chat template, or take a model that was resized."
+            )
+        return ids
 
     def _encode_characters(self, text: str) -> np.ndarray:
         """Encode with one table of all characters: about fifty times faster than a general tokenizer."""
@@ -234,6 +247,11 @@ def load_pretrained(name: str) -> Tokenizer:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     is_directory = os.path.isdir(directory)
+    if is_directory and (packages := published.missing_packages(Path(directory))):
+        raise UserError(
+            f"tokenizer.pretrained: {name!r} has a tokenizer.model and no tokenizer.json. To read it takes packages"
+            f" that are not installed. Run: pip install {packages}"
+        )
     try:
         pretrained = AutoTokenizer.from_pretrained(
             directory if is_directory else name, local_files_only=is_directory, trust_remote_code=False
@@ -251,18 +269,32 @@ def load_pretrained(name: str) -> Tokenizer:
             f"tokenizer.pretrained: {name!r} is a {type(pretrained).__name__}, which has no tokenizer.json. "
             "A fast tokenizer is needed. Choose another, such as gpt2."
         )
+    backend = pretrained.backend_tokenizer
+    if not backend.get_vocab(with_added_tokens=False):
+        raise UserError(
+            f"tokenizer.pretrained: {name!r} opens as a {type(pretrained).__name__} without any vocabulary. It must"
+            " have tokenizer.json, or the files of its kind. Write the kind as tokenizer_class into"
+            " tokenizer_config.json: BertTokenizer for a vocab.txt."
+        )
     settings: dict[str, Any] = {key: str(token) for key, token in pretrained.special_tokens_map.items() if str(token)}
     template = pretrained.chat_template  # from tokenizer_config.json, or chat_template.jinja beside it
     if isinstance(template, dict):  # several, by name; the others are for tools and retrieval
         template = template.get("default")
     if template:
         settings["chat_template"] = template
+    if "eos_token" not in settings and is_directory and (end := published.end_token(Path(directory), backend)):
+        settings["eos_token"] = end
     if "eos_token" not in settings:
+        token = published.likely_end(backend) or "<|endoftext|>"
         raise UserError(
-            f"tokenizer.pretrained: {name!r} has no eos_token, which must end every document. Choose another, "
-            "or name its end-of-text token as eos_token in the directory's tokenizer_config.json."
+            f"tokenizer.pretrained: {name!r} has no eos_token, which must end every document. Choose another, or name"
+            " its end-of-text token in the directory's tokenizer_config.json, such as"
+            f' {{"eos_token": {json.dumps(token)}}}.'
         )
-    return Tokenizer(pretrained.backend_tokenizer.to_str(pretty=True), settings)
+    rows = published.rows_for(Path(directory), backend) if is_directory else None
+    if rows is not None and (backend.token_to_id(settings["eos_token"]) or 0) < rows:
+        settings[published.ROWS] = rows
+    return Tokenizer(backend.to_str(pretty=True), settings)
 
 
 def _what_files_are(directory: Path) -> str:

@@ -5,17 +5,19 @@ weights. Keys, defaults and meanings are those of transformers' configuration_*.
 """
 
 import logging
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jgpt.config.check import problems
-from jgpt.config.defaults import default_config
+from jgpt.config.defaults import KEYS, default_config
+from jgpt.config.key import LARGEST_INT
 from jgpt.errors import UserError
 from jgpt.model.rope import RopeScaling
 from jgpt.model.shapes import ModelConfig
+from jgpt.wording import range_text
 
 log = logging.getLogger("jgpt")
 
@@ -50,28 +52,29 @@ def read_config(given: Mapping[str, Any]) -> tuple[str, ConfigDict]:
             " Take the original model: its name is usually this one without GPTQ, AWQ, FP8 or bnb."
         )
     keys = Keys({**(LLAMA_DEFAULTS if family != "gpt2" else {}), **DEFAULTS[family], **given})
+    n_rows = keys.count("vocab_size", most=int(KEYS["model.vocab_size"].high))
     full = default_config()
     full.model.update(_read_gpt2(keys) if family == "gpt2" else _read_llama(keys, family))
     if wrong := problems(full):
         raise UserError(
             f"its config.json describes a model that cannot be built: {'; '.join(wrong)}. Compare it with the original."
         )
-    full.model.vocab_size = keys.count("vocab_size")
+    full.model.vocab_size = n_rows
     full.model.tie_embeddings = keys.flag("tie_word_embeddings")
     return family, full.model
 
 
 def _family(given: Mapping[str, Any]) -> str:
-    named = given.get("architectures") or []
+    named = Keys(given).names("architectures")
     by_name = [family for family, architecture in ARCHITECTURES.items() if architecture in named]
     family = given.get("model_type") or (by_name[0] if by_name else None)
     # The model without its output layer, which is enough where that layer is the embedding.
     bare = [name for name in named if name.endswith("Model") and not name.endswith("LMHeadModel")]
-    if family not in ARCHITECTURES or (named and not by_name and not bare):
+    if not isinstance(family, str) or family not in ARCHITECTURES or (named and not by_name and not bare):
         raise UserError(
-            f"its config.json names model_type {family!r}, architectures {named!r}. Supported are GPT-2, Llama"
-            f" (SmolLM2, TinyLlama), Mistral, Qwen2, Qwen2.5 and Qwen3 ({', '.join(ARCHITECTURES.values())}). Take one"
-            " of these; code in a model's repository is never run."
+            f"its config.json names model_type {_shortened(family)}, architectures {_shortened(named)}. Supported are"
+            " GPT-2, Llama (SmolLM2, TinyLlama), Mistral, Qwen2, Qwen2.5 and Qwen3"
+            f" ({', '.join(ARCHITECTURES.values())}). Take one of these; code in a model's repository is never run."
         )
     return family
 
@@ -82,21 +85,29 @@ class Keys:
     def __init__(self, given: Mapping[str, Any]):
         self.given = given
 
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """Read a whole number of at least `least`."""
+    def count(self, key: str, default: int | None = None, least: int = 1, most: int = LARGEST_INT) -> int:
+        """Read a whole number from `least` to `most`."""
         value = self.given.get(key)
         value = default if value is None else value
-        if type(value) is not int or value < least:
-            raise _wrong(key, value, f"a whole number, {least} or more")
+        if type(value) is not int or not least <= value <= most:
+            raise _wrong(key, value, f"a whole number, {range_text(least, most)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """Read a number above 0."""
         value = self.given.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise _wrong(key, value, "a number above 0")
         return float(value)
+
+    def names(self, key: str) -> list[str]:
+        """Read a list of texts; null and a missing key are an empty one."""
+        value = self.given.get(key)
+        value = [] if value is None else value
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise _wrong(key, value, "a list of texts")
+        return value
 
     def flag(self, key: str) -> bool:
         """Read true or false; null and a missing key are false."""
@@ -108,15 +119,24 @@ class Keys:
     def must_be(self, key: str, *allowed: Any) -> None:
         """Refuse any value but those allowed; a missing key counts as None."""
         if self.given.get(key) not in allowed:
-            raise _wrong(key, self.given[key], " or ".join(repr(value) for value in allowed if value is not None))
+            raise _wrong(key, self.given.get(key), " or ".join(repr(value) for value in allowed if value is not None))
 
 
 def _wrong(key: str, value: Any, allowed: str) -> UserError:
-    given = f"no {key}" if value is None else f"{key}={value!r}"
+    given = f"no {key}" if value is None else f"{key}={_shortened(value)}"
     return UserError(
         f"its config.json has {given}. Allowed: {allowed}; jgpt does not compute anything else. Take another model, or"
         " restore the published file."
     )
+
+
+def _shortened(value: Any) -> str:
+    """Write a value of a file for a message; a number of many digits has no text in Python."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return "(a value too large to print)"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _read_gpt2(keys: Keys) -> dict[str, Any]:
@@ -157,7 +177,7 @@ def _context_length(keys: Keys, family: str) -> int:
     context = keys.count("max_position_embeddings")
     if family == "llama" or keys.given.get("sliding_window") is None:
         return context
-    kinds = set(keys.given.get("layer_types") or [])
+    kinds = set(keys.names("layer_types"))
     if not kinds <= {"full_attention", "sliding_attention"}:
         raise _wrong("layer_types", sorted(kinds), "'full_attention' and 'sliding_attention'")
     if family != "mistral":
@@ -188,8 +208,8 @@ def _read_rope(keys: Keys) -> tuple[float, dict[str, Any]]:
     rope.must_be("partial_rotary_factor", None, 1)
     if kind not in ("default", "linear", "llama3", "yarn") or any(isinstance(x, Mapping) for x in both.values()):
         raise UserError(
-            f"its config.json scales RoPE by {both!r}. Allowed are the kinds default, linear, llama3 and yarn, the same"
-            " in all layers. Take another model, or the original with the shorter context."
+            f"its config.json scales RoPE by {_shortened(both)}. Allowed are the kinds default, linear, llama3 and"
+            " yarn, the same in all layers. Take another model, or the original with the shorter context."
         )
     theta = rope.number("rope_theta")
     if kind == "default":

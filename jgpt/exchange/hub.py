@@ -5,12 +5,15 @@ connection broke, keeps complete files in HF_HOME, reads its token from HF_TOKEN
 HF_HUB_OFFLINE=1.
 """
 
+import difflib
 import errno
+import json
 import logging
 import os
 import re
 from pathlib import Path
 
+from jgpt.config.files import user_path
 from jgpt.errors import UserError
 
 log = logging.getLogger("jgpt")
@@ -29,24 +32,48 @@ def locate(name: str) -> Path:
 
     Raises UserError when there is no such model, when a directory holds several, and when the download fails.
     """
-    directory = Path(name).expanduser()
-    if name and directory.is_dir():
+    directory = user_path(name)
+    if name and os.path.isdir(directory):
         return _below(directory)
-    if not is_hub_name(name):
+    folder, runs = _runs_near(name)
+    if not is_hub_name(name) or folder == directory.parent != Path():  # runs/mistyped: the other runs are in runs/
         raise UserError(
-            f"there is no directory {name!r} (current folder: {Path.cwd()}). Allowed: a model directory, or a name on"
-            " the Hugging Face Hub such as HuggingFaceTB/SmolLM2-135M-Instruct. Correct the name."
+            f"there is no directory {name[:200]!r} (current folder: {Path.cwd()}).{_named(name, runs)} Allowed: a model"
+            " directory, or a name on the Hugging Face Hub such as HuggingFaceTB/SmolLM2-135M-Instruct. Correct the"
+            " name."
         )
-    return _download(name)
+    return _download(name, _named(name, runs))
 
 
 def is_hub_name(name: str) -> bool:
     """Return whether a name can be one on the Hub ("gpt2", "OWNER/NAME") and is not a directory here."""
-    return bool(HUB_NAME.fullmatch(name)) and not Path(name).expanduser().is_dir()
+    return bool(HUB_NAME.fullmatch(name)) and not os.path.isdir(user_path(name))
+
+
+def _runs_near(name: str) -> tuple[Path, list[str]]:
+    """Return where a user may have meant a directory to be, beside others or in runs/, and the runs there."""
+    for folder in (user_path(name).parent, Path("runs")):
+        try:
+            entries = sorted(os.listdir(folder))
+        except OSError:
+            continue
+        if runs := [str(folder / entry) for entry in entries if os.path.isdir(folder / entry / "checkpoints")]:
+            return folder, runs
+    return Path(), []
+
+
+def _named(name: str, runs: list[str]) -> str:
+    if not runs:
+        return ""
+    close = difflib.get_close_matches(name, runs, 1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"{hint} Runs here: {', '.join(runs[:10])}{', ...' if len(runs) > 10 else ''}."
 
 
 def _below(directory: Path) -> Path:
     """Return the directory itself, or the one below it that holds a model, as Kaggle mounts them."""
+    if (directory / "adapter_config.json").is_file() and not any(directory.glob("model*.safetensors")):
+        raise UserError(_adapter(directory))
     if (directory / "config.json").is_file():
         return directory
     models = sorted({path.parent for path in directory.rglob("config.json") if any(path.parent.glob("*.safetensors"))})
@@ -62,31 +89,55 @@ def _below(directory: Path) -> Path:
     )
 
 
-def _download(name: str) -> Path:
+def _adapter(directory: Path) -> str:
+    """Say of which model a directory holds PEFT's adapter, and how the two become one model."""
+    try:
+        base = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = None
+    of = f"{base[:200]!r}" if isinstance(base, str) and base else "a model that it does not name"
+    return (
+        f"{directory} holds an adapter of PEFT, made for {of}, and not that model. Needed: a whole model. Merge the"
+        f" two where peft is installed: peft.AutoPeftModelForCausalLM.from_pretrained({str(directory)!r})"
+        ".merge_and_unload().save_pretrained(NEW_DIR), put the tokenizer's files beside it, and name NEW_DIR."
+    )
+
+
+def _download(name: str, runs: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # the network libraries may raise any error
-        problem, advice = _reason(name, error)
+        problem, advice = _reason(name, error, f" (current folder: {Path.cwd()}).{runs}".removesuffix("."))
         raise UserError(f"the model {name!r} cannot be downloaded: {problem}. {advice}.") from None
 
 
-def _reason(name: str, error: Exception) -> tuple[str, str]:
-    """Return what went wrong, and what to do."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+def _reason(name: str, error: Exception, here: str) -> tuple[str, str]:
+    """Return what went wrong, and what to do; `here` says what is there instead of a directory of this name."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
+    if isinstance(error, HFValidationError):
+        problem = f"the Hub has no such names, and there is no such directory here{here}"
+        return problem, "Correct the name (OWNER/NAME), or name a directory with the model"
     again = "Complete files are kept: the same command continues from there"
     if isinstance(error, LocalEntryNotFoundError):
         if not isinstance(error.__cause__, HfHubHTTPError):
-            problem = "it is not on this machine, and the Hub cannot be reached"
-            return problem, "Turn the internet on (and HF_HUB_OFFLINE off), or name a directory with the model"
+            problem = "it is not on this machine, and the Hub cannot be reached; there is no such directory here" + here
+            advice = "If you meant a directory, correct its name; if a model on the Hub, turn the internet on"
+            return problem, f"{advice} (and HF_HUB_OFFLINE off), or name a directory with the model"
         error = error.__cause__
     if isinstance(error, GatedRepoError):
         problem = "its owner gives access on request"
         return problem, f"Ask for it at https://huggingface.co/{name}, then set HF_TOKEN to a token of yours"
     if isinstance(error, RepositoryNotFoundError):
-        problem = "it is not on the Hugging Face Hub, or it is private"
+        problem = f"it is not on the Hugging Face Hub, or it is private; there is no such directory here{here}"
         return problem, "Correct the name (OWNER/NAME), or set HF_TOKEN to a token that may read it"
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"the Hub answered {error.response.status_code}", f"Try again later, or check HF_TOKEN. {again}"

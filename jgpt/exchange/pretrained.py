@@ -5,6 +5,7 @@ generation_config.json, weights in safetensors and the tokenizer's files.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from ml_collections import ConfigDict
 
 import jgpt
 from jgpt.atomic_write import atomic_directory, write_file
+from jgpt.config.defaults import KEYS
+from jgpt.config.key import Key
 from jgpt.data.first_bytes import why_unusable
 from jgpt.data.tokenizer import Tokenizer, load_pretrained
 from jgpt.errors import UserError
@@ -28,7 +31,12 @@ from jgpt.exchange.weights import Stored, entry_bytes, find_tensors, load_params
 from jgpt.model.precision import DTYPES
 from jgpt.model.shapes import ModelConfig, model_config
 
+log = logging.getLogger("jgpt")
+
 SHARD_BYTES = 5_000_000_000
+# What generation_config.json may say of how tokens are drawn.
+RULES = {name: KEYS[f"sample.{name}"] for name in ("temperature", "top_k", "top_p", "min_p")}
+RULES |= {"repetition_penalty": Key(1.0, "above 1, what the text holds gets less likely", 0.01, 100)}
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,6 @@ def open_pretrained(directory: Path) -> Pretrained:
     config = _read_json(directory / "config.json")
     path = directory / "generation_config.json"
     generation = _read_json(path) if path.is_file() else {}
-    stops = _eos_ids(config) + _eos_ids(generation)
-    rules = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    sampling = {rule: generation[rule] for rule in rules if isinstance(generation.get(rule), int | float)}
     try:
         family, model = read_config(config)
         shapes = model_config(model, 0)
@@ -84,15 +89,17 @@ def open_pretrained(directory: Path) -> Pretrained:
     except UserError as error:
         text = str(error)
         raise UserError(text if str(directory) in text else f"{directory}: {text}") from None
-    stop_ids, dtype = tuple(dict.fromkeys(stops)), main_dtype(tensors)
-    return Pretrained(directory, family, model, shapes, tensors, stop_ids, dtype, sampling)
+    published = {directory / "config.json": config, path: generation}
+    stops = dict.fromkeys(i for file, values in published.items() for i in _eos_ids(file, values, shapes.vocab_size))
+    sampling = _sampling(path, generation)
+    return Pretrained(directory, family, model, shapes, tensors, tuple(stops), main_dtype(tensors), sampling)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         reason = type(content).__name__
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         content, reason = None, str(error)
     if not isinstance(content, dict):
         raise UserError(
@@ -102,9 +109,33 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _eos_ids(published: dict[str, Any]) -> tuple[int, ...]:
+def _eos_ids(path: Path, published: dict[str, Any], n_rows: int) -> list[int]:
+    """Return the ids that end a text, as a file says; what the model cannot write is left out, and named."""
     ids = published.get("eos_token_id")
-    return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    right = [i for i in ids if type(i) is int and 0 <= i < n_rows]
+    if left_out := [i for i in ids if i not in right]:
+        log.warning("%s: eos_token_id %.80r is left out: it is no id of the model's %d", path, left_out, n_rows)
+    return right
+
+
+def _sampling(path: Path, generation: dict[str, Any]) -> dict[str, float]:
+    """Return how to draw tokens, as generation_config.json advises; what cannot be is left out, and named.
+
+    A null is as if the key were not there, and a top_k of -1 is 0: all tokens.
+    """
+    found: dict[str, float] = {}
+    for name, rule in RULES.items():
+        value: Any = generation.get(name)
+        if name == "top_k":
+            value = 0 if value == -1 else int(value) if isinstance(value, float) and value.is_integer() else value
+        if value is None:
+            continue
+        if rule.allows(value) and not (name == "temperature" and 0 < value < 1e-6):
+            found[name] = value
+        else:
+            log.warning("%s: %s=%.80r is left out: it must be %s", path, name, value, rule.allowed(in_full=True))
+    return found
 
 
 def export_model(
@@ -176,7 +207,7 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     for key in ("bos_token", "pad_token"):
         token = tokenizer.settings.get(key)
         token_id = tokenizer.backend.token_to_id(token) if isinstance(token, str) else None
-        if token_id is not None:
+        if token_id is not None and token_id < tokenizer.vocab_size:  # one without a row is no id of the model's
             ids[f"{key}_id"] = token_id
     return ids
 

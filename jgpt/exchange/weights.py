@@ -29,6 +29,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {name.upper().replace("FP", "F"): name for name in DTYPES}  # F32, F16 and BF16 to our names
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight")
 BAR: dict[str, Any] = {"disable": None, "delay": 2, "leave": False}  # tqdm: on a terminal only, after 2 seconds
+LONGEST_NAME = 255  # bytes that a file system allows a file's name
 RESTORE = "Download it again, or restore the file."
 
 
@@ -54,7 +55,7 @@ def find_tensors(directory: Path) -> dict[str, Stored]:
     files = _read_index(directory / INDEX)
     for file in sorted(set(files.values())):
         path = directory / file
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, it takes a name of any length
             raise UserError(
                 f"{path} is missing, and {INDEX} names it. Needed are all files that the index names. {RESTORE}"
             )
@@ -87,15 +88,16 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         outside = [name for name in files.values() if Path(name).name != name or not name.endswith(".safetensors")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        outside += [name for name in files.values() if len(name) > LONGEST_NAME]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(
             f"{path} is not an index of safetensors files ({type(error).__name__}: {error}). It must be JSON with a"
             f" weight_map.{why_unusable(path) or f' {RESTORE}'}"
         ) from None
     if outside:
         raise UserError(
-            f"{path} names the file {outside[0]!r}. Allowed are .safetensors files beside the index, by name alone. Do"
-            " not use this model: no tool writes such an index."
+            f"{path} names the file {outside[0][:LONGEST_NAME]!r}. Allowed are .safetensors files beside the index, by"
+            " name alone. Do not use this model: no tool writes such an index."
         )
     return files
 
@@ -181,7 +183,7 @@ def load_params(
             # The biases of fused layers count as matrices, because as parameters they have more than one axis.
             is_matrix = len(entry.shapes[0]) > 1 or entry.path[-2] in ("qkv", "gate_up")
             dtype = matrices if is_matrix else np.float32
-            parts = [_cast(files[one.file].get_tensor(one.name), dtype, f"{one.name} in {one.file}") for one in stored]
+            parts = [cast(files[one.file].get_tensor(one.name), dtype, f"{one.name} in {one.file}") for one in stored]
             if entry.in_model:
                 _put(params, entry.path, place(entry.path, entry.join(parts)))
             elif np.any(parts[0]):
@@ -212,12 +214,13 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """Return an array in `dtype`; raise UserError for a value that fp16 cannot hold, with the tensor's `name`."""
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    if dtype == jnp.float16 and not np.all(np.isfinite(cast)):
+        converted = array.astype(dtype)
+    if dtype == jnp.float16 and not np.all(np.isfinite(converted)):
         largest = np.max(np.abs(array.astype(np.float32)))
         if not np.isfinite(largest):
             raise UserError(f"{name} holds {largest}. Allowed: finite numbers. {RESTORE}")
@@ -225,7 +228,7 @@ def _cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
             f"{name} does not fit in fp16: its largest value is {largest:g}. Allowed in fp16: up to 65504. Take bf16 on"
             " a GPU of compute capability 8.0 or above, else fp32."
         )
-    return cast
+    return converted
 
 
 def entry_bytes(entry: Entry, dtype: Any) -> int:
@@ -252,7 +255,7 @@ def save_params(
     weight_map = {}
     for i, shard in enumerate(tqdm(shards, "files", **BAR), 1):
         name = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {_full(start, key): x for entry in shard for key, x in _tensors(params, entry, dtype)}
+        tensors = {key: x for entry in shard for key, x in named_tensors(params, entry, dtype, start)}
         _write(directory / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
@@ -275,8 +278,11 @@ def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
         os.fsync(file.fileno())
 
 
-def _tensors(params: Any, entry: Entry, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Return the names and arrays of one parameter's tensors; a bias that the GPT does not have is zeros."""
+def named_tensors(params: Any, entry: Entry, dtype: Any, start: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Return the names, with the prefix `start`, and the arrays of one parameter's tensors.
+
+    A bias that the GPT does not have is zeros. Raises UserError for a value that fp16 cannot hold.
+    """
     if not entry.in_model:
         arrays = [np.zeros(shape, dtype) for shape in entry.shapes]
     else:
@@ -289,4 +295,4 @@ def _tensors(params: Any, entry: Entry, dtype: Any) -> Iterator[tuple[str, np.nd
         arrays = entry.split(value)
     for name, shape, array in zip(entry.names, entry.shapes, arrays, strict=True):
         assert array.shape == shape, (name, array.shape, shape)
-        yield name, np.ascontiguousarray(_cast(array, dtype, name))
+        yield _full(start, name), np.ascontiguousarray(cast(array, dtype, name))

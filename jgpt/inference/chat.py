@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jgpt.config.files import user_path
 from jgpt.data.chat_template import Message, render
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.data.unknown import name_unknown, unknown_characters
@@ -130,7 +131,7 @@ class Chat:
         if not self.turns:
             raise UserError("there is nothing to save yet. Needed: a question and its answer. Ask something first.")
         try:
-            with path.expanduser().open("a", encoding="utf-8") as file:
+            with user_path(str(path)).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.system + self.turns}, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(

@@ -5,6 +5,7 @@ reader wants it, out. What `init_from` begins from, and what `load.py` loads.
 """
 
 import hashlib
+import os.path
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
+from jgpt.config.files import user_path
 from jgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jgpt.errors import UserError
 from jgpt.exchange.hub import locate
@@ -58,8 +60,8 @@ def is_run(directory: Path) -> bool:
 
 def local_directory(name: str) -> Path | None:
     """Return the directory that a model's name is; None where it is none, and may be a name on the Hub."""
-    path = Path(name).expanduser().absolute()
-    return path if path.is_dir() else None
+    path = user_path(name).absolute()
+    return path if os.path.isdir(path) else None  # unlike Path.is_dir, it takes a name of any length
 
 
 def open_source(name: str, step: int | None = None, fingerprint: str = "", base: str = "") -> Source:

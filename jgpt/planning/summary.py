@@ -5,12 +5,13 @@ no step runs.
 """
 
 import math
+import os.path
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from jgpt.config.files import user_path
 from jgpt.data.tokenizer import load_pretrained
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import ModelConfig, model_config
@@ -88,7 +89,7 @@ def make_plan(
     takes `run_hours` at most, and a week has `weekly_hours` of them.
     """
     target = None if device == THIS else compile_only(device)
-    config, source = adopt_source(config, Path(config.out_dir).expanduser().absolute())
+    config, source = adopt_source(config, user_path(config.out_dir).absolute())
     ids, vocabulary = (source.tokenizer.vocab_size, "of init_from") if source else vocabulary_of(config)
     shapes = model_config(config.model, ids)
     target = target or this_machine(training_devices(config))
@@ -125,7 +126,7 @@ def vocabulary_of(config: ConfigDict) -> tuple[int, str]:
         return t.vocab_size, "of tokenizer.vocab_size; little text gives fewer"
     if t.kind == "char":
         return CHARACTERS, f"{CHARACTERS} characters assumed"
-    if Path(t.pretrained).expanduser().is_dir():
+    if os.path.isdir(user_path(t.pretrained)):
         return load_pretrained(t.pretrained).vocab_size, "of the tokenizer"
     assumed = "GPT-2's" if "gpt2" in t.pretrained else "GPT-2's assumed; set model.vocab_size for another"
     return GPT2_IDS, assumed

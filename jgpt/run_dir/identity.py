@@ -18,7 +18,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jgpt.atomic_write import write_file
+from jgpt.config.check import problems
 from jgpt.config.defaults import default_config, flatten
+from jgpt.config.files import user_path
 from jgpt.errors import UserError
 from jgpt.file_lock import HeldElsewhere, hold
 from jgpt.hardware.devices import local_devices
@@ -39,7 +41,7 @@ def open_run_dir(out_dir: str) -> Iterator[Path]:
 
     Raises UserError when it cannot be written, or when another run is writing in it.
     """
-    run_dir = Path(out_dir).expanduser().absolute()
+    run_dir = user_path(out_dir).absolute()
     with ExitStack() as lock:
         try:
             lock.enter_context(hold(run_dir))
@@ -164,12 +166,14 @@ def read_config(run_dir: Path) -> ConfigDict:
     config, path = default_config(), run_dir / "config.json"
     try:
         config.update(json.loads(path.read_text()))
+        reason = "; ".join(problems(config))
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+    if reason:
         raise UserError(
             f"{path} is damaged, or of another version of jgpt: {reason}. Put back the file that the run wrote, or name"
             " another run; nothing was changed."
-        ) from None
+        )
     return config
 
 

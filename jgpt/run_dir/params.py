@@ -4,7 +4,6 @@ Beside the data path: what `loading/` reads a run's model with, and an import wr
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ def restore_params(
     Raises UserError where the step is damaged, or its parameters have other shapes.
     """
     check_whole(directory, step, verify(directory, step))
+    _check_shapes(directory, step, abstract)
     restored = {}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         for name in abstract:
@@ -50,17 +50,26 @@ def restore_params(
             as_numpy = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), layer)
             args = ocp.args.PyTreeRestore(item=layer, restore_args=as_numpy, partial_restore=True)  # pyright: ignore[reportCallIssue]
             arrays = checkpointer.restore(directory / str(step) / "params", args=args)
-            jax.tree_util.tree_map_with_path(partial(_check_shape, directory, step), layer, arrays)
             restored |= jax.tree_util.tree_map_with_path(
                 lambda path, x: place(tuple(key.key for key in path), x), arrays
             )
     return restored
 
 
-def _check_shape(directory: Path, step: int, path: Any, expected: Any, found: Any) -> None:
-    if expected.shape != found.shape:
+def _check_shapes(directory: Path, step: int, wanted: Any) -> None:
+    """Refuse parameters of other shapes than the run's config.json says; Orbax would pass over what is missing."""
+    stored = ocp.PyTreeCheckpointHandler().metadata(directory / str(step) / "params").tree
+    found, expected = (
+        {"/".join(key.key for key in path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (stored, wanted)
+    )
+    differ = [
+        f"{name} {found.get(name, 'missing')} where config.json describes {expected.get(name, 'none')}"
+        for name in sorted(found | expected)
+        if found.get(name) != expected.get(name)
+    ]
+    if differ:
         raise UserError(
-            f"checkpoint {step} in {directory} holds {jax.tree_util.keystr(path)} with the shape {found.shape}, and the"
-            f" config.json and the tokenizer of its run give {expected.shape}: they are of another run. Put back those"
-            " that the run wrote; nothing was changed."
+            f"checkpoint {step} in {directory} holds another model than the config.json of the run:"
+            f" {'; '.join(differ[:3])}. They must be of one run. Put back the config.json that the run wrote."
         )

@@ -1,5 +1,6 @@
 """Ids and text: round trips, and the same ids in transformers.AutoTokenizer, for every kind."""
 
+import importlib.util
 import json
 import random
 import time
@@ -289,6 +290,40 @@ def test_a_pointer_in_the_place_of_a_tokenizer_is_named(tmp_path: Path) -> None:
     for opening in (lambda: load_pretrained(str(directory)), lambda: load_tokenizer(directory)):
         with pytest.raises(UserError, match=r"gpt2/tokenizer.json: It is a git-lfs pointer.*cd .*gpt2 && git lfs pull"):
             opening()
+
+
+def test_the_models_own_files_name_the_token_that_ends_a_text(tmp_path: Path) -> None:
+    directory = pretrained_like(tmp_path / "gpt2", "gpt2")
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    ids = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+    (directory / "config.json").write_text(json.dumps({"eos_token_id": ids["a"]}))
+    assert load_pretrained(str(directory)).settings["eos_token"] == "a"
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [10**9, ids["b"], ids["a"]]}))
+    assert load_pretrained(str(directory)).eot_id == ids["b"]
+
+
+def test_a_sentencepiece_model_alone_names_the_package_that_is_missing(tmp_path, monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else find(name))
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    with pytest.raises(UserError, match="has a tokenizer.model and no tokenizer.json.*pip install .*sentencepiece"):
+        load_pretrained(str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")  # transformers 5.0 itself
+def test_a_vocabulary_of_bert_needs_its_kind_and_an_end(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nhello\n##s\n")
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "vocab_size": 7, "bos_token_id": 3, "eos_token_id": 3}'
+    )
+    with pytest.raises(UserError, match="BertTokenizer for a vocab.txt"):  # it opened, and every text was empty
+        load_pretrained(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 7, "eos_token_id": null}')
+    with pytest.raises(UserError, match='has no eos_token.*"eos_token": ".SEP."'):
+        load_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 7, "eos_token_id": 3}')
+    assert load_pretrained(str(tmp_path)).encode("hello hellos").tolist() == [5, 5, 6]
 
 
 def test_a_saved_tokenizer_that_is_not_whole_is_answered(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def test_a_checkpoint_by_its_step(command, trained, tmp_path):
 
 
 def test_what_is_refused(command, trained, exported, tmp_path):
-    for arguments in ([], ["gguf", "a", "b"], ["import", "a"], ["export", "a"]):
-        refused(command("convert", *arguments), "import SRC RUN_DIR, or export RUN_DIR OUT")
+    for arguments in ([], ["onnx", "a", "b"], ["import", "a"], ["export", "a"], ["gguf", "a"]):
+        refused(command("convert", *arguments), "import SRC RUN_DIR, export RUN_DIR OUT, or gguf RUN_DIR OUT.gguf")
     refused(command("convert", "export", "a", "b", "c"), "unexpected argument 'c'")
     refused(command("convert", "export", "a", "b", "--dtype=int8"), "--dtype='int8'", "auto, fp32, fp16, bf16")
     refused(command("convert", "export", str(trained), str(exported)), "exists and is not empty")
@@ -105,4 +105,4 @@ def test_damaged_models_give_one_clear_error(command, exported, tmp_path, damage
 def test_help(command):
     result = command("convert", "--help")
     assert result.code == 0 and result.err == "" and max(map(len, result.out.splitlines())) <= 120
-    assert "convert_hf_to_gguf.py" in result.out and "--params" in result.out and "exit code" in result.out.lower()
+    assert "pip install gguf" in result.out and "--params" in result.out and "exit code" in result.out.lower()

@@ -157,6 +157,20 @@ def test_both_spellings_of_rope(rope, theta, scaling):
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True", "False"]),
         (GPT2 | {"scale_attn_weights": False}, ["scale_attn_weights=False"]),
         (GPT2 | {"add_cross_attention": True}, ["add_cross_attention=True"]),
+        (LLAMA | {"architectures": 5}, ["architectures=5", "a list of texts"]),
+        (LLAMA | {"architectures": [["LlamaForCausalLM"]]}, ["a list of texts"]),
+        (LLAMA | {"model_type": ["llama"]}, ["model_type ['llama']", "Supported are"]),
+        (LLAMA | {"model_type": "qwen2", "sliding_window": 8, "layer_types": 5}, ["layer_types=5", "a list of texts"]),
+        (LLAMA | {"num_hidden_layers": 10**9}, ["model.n_layers=1000000000: it must be 1 to 1,000"]),
+        (LLAMA | {"num_attention_heads": 2**31 - 1}, ["model.n_heads=2147483647: it must be 1 to 4,096"]),
+        (GPT2 | {"n_layer": 2**63}, ["n_layer=9223372036854775808", "1 to 2,147,483,647"]),
+        (LLAMA | {"vocab_size": 2**30}, ["vocab_size=1073741824", "1 to 16,777,216"]),
+        (LLAMA | {"rms_norm_eps": 10**400}, ["rms_norm_eps=1000", "a number above 0"]),
+        (LLAMA | {"hidden_size": "x" * 5000}, ["hidden_size='xxx", "xxx...", "a whole number"]),
+        (
+            LLAMA | {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", **YARN}},
+            ["the logarithm of model.rope_theta=1"],
+        ),
     ],
 )  # fmt: skip
 def test_what_is_refused(config, parts):

@@ -233,6 +233,39 @@ def test_what_is_no_model(tmp_path):
             locate(name)
 
 
+def test_a_mistyped_run_is_answered_with_the_runs_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("quickstart", "other"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="there is no directory 'runs/quikstart' .current folder: .*") as error:
+        locate("runs/quikstart")  # other runs are in runs/, so it is no name on the Hub
+    assert "Did you mean runs/quickstart? Runs here: runs/other, runs/quickstart." in str(error.value)
+    assert "internet" not in str(error.value)
+    with pytest.raises(UserError, match="there is no such directory here .*Runs here: runs/other, runs/quickstart"):
+        locate("quikstart")  # this may be one on the Hub
+    with pytest.raises(UserError, match="the Hub cannot be reached; there is no such directory here"):
+        locate("owner/name")
+
+
+@pytest.mark.parametrize("name", ["~zz", "~zz/a", "a" * 300, "a/" + "b" * 300, "--", "a..b", "a\nb", "\udcff", "\0"])
+def test_a_name_that_cannot_be_is_answered(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no (such )?directory"):
+        locate(name)
+
+
+def test_an_adapter_of_peft_is_named_with_its_base(tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
+    file = tmp_path / "adapter_config.json"
+    file.write_text('{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}')
+    with pytest.raises(UserError, match="an adapter of PEFT, made for 'meta-llama/Llama-3.2-1B'.*merge_and_unload"):
+        locate(str(tmp_path))
+    file.write_text('{"base_model_name_or_path": null}')
+    with pytest.raises(UserError, match="an adapter of PEFT, made for a model that it does not name"):
+        locate(str(tmp_path))
+
+
 def test_hub_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_hub_name("gpt2") and is_hub_name("Qwen/Qwen2.5-0.5B-Instruct")

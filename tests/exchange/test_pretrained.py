@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from jgpt.data.tokenizer import Tokenizer, train_bpe, train_char
+from jgpt.config.defaults import default_config
+from jgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_char
 from jgpt.errors import UserError
 from jgpt.exchange import pretrained
 from jgpt.exchange.pretrained import check_export, export_model, open_pretrained
@@ -102,6 +103,54 @@ def test_special_ids_and_stops(tokenizer, tmp_path):
     assert config["pad_token_id"] == tokenizer.backend.token_to_id("h")
     assert open_pretrained(tmp_path / "chat").tokenizer().settings["chat_template"] == "{{ messages }}"
     assert "apply_chat_template" in (tmp_path / "chat" / "README.md").read_text()
+
+
+def test_what_means_off_is_read_and_what_cannot_be_is_left_out_with_a_line(tokenizer, tmp_path, caplog):
+    export(tmp_path / "out", tokenizer)
+    path = tmp_path / "out" / "generation_config.json"
+    change(path, top_k=-1, top_p=None, temperature=0.6)
+    assert open_pretrained(tmp_path / "out").sampling == {"top_k": 0, "temperature": 0.6} and caplog.text == ""
+    change(path, top_k=20.0, min_p=0, repetition_penalty=1)
+    assert open_pretrained(tmp_path / "out").sampling == {
+        "top_k": 20, "temperature": 0.6, "min_p": 0, "repetition_penalty": 1,
+    }  # fmt: skip
+    assert caplog.text == ""
+    change(path, top_k=2.5, top_p=90, temperature="hot", min_p=[0.1], repetition_penalty=True, eos_token_id=[3, 10**30])
+    opened = open_pretrained(tmp_path / "out")
+    assert opened.sampling == {} and opened.stop_ids == (tokenizer.eot_id, 3)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 6 and all(line.startswith(f"{path}: ") and "is left out" in line for line in lines)
+    assert f"{path}: top_p=90 is left out: it must be 1e-06 to 1" in lines
+
+
+def test_an_added_token_without_a_row_is_refused_only_where_a_text_holds_it(tokenizer, tmp_path, caplog):
+    """Many recipes add [PAD] to the tokenizer and do not resize the embedding."""
+    shapes = replace(OWN, vocab_size=tokenizer.vocab_size)
+    export(tmp_path / "out", tokenizer, shapes)
+    padded = json.loads(tokenizer.tokenizer_json)
+    added = padded["added_tokens"][0] | {"id": tokenizer.vocab_size, "content": "[PAD]"}
+    padded["added_tokens"].append(added)
+    (tmp_path / "out" / "tokenizer.json").write_text(json.dumps(padded))
+    change(tmp_path / "out" / "tokenizer_config.json", pad_token="[PAD]")
+    opened = open_pretrained(tmp_path / "out").tokenizer()
+    assert "none for [PAD]" in caplog.text
+    opened.save(tmp_path / "again", 8)  # as a run keeps it
+    for one in (opened, load_tokenizer(tmp_path / "again")):
+        assert one.vocab_size == shapes.vocab_size == model_config_rows(one, shapes)
+        assert one.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+        for encode in (one.encode, lambda text: one.encode_parts([[text, TEXT]])):  # noqa: B023
+            with pytest.raises(UserError, match=r"the text holds '\[PAD\]', a token that was added to the tokenizer"):
+                encode("a [PAD]")
+    export(tmp_path / "out_again", opened, shapes)
+    assert json.loads((tmp_path / "out_again" / "config.json").read_text())["eos_token_id"] == tokenizer.eot_id
+    assert "pad_token_id" not in json.loads((tmp_path / "out_again" / "config.json").read_text())
+
+
+def model_config_rows(tokenizer: Tokenizer, shapes: ModelConfig) -> int:
+    """Return the rows of a model that is set to those of `shapes`; it refuses a tokenizer with more ids."""
+    config = default_config()
+    config.model.vocab_size = shapes.vocab_size
+    return model_config(config.model, tokenizer.vocab_size).vocab_size
 
 
 def test_the_model_card_counts_what_is_in_the_file(tokenizer, tmp_path):

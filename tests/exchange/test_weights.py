@@ -200,6 +200,14 @@ def test_only_safetensors_are_opened(tmp_path):
     refused(tmp_path, f"no {INDEX}", "model-00001-of-00002.safetensors")
 
 
+@pytest.mark.parametrize("name", ["a" * 5000 + ".safetensors", "a\0.safetensors", "../a.safetensors"])
+def test_a_shard_of_no_such_name(tmp_path, name):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError) as error:
+        find_tensors(tmp_path)
+    assert INDEX in str(error.value) and len(str(error.value)) < 1000
+
+
 def test_the_index_of_shards(tmp_path):
     save(tmp_path, random_params(), shard_bytes=500)
     path = tmp_path / INDEX

@@ -13,6 +13,8 @@ from jgpt.errors import UserError
 from jgpt.exchange.pretrained import export_model, open_pretrained
 from jgpt.loading.load import import_model, load_model
 from jgpt.loading.source import Source, load_params, open_source
+from jgpt.model.lora import lora_config
+from jgpt.model.parameters import abstract_adapters
 from jgpt.run_dir.identity import look_for_run, read_config
 from jgpt.run_dir.params import restore_params
 
@@ -52,7 +54,9 @@ def test_a_lora_run_is_its_base_with_the_adapters_merged(adapted: Path):
     merged, plain = as_stored(source), as_stored(open_source(str(base)))
     scale = source.config.lora.alpha / source.config.lora.rank
     files = run / "checkpoints"
-    abstract = {"h_0": {"mlp": {"down": {"a": np.zeros((64, 2), np.float32), "b": np.zeros((2, 16), np.float32)}}}}
+    lora = lora_config(source.config.lora)
+    assert lora is not None
+    abstract = abstract_adapters(source.shapes, lora)
     adapter = restore_params(files, 4, abstract, lambda path, array: array)["h_0"]["mlp"]["down"]
     np.testing.assert_allclose(
         merged["h_0"]["mlp"]["down"]["kernel"],
@@ -89,6 +93,26 @@ def test_a_base_that_was_trained_on_is_still_found(adapted: Path, tmp_path: Path
     fingerprints = [open_source(str(base), step).fingerprint for step in (2, 4)]
     assert len(set(fingerprints)) == 2
     assert [open_source(str(base), fingerprint=one).step for one in fingerprints] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value", "part"),
+    [
+        ("model", "n_heads", 0, "model.n_heads=0: it must be 1 to 4,096"),
+        ("model", "n_layers", 10**9, "model.n_layers=1000000000: it must be 1 to 1,000"),
+        ("model", "n_layers", None, "model.n_layers=None"),
+        ("model", "d_model", "16", "is damaged"),
+        ("model", "d_model", 32, "norm/scale [16] where config.json describes [32]"),
+        ("model", "n_layers", 2, "h_1/attn/proj/kernel missing where config.json describes [16, 16]"),
+    ],
+)
+def test_a_runs_own_config_is_checked_as_a_users(own_run: Path, group: str, key: str, value: Any, part: str):
+    config = json.loads((own_run / "config.json").read_text())
+    config[group][key] = value
+    (own_run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json") as error:
+        as_stored(open_source(str(own_run)))
+    assert part in str(error.value)
 
 
 def test_fingerprint_of_an_hf_directory_is_that_of_its_content(exported: Path, tmp_path: Path):
