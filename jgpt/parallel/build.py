@@ -23,6 +23,7 @@ from jgpt.model.lora import LoRA, lora_config
 from jgpt.model.parameters import abstract_adapters, abstract_stored, flops_per_token
 from jgpt.model.precision import DTYPES, Policy, choose_policy
 from jgpt.model.shapes import ModelConfig
+from jgpt.parallel.fsdp import FullySharded
 from jgpt.parallel.mesh import Sharded
 from jgpt.parallel.replicate import Replicate
 from jgpt.parallel.strategy import Strategy
@@ -153,6 +154,8 @@ def make_strategy(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Dev
     if _splits_model(config):
         shared = for_devices(shapes, len(devices))
         return Sharded(devices, shared), shared
+    if config.execution.parallel == "fsdp":
+        return FullySharded(devices, config.execution.fsdp_group or len(devices)), shapes
     return Replicate(devices), shapes
 
 

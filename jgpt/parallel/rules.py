@@ -67,6 +67,20 @@ def cache_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, AXIS) if split else PartitionSpec())
 
 
+def split_axis(shape: tuple[int, ...], n: int) -> int:
+    """Return the axis along which `n` devices split an array of the state: the longest that divides; -1: none.
+
+    Vectors (norms, biases, counters) stay whole: they are small, and each would cost a collective.
+
+    >>> split_axis((50304, 768), 2), split_axis((768, 12, 3, 64), 4), split_axis((768,), 2), split_axis((3, 5), 2)
+    (0, 0, -1, -1)
+    """
+    if len(shape) < 2:
+        return -1
+    divisible = [axis for axis, size in enumerate(shape) if size % n == 0]
+    return max(divisible, key=lambda axis: shape[axis], default=-1)
+
+
 def split_bytes(params: Any, shardings: Any) -> int:
     """Return the bytes that one device holds of `params` (arrays or their shapes)."""
 
