@@ -1,24 +1,30 @@
 """FullySharded: the state split over the devices, a share of the batch on each.
 
 In the data path: it runs the step of `step/` on devices, as `replicate.py` does. Each device keeps a part of the master
-parameters and of their moments, as in ZeRO (Rajbhandari et al., arXiv 1910.02054). Once a step it gathers all
-parameters in the compute dtype, works through its micro-batches alone, and the gradients are averaged so that each
-device receives its own part: one gather and one scatter, whatever the accumulation.
+parameters and of their moments (ZeRO, Rajbhandari et al., arXiv 1910.02054). Its micro-batches need all parameters, in
+the compute dtype, which come from the other devices in one of two ways:
 
-The first half of the step is in a `shard_map`, where nothing moves that is not written down: left to itself, XLA
-exchanges gradients after each micro-batch. The second half is element by element, but for a norm, and XLA divides it.
+- gather=step: all of them once a step. Each device then sums gradients alone, and receives its part of their average:
+  one gather and one scatter, whatever the accumulation.
+- gather=layer: those of a block whenever the block runs, forward and backward, and the block's gradients are scattered
+  at once (FSDP, Zhao et al., arXiv 2304.11277). Nothing of the model's size is on one device, and much more is sent.
+
+The gradients are computed in a `shard_map`, where nothing moves that is not written down: left to itself, XLA
+exchanges gradients after each micro-batch. The update is element by element, but for a norm, and XLA divides it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
+from jgpt.model.gpt import GATHERED
 from jgpt.parallel.rules import split_axis, split_bytes
 from jgpt.parallel.strategy import laid_out, saved_from
 from jgpt.step.eval_step import EvalStep
@@ -35,13 +41,14 @@ class FullySharded:
     """Run a step on several devices: the state split over each group of `group` devices, a share of the batch on each.
 
     A `Strategy`. `group` divides the number of devices. Where it is smaller, each group holds the whole state, and only
-    gradients go from group to group: for devices of several hosts, whose link is slow.
+    gradients go from group to group: for devices of several hosts, whose link is slow. `by_layer`: gather=layer; the
+    model of the step then has `gather_block`.
     """
 
-    def __init__(self, devices: Sequence[jax.Device], group: int) -> None:
+    def __init__(self, devices: Sequence[jax.Device], group: int, by_layer: bool = False) -> None:
         self.devices = list(devices)
         self.shares = len(self.devices)
-        self._group = group
+        self._group, self._by_layer = group, by_layer
         self._mesh = Mesh(np.array(self.devices).reshape(-1, group), (COPIES, PARTS))
 
     def _axes(self, tree: Any) -> Any:
@@ -64,7 +71,7 @@ class FullySharded:
             def on_one_device(state: TrainState, frozen: Any, batch: Batch) -> tuple[Any, Array]:
                 exchange = Exchange(
                     average=lambda gradient_and_loss: self._average(*gradient_and_loss, axes),
-                    gather=lambda params: _gather(params, axes),
+                    gather=lambda params: self._gather(params, axes),
                     device=jax.lax.axis_index((COPIES, PARTS)),
                 )
                 return step.gradient(state, frozen, _own(batch), exchange)
@@ -81,19 +88,36 @@ class FullySharded:
 
         return jax.jit(on_all, donate_argnums=0)
 
+    def _gather(self, params: Any, axes: Any) -> Any:
+        """Return all of each parameter, but not of those that a block gathers itself."""
+        gathered = _gather(params, axes)
+        return gathered | {name: params[name] for name in params if self._is_left_to_block(name)}
+
+    def _is_left_to_block(self, name: str) -> bool:
+        return self._by_layer and name.startswith("h_")
+
+    def gather_block(self, block: Any) -> Callable[[Any], Any]:
+        """Return what makes all of a block's parameters out of this device's part; `block` are its full shapes."""
+        axes = {"params": self._axes(block)}
+        return lambda params: checkpoint_name(_gather(params, axes), GATHERED)
+
     def _average(self, gradient: Any, loss: Array, axes: Any) -> tuple[Any, Array]:
         """Average over all devices; of the gradient each device receives its part.
 
         Each share is divided before it is added, so that fp16 holds the sum.
         """
 
-        def average(x: Array, axis: int) -> Array:
-            x = x / self.shares
+        def average(path: Any, x: Array, axis: int) -> Array:
             if axis < 0:
-                return jax.lax.psum(x, (COPIES, PARTS))
-            return jax.lax.psum(jax.lax.psum_scatter(x, PARTS, scatter_dimension=axis, tiled=True), COPIES)
+                return jax.lax.psum(x / self.shares, (COPIES, PARTS))
+            if not self._is_left_to_block(path[0].key):  # those are averaged over the group already
+                x = _scatter(x, axis, self._group)
+            copies = self.shares // self._group
+            return jax.lax.psum(x / copies, COPIES) if copies > 1 else x
 
-        return jax.tree.map(average, gradient, axes), average(loss, -1)
+        return jax.tree_util.tree_map_with_path(average, gradient, axes), jax.lax.psum(
+            loss / self.shares, (COPIES, PARTS)
+        )
 
     def eval_step(self, step: EvalStep) -> EvalStep:
         """Compile (params, frozen, batch [shares, B, ...]) -> the loss summed over all devices."""
@@ -102,7 +126,7 @@ class FullySharded:
             parts, axes = self._specs(params), self._axes(params)
 
             def on_one_device(params: Any, frozen: Any, batch: Batch) -> Array:
-                return jax.lax.psum(step(_gather(params, axes), frozen, _own(batch)), (COPIES, PARTS))
+                return jax.lax.psum(step(self._gather(params, axes), frozen, _own(batch)), (COPIES, PARTS))
 
             return jax.shard_map(
                 on_one_device, mesh=self._mesh, in_specs=(parts, SAME, EACH), out_specs=SAME, check_vma=False
@@ -160,8 +184,20 @@ def _own(batch: Batch) -> Batch:
 
 def _gather(params: Any, axes: Any) -> Any:
     """Return all of each parameter, of which each device of a group brings its part."""
+    return jax.tree.map(lambda x, axis: x if axis < 0 else _gathered(x, axis), params, axes)
 
-    def gather(x: Array, axis: int) -> Array:
-        return x if axis < 0 else jax.lax.all_gather(x, PARTS, axis=axis, tiled=True)
 
-    return jax.tree.map(gather, params, axes)
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: Array, axis: int) -> Array:
+    """Gather an array from its parts; its gradient is averaged over the group, and each device receives its part."""
+    return jax.lax.all_gather(x, PARTS, axis=axis, tiled=True)
+
+
+def _scatter(x: Array, axis: int, group: int) -> Array:
+    return jax.lax.psum_scatter(x / group, PARTS, scatter_dimension=axis, tiled=True)
+
+
+_gathered.defvjp(
+    lambda x, axis: (_gathered(x, axis), None),
+    lambda axis, _, gradient: (_scatter(gradient, axis, jax.lax.axis_size(PARTS)),),
+)
