@@ -48,7 +48,7 @@ class FullySharded:
     def __init__(self, devices: Sequence[jax.Device], group: int, by_layer: bool = False) -> None:
         self.devices = list(devices)
         self.shares = len(self.devices)
-        self._group, self._by_layer = group, by_layer
+        self._group, self.by_layer = group, by_layer
         self._mesh = Mesh(np.array(self.devices).reshape(-1, group), (COPIES, PARTS))
 
     def _axes(self, tree: Any) -> Any:
@@ -94,7 +94,7 @@ class FullySharded:
         return gathered | {name: params[name] for name in params if self._is_left_to_block(name)}
 
     def _is_left_to_block(self, name: str) -> bool:
-        return self._by_layer and name.startswith("h_")
+        return self.by_layer and name.startswith("h_")
 
     def gather_block(self, block: Any) -> Callable[[Any], Any]:
         """Return what makes all of a block's parameters out of this device's part; `block` are its full shapes."""

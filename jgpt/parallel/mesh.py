@@ -41,7 +41,7 @@ class Sharded:
         def on_all(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Numbers]:
             # Whole gradients, before the optimizer: else each device updates its part, and exchanges moments as well.
             whole = partial(jax.lax.with_sharding_constraint, shardings=self._copied)
-            return step.update(state, *step.gradient(state, frozen, batch, Exchange(whole)))
+            return step(state, frozen, batch, Exchange(whole))
 
         return jax.jit(on_all, donate_argnums=0, out_shardings=self._copied)
 

@@ -37,7 +37,7 @@ class Replicate:
 
         def on_one_device(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Numbers]:
             exchange = Exchange(self._average, device=jax.lax.axis_index(self.AXIS))
-            return step.update(state, *step.gradient(state, frozen, batch, exchange))
+            return step(state, frozen, batch, exchange)
 
         return jax.pmap(
             on_one_device,

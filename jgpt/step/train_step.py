@@ -36,6 +36,12 @@ class Step(NamedTuple):
     update: Callable[[TrainState, Any, Array], tuple[TrainState, Numbers]]
     """(state, gradient, loss) -> (the next state, metrics)."""
 
+    def __call__(
+        self, state: TrainState, frozen: Any, batch: Batch, exchange: Exchange
+    ) -> tuple[TrainState, Numbers]:
+        """Run both halves on a device that holds the whole state."""
+        return self.update(state, *self.gradient(state, frozen, batch, exchange))
+
 
 def variables(model: GPT, params: Any, frozen: Any) -> dict[str, Any]:
     """Return what `model.apply` takes: `params` are all parameters, or with LoRA the adapters to the `frozen` ones.
