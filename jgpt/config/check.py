@@ -222,10 +222,20 @@ def _fine_tuning(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
             f"lora.rank={rank} without init_from: adapters are trained beside a pretrained model; set init_from to a "
             "model, or lora.rank=0"
         )
+    if config.execution.parallel == "fsdp" and rank:
+        yield (
+            "execution.parallel='fsdp' with lora: adapters are small, and the frozen base is what needs splitting; set "
+            "execution.parallel='tensor', or lora.rank=0"
+        )
+    if config.execution.mesh and config.execution.parallel != "fsdp":
+        yield (
+            f"execution.mesh={config.execution.mesh!r} with execution.parallel={config.execution.parallel!r}: only fsdp "
+            "divides the devices into groups; set execution.mesh='', or execution.parallel='fsdp'"
+        )
     if config.execution.parallel == "tensor" and not rank:
         yield (
             "execution.parallel='tensor' without lora: the optimizer of all parameters is not split over devices; set "
-            "lora.rank=16, or execution.parallel='data'"
+            "lora.rank=16, or execution.parallel='fsdp'"
         )
     targets = [target.strip() for target in config.lora.targets.split(",")]
     if unknown := [target for target in targets if target not in LORA_TARGETS]:

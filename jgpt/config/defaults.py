@@ -199,7 +199,24 @@ EXECUTION = Group(
         "parallel": Key(
             "data",
             "how several devices share the work",
-            choices={"data": "each has a copy of the model", "tensor": "the model is split over all; LoRA only"},
+            choices={
+                "data": "each has a copy of the model",
+                "fsdp": "parameters and moments are split over all, each takes a share of the batch; not with LoRA",
+                "tensor": "the model is split over all; LoRA only",
+            },
+        ),
+        "gather": Key(
+            "step",
+            "with parallel=fsdp, when a device gets the parameters that the others keep",
+            choices={
+                "step": "all, once a step: fast",
+                "layer": "those of a block, when it runs: least memory, much is sent",
+            },
+        ),
+        "mesh": Key(
+            "",
+            "with parallel=fsdp, the devices as groups, such as data=2,fsdp=4: 2 groups of 4, each of which holds the "
+            "whole state, split over its devices; '': one group",
         ),
         "micro_batch_size": Key(
             32, "most sequences on a device at a time, others wait their turn; 0 or auto: search", 0, MOST_SEQUENCES

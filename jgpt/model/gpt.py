@@ -8,6 +8,7 @@ Dimensions, here and everywhere:
 """
 
 from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -197,6 +198,7 @@ class Block(nn.Module):
 
 # What the backward pass computes again: all of a block, or all but its matrix products.
 REMAT_POLICY = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+GATHERED = "gathered"  # the checkpoint_name of parameters that a block gathers from several devices
 
 
 class GPT(nn.Module):
@@ -207,6 +209,7 @@ class GPT(nn.Module):
     remat: str = "none"  # or "block", "dots": what the backward pass computes again, see REMAT_POLICY
     lora: LoRA | None = None  # with it, `apply` takes the adapters as the collection "lora"
     attention: str = "chunked"  # of sequences without a cache: see `attend_causally`
+    gather: Callable[[Any], Any] | None = None  # of a block's parameters, split over devices, makes all of them
 
     def setup(self) -> None:
         c = self.config
@@ -215,10 +218,20 @@ class GPT(nn.Module):
             self.wpe = Embedding(rows=c.context_length, width=c.d_model, std=INIT["position"])
         if not c.tie_embeddings:
             self.lm_head = Embedding(rows=c.vocab_size, width=c.d_model, std=INIT["embedding"])
-        # `mode` is argument 4 of Block.__call__, with self as 0. Only a positional argument can be static.
-        block = Block if self.remat == "none" else nn.remat(Block, static_argnums=4, policy=REMAT_POLICY[self.remat])
-        self.h = [block(c, dtype=self.dtype, lora=self.lora, attention=self.attention) for _ in range(c.n_layers)]
+        self.h = [self._block()(c, dtype=self.dtype, lora=self.lora, attention=self.attention) for _ in range(c.n_layers)]
         self.norm = Norm(kind=c.norm, epsilon=c.norm_eps, use_bias=c.bias, dtype=jnp.float32)
+
+    def _block(self) -> type[Block]:
+        """Return Block, with what the backward pass computes again; with `gather`, all its parameters are that."""
+        block, policy = Block, REMAT_POLICY.get(self.remat)
+        if self.gather is not None:
+            block = nn.map_variables(block, "params", trans_in_fn=self.gather)
+            if self.remat == "none":
+                policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        elif self.remat == "none":
+            return block
+        # `mode` is argument 4 of Block.__call__, with self as 0. Only a positional argument can be static.
+        return nn.remat(block, static_argnums=4, policy=policy)
 
     def __call__(
         self,

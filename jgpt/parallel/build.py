@@ -20,11 +20,13 @@ from jgpt.model.attention.choose import choose_attention
 from jgpt.model.columns import for_devices
 from jgpt.model.gpt import GPT
 from jgpt.model.lora import LoRA, lora_config
-from jgpt.model.parameters import abstract_adapters, abstract_stored, flops_per_token
+from jgpt.model.parameters import abstract_adapters, abstract_params, abstract_stored, flops_per_token
 from jgpt.model.precision import DTYPES, Policy, choose_policy
 from jgpt.model.shapes import ModelConfig
+from jgpt.parallel.fsdp import FullySharded
 from jgpt.parallel.mesh import Sharded
 from jgpt.parallel.replicate import Replicate
+from jgpt.parallel.rules import fsdp_group
 from jgpt.parallel.strategy import Strategy
 from jgpt.step.eval_step import EvalStep, make_eval_step
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
@@ -117,8 +119,11 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
     plain = GPT(shapes, policy.compute, execution.remat, lora)  # makes the parameters, so it needs no fused attention
     model = GPT(shared, policy.compute, execution.remat, lora, attention)
     optimizer = make_optimizer(config.optimizer)
+    stepped = model
+    if isinstance(strategy, FullySharded) and strategy.by_layer:
+        stepped = model.clone(gather=strategy.gather_block(abstract_params(shapes)["h_0"]))
     train_step = make_train_step(
-        model,
+        stepped,
         policy,
         optimizer,
         learning_rate_schedule(config.optimizer),
@@ -144,7 +149,7 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
         is_chat=config.data.format == "chat",
         init=init,
         train_step=strategy.train_step(train_step),
-        eval_step=strategy.eval_step(make_eval_step(model, policy, execution.loss_chunk_tokens)),
+        eval_step=strategy.eval_step(make_eval_step(stepped, policy, execution.loss_chunk_tokens)),
     )
 
 
@@ -153,6 +158,9 @@ def make_strategy(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Dev
     if _splits_model(config):
         shared = for_devices(shapes, len(devices))
         return Sharded(devices, shared), shared
+    if config.execution.parallel == "fsdp":
+        group = fsdp_group(config.execution.mesh, len(devices))
+        return FullySharded(devices, group, by_layer=config.execution.gather == "layer"), shapes
     return Replicate(devices), shapes
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jgpt.data.batches import Batch
 from jgpt.parallel.strategy import laid_out, saved_from
 from jgpt.step.eval_step import EvalStep
+from jgpt.step.gradients import Exchange
 from jgpt.step.state import TrainState, tree_bytes
 from jgpt.step.train_step import Numbers, Step, TrainStep
 
@@ -35,7 +36,8 @@ class Replicate:
         """Compile (state, frozen, batch [shares, A, B, ...]) -> (state, metrics); the state's memory is reused."""
 
         def on_one_device(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Numbers]:
-            return step(state, frozen, batch, self._average, jax.lax.axis_index(self.AXIS))
+            exchange = Exchange(self._average, device=jax.lax.axis_index(self.AXIS))
+            return step(state, frozen, batch, exchange)
 
         return jax.pmap(
             on_one_device,

@@ -6,6 +6,7 @@ block. What does not divide stays whole on every device.
 """
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jgpt.errors import UserError
 from jgpt.model.columns import path_names, regroup
 from jgpt.model.shapes import ModelConfig
 
@@ -65,6 +67,39 @@ def cache_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
     """Return the sharding of a layer's keys or values [B, K, S, H]: by heads, where attention is."""
     split = config.n_kv_heads % mesh.size == 0
     return NamedSharding(mesh, PartitionSpec(None, AXIS) if split else PartitionSpec())
+
+
+def fsdp_group(mesh: str, n_devices: int) -> int:
+    """Return how many devices share one state, by `execution.mesh`. Raises UserError.
+
+    >>> fsdp_group("", 8), fsdp_group("data=2,fsdp=4", 8), fsdp_group("fsdp=8", 8)
+    (8, 4, 8)
+    """
+    if not mesh:
+        return n_devices
+    found = dict(re.findall(r"(?:^|,)\s*(data|fsdp)\s*=\s*(\d{1,6})(?=\s*(?:,|$))", mesh))
+    data, fsdp = int(found.get("data", 1)), int(found.get("fsdp", 1))
+    if len(found) != mesh.count("=") or not found or data * fsdp != n_devices:
+        raise UserError(
+            f"execution.mesh={mesh!r}, and there are {n_devices} devices. Allowed: the sizes of the axes 'data' and"
+            f" 'fsdp', whose product is the number of devices. Set --config.execution.mesh=data=1,fsdp={n_devices}, or"
+            " --config.execution.mesh='' for one group."
+        )
+    return fsdp
+
+
+def split_axis(shape: tuple[int, ...], n: int) -> int:
+    """Return the axis along which `n` devices split an array of the state: the longest that divides; -1: none.
+
+    Vectors (norms, biases, counters) stay whole: they are small, and each would cost a collective.
+
+    >>> split_axis((50304, 768), 2), split_axis((768, 12, 3, 64), 4), split_axis((768,), 2), split_axis((3, 5), 2)
+    (0, 0, -1, -1)
+    """
+    if len(shape) < 2:
+        return -1
+    divisible = [axis for axis, size in enumerate(shape) if size % n == 0]
+    return max(divisible, key=lambda axis: shape[axis], default=-1)
 
 
 def split_bytes(params: Any, shardings: Any) -> int:

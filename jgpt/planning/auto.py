@@ -65,7 +65,7 @@ def _search(config: ConfigDict, shapes: ModelConfig, target: Target) -> tuple[Ex
     found = search(config, shapes, target, lambda tried: log.debug("tried %s", tried.execution.flags()))
     best = found.best()
     if best is None:
-        raise UserError(refusal(found, target))
+        raise UserError(refusal(found, config, target))
     speed = f", {best.tokens_per_second:,.0f} tokens/s predicted" if best.tokens_per_second else ""
     return best.execution, (
         f"{best.peak / GIB:.2f} of {found.limit / GIB:.2f} GiB{speed}; {len(found.tried)} compiles in"

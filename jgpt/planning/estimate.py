@@ -21,7 +21,6 @@ from jgpt.planning.devices import CUDNN_LINE, Target, compile_for, has_cudnn
 from jgpt.planning.execution import Execution, execution_of
 from jgpt.planning.hlo import Program, parse
 from jgpt.planning.roofline import Prediction, predict
-from jgpt.step.state import tree_bytes
 
 ACTIVATIONS = "activations, workspace"  # a part of the memory
 
@@ -80,7 +79,8 @@ def estimate(config: ConfigDict, shapes: ModelConfig, target: Target) -> Estimat
     usage: Any = compiled.memory_analysis()
     made = usage.output_size_in_bytes - usage.alias_size_in_bytes  # the rest lies where the old state was
     state = jax.eval_shape(parts.init)
-    memory = {"parameters": tree_bytes(state.params), "moments": tree_bytes(state.opt_state)}
+    held = parts.strategy.bytes_per_device
+    memory = {"parameters": held(state.params, {}), "moments": held(state.opt_state, {})}
     memory["batch, frozen parameters"] = usage.argument_size_in_bytes + made - sum(memory.values())
     if program is not None:
         memory |= _of_the_loop(program, state.params, parts)

@@ -51,6 +51,11 @@ def device_remedies(doing: str, config: ConfigDict, parts: Parts) -> list[str]:
             )
         if length > MIN_CHUNK_TOKENS:
             found.append(f"--config.batch.sequence_length={length // 2} (the model learns from shorter texts)")
+    n_devices = len(parts.strategy.devices)
+    if parts.model.lora is None and n_devices > 1 and c.execution.parallel == "data":
+        found.append(f"--config.execution.parallel=fsdp (each of {n_devices} devices keeps its part of the state)")
+    elif c.execution.parallel == "fsdp" and c.execution.gather == "step":
+        found.append("--config.execution.gather=layer (no device holds all parameters; slower)")
     if parts.model.lora is None:
         found.append("a smaller model in a new --config.out_dir: fewer model.n_layers, a smaller model.d_model")
         found.append(

@@ -219,16 +219,23 @@ def check_parameters_fit(config: ConfigDict, shapes: ModelConfig, target: Target
         raise UserError(
             f"this model does not fit {target.kind}: its parameters and the optimizer's moments alone take"
             f" {least / GIB:.2f} GiB of each, {(least - limit) / GIB:.2f} more than the {limit / GIB:.2f} that there"
-            f" are. {SMALLER}."
+            f" are. {_split_over(config, target)}{SMALLER}."
         )
 
 
-def refusal(found: Search[Estimate], target: Target) -> str:
+def _split_over(config: ConfigDict, target: Target) -> str:
+    """Name the way to split the state over several devices, where it is not taken yet."""
+    if len(target.devices) == 1 or config.lora.rank or config.execution.parallel != "data":
+        return ""
+    return f"Split them over the {len(target.devices)} devices with --config.execution.parallel=fsdp. Or: "
+
+
+def refusal(found: Search[Estimate], config: ConfigDict, target: Target) -> str:
     """Say by how much nothing fits, and what to change."""
     least = found.smallest()
     return (
         f"this model does not fit {target.kind}: the least that was found, {least.execution.flags()}, takes"
         f" {least.peak / GIB:.2f} GiB of each, {(least.peak - found.limit) / GIB:.2f} more than the"
         f" {found.limit / GIB:.2f} that there are; {least.state / GIB:.2f} of it are parameters, moments and gradients."
-        f" {SMALLER}, or shorten --config.batch.sequence_length."
+        f" {_split_over(config, target)}{SMALLER}, or shorten --config.batch.sequence_length."
     )

@@ -70,7 +70,7 @@ class Plan:
     def refusal(self) -> str:
         """Say by how much nothing fits."""
         assert self.searched is not None
-        return refusal(self.searched, self.target)
+        return refusal(self.searched, self.config, self.target)
 
 
 def make_plan(

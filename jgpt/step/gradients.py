@@ -4,7 +4,7 @@ In the data path: inside the train step, between the loss and the optimizer.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,13 @@ from jax import Array
 
 from jgpt.data.batches import Batch
 
-Average = Callable[[Any], Any]  # a tree, averaged over the devices that share a batch
+
+class Exchange(NamedTuple):
+    """What a device exchanges with the others that share a batch, and which of them it is. Alone: nothing."""
+
+    average: Callable[[Any], Any] = lambda tree: tree  # gradients in, their averages out; each device may keep a part
+    gather: Callable[[Any], Any] = lambda params: params  # a device's part of the parameters in, all of them out
+    device: Any = 0  # its index
 
 
 def mean_gradient(
@@ -47,7 +53,7 @@ def mean_gradient(
     return mean.acc_grads, losses
 
 
-def average_gradients(average: Average, gradient: Any, loss: Array, scale: Array, narrow: bool) -> tuple[Any, Array]:
+def average_gradients(average: Callable[[Any], Any], gradient: Any, loss: Array, scale: Array, narrow: bool) -> tuple[Any, Array]:
     """Average gradient and loss over the devices, in one exchange.
 
     `narrow` sends the gradient as fp16, half the bytes: with the loss scale on it, at which fp16 has held the gradients

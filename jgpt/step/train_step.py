@@ -1,11 +1,11 @@
 """The optimizer step: a state and a batch in, the next state and its metrics out. Pure; it knows no device.
 
-In the data path: between the batches and the checkpoint. `parallel/` runs it on devices.
+In the data path: between the batches and the checkpoint. `parallel/` runs its two halves on devices.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,30 @@ from jgpt.model.columns import regroup_tree
 from jgpt.model.gpt import GPT, Output, unembedding
 from jgpt.model.loss import cross_entropy
 from jgpt.model.precision import Policy
-from jgpt.step.gradients import Average, average_gradients, mean_gradient
+from jgpt.step.gradients import Exchange, average_gradients, mean_gradient
 from jgpt.step.loss_scale import next_loss_scale
 from jgpt.step.state import TrainState
 
 Numbers = dict[str, Array]  # scalars
-Step = Callable[[TrainState, Any, Batch, Average, Any], tuple[TrainState, Numbers]]
 TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Numbers]]
+
+
+class Step(NamedTuple):
+    """An optimizer step in two halves, which a strategy runs one after the other.
+
+    The first works on one device's share of the batch, the second on what the devices have averaged.
+    """
+
+    gradient: Callable[[TrainState, Any, Batch, Exchange], tuple[Any, Array]]
+    """(state, frozen, batch [A, B, ...], exchange) -> (gradient, loss), averaged over the devices; fp32."""
+    update: Callable[[TrainState, Any, Array], tuple[TrainState, Numbers]]
+    """(state, gradient, loss) -> (the next state, metrics)."""
+
+    def __call__(
+        self, state: TrainState, frozen: Any, batch: Batch, exchange: Exchange
+    ) -> tuple[TrainState, Numbers]:
+        """Run both halves on a device that holds the whole state."""
+        return self.update(state, *self.gradient(state, frozen, batch, exchange))
 
 
 def variables(model: GPT, params: Any, frozen: Any) -> dict[str, Any]:
@@ -56,22 +73,19 @@ def make_train_step(
     growth_steps: int,
     average_dtype: Any = jnp.float32,
 ) -> Step:
-    """Return the step as a pure function (state, frozen, batch [A, B, ...], average, device) -> (state, metrics).
+    """Return the two halves of the step as pure functions.
 
-    `average` averages a tree over the devices that share the batch (the identity on one), `device` is this one's index.
-    A micro-batches run one after another; then comes one average over the devices, one finite check whose answer is the
-    same on every device, and one update. A step with a non-finite gradient changes no parameter, no moment and no
+    A micro-batches run one after another; then comes one exchange between the devices, one finite check whose answer is
+    the same on every device, and one update. A step with a non-finite gradient changes no parameter, no moment and no
     schedule. `growth_steps` and `average_dtype` matter under loss scaling alone: see `next_loss_scale` and
     `average_gradients`.
     """
     loss_of = _scaled_loss(model, loss_chunk_tokens)
     narrow = policy.scales_loss and average_dtype == jnp.float16
 
-    def train_step(
-        state: TrainState, frozen: Any, batch: Batch, average: Average, device: Any
-    ) -> tuple[TrainState, Numbers]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), device)
-        params = policy.cast_to_compute(state.params)  # once a step, not once a micro-batch
+    def gradient(state: TrainState, frozen: Any, batch: Batch, exchange: Exchange) -> tuple[Any, Array]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), exchange.device)
+        params = exchange.gather(policy.cast_to_compute(state.params))  # once a step, not once a micro-batch
         base = policy.cast_to_compute(frozen)
         scale = state.loss_scale.scale
 
@@ -79,8 +93,10 @@ def make_train_step(
             dropout_key = jax.random.fold_in(key, index)
             return jax.grad(loss_of, has_aux=True)(params, base, micro_batch, dropout_key, scale)
 
-        gradient, losses = mean_gradient(scaled_gradient, state.params, batch, scale, accumulation)
-        gradient, loss = average_gradients(average, gradient, jnp.mean(losses), scale, narrow)
+        mean, losses = mean_gradient(scaled_gradient, params, batch, scale, accumulation)
+        return average_gradients(exchange.average, mean, jnp.mean(losses), scale, narrow)
+
+    def update(state: TrainState, gradient: Any, loss: Array) -> tuple[TrainState, Numbers]:
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
@@ -95,12 +111,12 @@ def make_train_step(
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.updates), jnp.float32),
-            "loss_scale": scale,
+            "loss_scale": state.loss_scale.scale,
             "skipped_steps": loss_scale.skipped_steps,
             "skipped_in_a_row": loss_scale.skipped_in_a_row,
         }
 
-    return train_step
+    return Step(gradient, update)
 
 
 def _scaled_loss(model: GPT, loss_chunk_tokens: int) -> Callable[..., tuple[Array, Array]]:

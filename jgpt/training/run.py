@@ -92,7 +92,7 @@ def begin(
     parts, data = setup.parts, setup.data
     abstract = jax.eval_shape(parts.init)
     restored = checkpoints.restore(abstract, parts.strategy.shardings(abstract))
-    state, meta = restored or (parts.strategy.place_state(_first_state(parts, source)), {})
+    state, meta = restored or (_first_state(parts, source), {})
     run = Run(
         config=config,
         run_dir=run_dir,
@@ -135,12 +135,12 @@ def _continue_from(run: Run, meta: dict[str, Any]) -> None:
 
 
 def _first_state(parts: Parts, source: Source | None) -> TrainState:
-    """Make the state of step 0 on one device, from the parameters of `source` where all of them are trained."""
+    """Make the state of step 0, on the devices, from the parameters of `source` where all of them are trained."""
     params = None
     if source is not None and parts.model.lora is None:
-        device = parts.strategy.devices[0]
-        params = load_params(source, parts.policy.param, lambda path, array: jax.device_put(array, device))
-    return jax.jit(parts.init, donate_argnums=0)(params)
+        params = load_params(source, parts.policy.param, parts.strategy.place_param)
+    lies = parts.strategy.shardings(jax.eval_shape(parts.init))
+    return jax.jit(parts.init, donate_argnums=0, out_shardings=lies)(params)
 
 
 def _frozen(parts: Parts, source: Source | None) -> Any:

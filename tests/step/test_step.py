@@ -17,6 +17,7 @@ from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.replicate import Replicate
 from jgpt.step.eval_step import make_eval_step
+from jgpt.step.gradients import Exchange
 from jgpt.step.loss_scale import MAX_LOSS_SCALE
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import LossScale, TrainState, init_state
@@ -218,7 +219,7 @@ def poisoned_step(policy: Policy) -> Any:
 
     def step(state: TrainState, batch: jax.Array, factor: jax.Array) -> Any:
         average = partial(jax.tree.map, lambda x: jnp.full(x.shape, factor))
-        return p.with_seed(SEED)(state, {}, Batch(batch), average, 0)
+        return p.with_seed(SEED)(state, {}, Batch(batch), Exchange(average))
 
     return jax.jit(step)
 

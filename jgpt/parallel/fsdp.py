@@ -1,0 +1,203 @@
+"""FullySharded: the state split over the devices, a share of the batch on each.
+
+In the data path: it runs the step of `step/` on devices, as `replicate.py` does. Each device keeps a part of the master
+parameters and of their moments (ZeRO, Rajbhandari et al., arXiv 1910.02054). Its micro-batches need all parameters, in
+the compute dtype, which come from the other devices in one of two ways:
+
+- gather=step: all of them once a step. Each device then sums gradients alone, and receives its part of their average:
+  one gather and one scatter, whatever the accumulation.
+- gather=layer: those of a block whenever the block runs, forward and backward, and the block's gradients are scattered
+  at once (FSDP, Zhao et al., arXiv 2304.11277). Nothing of the model's size is on one device, and much more is sent.
+
+The gradients are computed in a `shard_map`, where nothing moves that is not written down: left to itself, XLA
+exchanges gradients after each micro-batch. The update is element by element, but for a norm, and XLA divides it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jgpt.data.batches import Batch
+from jgpt.model.gpt import GATHERED
+from jgpt.parallel.rules import split_axis, split_bytes
+from jgpt.parallel.strategy import laid_out, saved_from
+from jgpt.step.eval_step import EvalStep
+from jgpt.step.gradients import Exchange
+from jgpt.step.state import TrainState
+from jgpt.step.train_step import Numbers, Step, TrainStep
+
+COPIES, PARTS = "data", "fsdp"  # the mesh: `data` groups of devices; inside one, the state is split over `fsdp` devices
+EACH = PartitionSpec((COPIES, PARTS))  # the first axis: an element on each device
+SAME = PartitionSpec()  # on all devices
+
+
+class FullySharded:
+    """Run a step on several devices: the state split over each group of `group` devices, a share of the batch on each.
+
+    A `Strategy`. `group` divides the number of devices. Where it is smaller, each group holds the whole state, and only
+    gradients go from group to group: for devices of several hosts, whose link is slow. `by_layer`: gather=layer; the
+    model of the step then has `gather_block`.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device], group: int, by_layer: bool = False) -> None:
+        self.devices = list(devices)
+        self.shares = len(self.devices)
+        self._group, self.by_layer = group, by_layer
+        self._mesh = Mesh(np.array(self.devices).reshape(-1, group), (COPIES, PARTS))
+
+    def _axes(self, tree: Any) -> Any:
+        """Return the axis along which each array is split; -1 where each device has all of it."""
+        return jax.tree.map(lambda x: split_axis(x.shape, self._group), tree)
+
+    def _specs(self, tree: Any) -> Any:
+        return jax.tree.map(lambda axis: SAME if axis < 0 else PartitionSpec(*(None,) * axis, PARTS), self._axes(tree))
+
+    def shardings(self, state: Any) -> Any:
+        """Return where each array of a state lies: split along one axis, or a copy on every device."""
+        return jax.tree.map(lambda x: NamedSharding(self._mesh, self._specs(x)), state)
+
+    def train_step(self, step: Step) -> TrainStep:
+        """Compile (state, frozen, batch [shares, A, B, ...]) -> (state, metrics); the state's memory is reused."""
+
+        def on_all(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Numbers]:
+            parts, axes = self._specs(state), self._axes(state.params)
+
+            def on_one_device(state: TrainState, frozen: Any, batch: Batch) -> tuple[Any, Array]:
+                exchange = Exchange(
+                    average=lambda gradient_and_loss: self._average(*gradient_and_loss, axes),
+                    gather=lambda params: self._gather(params, axes),
+                    device=jax.lax.axis_index((COPIES, PARTS)),
+                )
+                return step.gradient(state, frozen, _own(batch), exchange)
+
+            gradient, loss = jax.shard_map(
+                on_one_device,
+                mesh=self._mesh,
+                in_specs=(parts, SAME, EACH),
+                out_specs=(parts.params, SAME),
+                check_vma=False,
+            )(state, frozen, batch)
+            state, numbers = step.update(state, gradient, loss)
+            return jax.lax.with_sharding_constraint(state, self.shardings(state)), numbers
+
+        return jax.jit(on_all, donate_argnums=0)
+
+    def _gather(self, params: Any, axes: Any) -> Any:
+        """Return all of each parameter, but not of those that a block gathers itself."""
+        gathered = _gather(params, axes)
+        return gathered | {name: params[name] for name in params if self._is_left_to_block(name)}
+
+    def _is_left_to_block(self, name: str) -> bool:
+        return self.by_layer and name.startswith("h_")
+
+    def gather_block(self, block: Any) -> Callable[[Any], Any]:
+        """Return what makes all of a block's parameters out of this device's part; `block` are its full shapes."""
+        axes = {"params": self._axes(block)}
+        return lambda params: checkpoint_name(_gather(params, axes), GATHERED)
+
+    def _average(self, gradient: Any, loss: Array, axes: Any) -> tuple[Any, Array]:
+        """Average over all devices; of the gradient each device receives its part.
+
+        Each share is divided before it is added, so that fp16 holds the sum.
+        """
+
+        def average(path: Any, x: Array, axis: int) -> Array:
+            if axis < 0:
+                return jax.lax.psum(x / self.shares, (COPIES, PARTS))
+            if not self._is_left_to_block(path[0].key):  # those are averaged over the group already
+                x = _scatter(x, axis, self._group)
+            copies = self.shares // self._group
+            return jax.lax.psum(x / copies, COPIES) if copies > 1 else x
+
+        return jax.tree_util.tree_map_with_path(average, gradient, axes), jax.lax.psum(
+            loss / self.shares, (COPIES, PARTS)
+        )
+
+    def eval_step(self, step: EvalStep) -> EvalStep:
+        """Compile (params, frozen, batch [shares, B, ...]) -> the loss summed over all devices."""
+
+        def on_all(params: Any, frozen: Any, batch: Batch) -> Array:
+            parts, axes = self._specs(params), self._axes(params)
+
+            def on_one_device(params: Any, frozen: Any, batch: Batch) -> Array:
+                return jax.lax.psum(step(self._gather(params, axes), frozen, _own(batch)), (COPIES, PARTS))
+
+            return jax.shard_map(
+                on_one_device, mesh=self._mesh, in_specs=(parts, SAME, EACH), out_specs=SAME, check_vma=False
+            )(params, frozen, batch)
+
+        return jax.jit(on_all)
+
+    def lower(self, step: TrainStep, state: Any, frozen: Any, batch: Batch, accumulation: int) -> jax.stages.Lowered:
+        """Trace a train step from shapes alone; `batch` is that of all devices, [G, ...]."""
+
+        def lying(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        each = NamedSharding(self._mesh, EACH)
+        shares = jax.tree.map(lambda x: lying(x, each), laid_out(batch, self.shares, accumulation))
+        return step.lower(jax.tree.map(lying, state, self.shardings(state)), frozen, shares)  # type: ignore[attr-defined]
+
+    def place_state(self, state: Any) -> Any:
+        """Give each device its part of a state, laid out as the step returns it (else it compiles twice)."""
+        return jax.device_put(state, self.shardings(state))
+
+    def place_param(self, path: tuple[str, ...], array: np.ndarray) -> Array:
+        """Split one parameter over the devices; `path` is its keys in the tree."""
+        return jax.device_put(array, self.shardings(array))
+
+    def place_batch(self, batch: Batch, accumulation: int) -> Batch:
+        """Put a host batch [G, ...] on the devices as [shares, A, B, ...], a share on each."""
+        return jax.device_put(laid_out(batch, self.shares, accumulation), NamedSharding(self._mesh, EACH))
+
+    def place_sequences(self, batch: Batch) -> Batch:
+        """Put a host batch [G, ...] on the devices as [shares, B, ...], a share on each."""
+        return jax.device_put(laid_out(batch, self.shares), NamedSharding(self._mesh, EACH))
+
+    def bytes_per_device(self, state: Any, frozen: Any) -> int:
+        """Return the bytes that a device holds: its part of the state."""
+        return split_bytes((state, frozen), self.shardings((state, frozen)))
+
+    def for_decoding(self, tree: Any) -> Any:
+        """Return all of a tree on the first device, which decodes alone."""
+        return jax.device_put(tree, self.devices[0])
+
+    def to_save(self, state: Any) -> Any:
+        """Return what a checkpoint is written from: arrays that the next step does not overwrite."""
+        return saved_from(state, self.devices[0])
+
+    def on_host(self, tree: Any) -> Any:
+        """Fetch a tree as numpy arrays, each of them complete."""
+        return jax.tree.map(np.asarray, tree)
+
+
+def _own(batch: Batch) -> Batch:
+    """Take this device's share [A, B, ...] out of what it was sent, [1, A, B, ...]."""
+    return jax.tree.map(lambda x: x[0], batch)
+
+
+def _gather(params: Any, axes: Any) -> Any:
+    """Return all of each parameter, of which each device of a group brings its part."""
+    return jax.tree.map(lambda x, axis: x if axis < 0 else _gathered(x, axis), params, axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: Array, axis: int) -> Array:
+    """Gather an array from its parts; its gradient is averaged over the group, and each device receives its part."""
+    return jax.lax.all_gather(x, PARTS, axis=axis, tiled=True)
+
+
+def _scatter(x: Array, axis: int, group: int) -> Array:
+    return jax.lax.psum_scatter(x / group, PARTS, scatter_dimension=axis, tiled=True)
+
+
+_gathered.defvjp(
+    lambda x, axis: (_gathered(x, axis), None),
+    lambda axis, _, gradient: (_scatter(gradient, axis, jax.lax.axis_size(PARTS)),),
+)

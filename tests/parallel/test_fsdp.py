@@ -1,0 +1,188 @@
+"""The state split over two devices against a copy on each: the same numbers from half the memory."""
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from jgpt.config.check import problems
+from jgpt.config.defaults import default_config
+from jgpt.data.batches import Batch
+from jgpt.errors import UserError
+from jgpt.model.shapes import model_config
+from jgpt.parallel.build import Parts, make_parts
+from jgpt.parallel.evaluation import evaluate
+from jgpt.parallel.rules import fsdp_group
+from jgpt.planning.hlo import Program, parse
+from jgpt.step.state import TrainState
+
+V, T, STEPS, HOT = 64, 12, 3, 63  # HOT: an id whose row of the embedding is infinite after `heat`
+
+
+def config_of(parallel: str, gather: str = "step", compute: str = "fp32") -> ConfigDict:
+    config = default_config()
+    config.model.update(
+        n_layers=2, n_heads=2, d_model=16, context_length=T, dropout=0.1, bias=True, mlp="gelu", position="learned",
+        tie_embeddings=False,
+    )
+    config.optimizer.update(warmup_steps=1, total_steps=10, learning_rate=0.02, eps=1e-3)
+    config.batch.global_batch_size, config.execution.micro_batch_size = 8, 2  # 2 devices x 2 micro-batches x 2
+    config.execution.update(parallel=parallel, gather=gather)
+    config.precision.compute, config.precision.loss_scale, config.precision.gradient_average = compute, 8.0, compute
+    return config
+
+
+@cache
+def parts(parallel: str, gather: str = "step", compute: str = "fp32") -> Parts:
+    config = config_of(parallel, gather, compute)
+    return make_parts(config, model_config(config.model, V), jax.local_devices())
+
+
+def first_state(p: Parts) -> TrainState:
+    return jax.jit(p.init, out_shardings=p.strategy.shardings(jax.eval_shape(p.init)))()
+
+
+def batch(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, HOT, (8, T + 1)).astype(np.int32)
+
+
+def step(p: Parts, state: TrainState, tokens: np.ndarray) -> tuple[TrainState, dict[str, Any]]:
+    state, numbers = p.train_step(state, {}, p.strategy.place_batch(Batch(tokens), p.accumulation))
+    return state, p.strategy.on_host(numbers)
+
+
+@cache
+def trained(parallel: str, gather: str = "step") -> tuple[TrainState, list[dict[str, Any]]]:
+    """Train three steps in fp32; return the state, on the host, and the numbers of each step."""
+    p, all_numbers = parts(parallel, gather), []
+    state = first_state(p)
+    for number in range(STEPS):
+        state, numbers = step(p, state, batch(number))
+        all_numbers.append(numbers)
+    assert p.train_step._cache_size() == 1 if parallel == "fsdp" else True  # type: ignore[attr-defined]
+    return p.strategy.on_host(state), all_numbers
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("gather", ["step", "layer"])
+def test_trains_as_with_a_copy_on_each_device(gather: str):
+    """Losses, norms, parameters and moments over three steps of two micro-batches with dropout."""
+    (found, numbers), (expected, expected_numbers) = trained("fsdp", gather), trained("data")
+    for one, other in zip(numbers, expected_numbers, strict=True):
+        assert_close(one, other)
+    assert_close(found, expected)
+
+
+def test_each_device_holds_half_of_the_state():
+    p = parts("fsdp")
+    state = first_state(p)
+    held = [sum(x.addressable_shards[i].data.nbytes for x in jax.tree.leaves(state)) for i in range(2)]
+    whole = sum(x.nbytes for x in jax.tree.leaves(state))
+    small = sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim < 2)  # vectors and counters are on both
+    assert held == [p.strategy.bytes_per_device(state, {})] * 2 == [(whole + small) // 2] * 2
+    assert small < whole / 10
+
+
+def heat(state: TrainState) -> TrainState:
+    """Make one row of the token embedding infinite: only a batch with HOT among its inputs sees it."""
+    table = np.array(state.params["wte"]["embedding"])
+    table[HOT] = np.inf
+    return state._replace(params=state.params | {"wte": {"embedding": table}})
+
+
+@pytest.mark.parametrize("gather", ["step", "layer"])
+@pytest.mark.parametrize("hot_row", [1, 6])
+def test_an_overflow_on_one_device_changes_no_part_of_the_state(gather: str, hot_row: int):
+    """fp16 with loss scaling; rows 0 to 3 are the first device's."""
+    p = parts("fsdp", gather, "fp16")
+    start = heat(p.strategy.on_host(first_state(p)))
+    hot = batch(1)
+    hot[hot_row, 2] = HOT
+    state, numbers = step(p, p.strategy.place_state(start), hot)
+    after = p.strategy.on_host(state)
+    same = jax.tree.map(lambda x, y: x.tobytes() == y.tobytes(), *((s.params, s.opt_state) for s in (after, start)))
+    assert jax.tree.all(same)
+    assert (int(after.step), int(after.updates), float(after.loss_scale.scale)) == (1, 0, 4)
+    state, numbers = step(p, state, batch(2))
+    assert np.isfinite(numbers["loss"]) and int(p.strategy.on_host(state).updates) == 1
+
+
+def exchanged(program: Program, computation: str, inside: bool = False) -> Counter[tuple[str, bool]]:
+    """Count the elements that collectives of arrays give each device, by their kind, inside a loop or outside."""
+    found: Counter[tuple[str, bool]] = Counter()
+    for op in program.computations[computation]:
+        kind = op.opcode.removesuffix("-start")
+        if kind in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"):
+            found[kind, inside] += sum(shape.elements for shape in op.shapes if shape.dims)
+        for name in op.called("body") + op.called("to_apply") + op.called("calls"):
+            found += exchanged(program, name, inside or op.opcode == "while")
+    return +found
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 1])
+def test_nothing_is_exchanged_inside_the_loop_over_micro_batches(micro_batch_size: int):
+    """With gather=step: each array once a step, with four micro-batches as with one."""
+    config = config_of("fsdp")
+    config.execution.micro_batch_size = micro_batch_size
+    p = make_parts(config, model_config(config.model, V), jax.local_devices())
+    program = parse(p.lower().compile().as_text() or "")
+    params = jax.tree.leaves(jax.eval_shape(p.init).params)
+    matrices, vectors = (sum(x.size for x in params if (x.ndim > 1) == wanted) for wanted in (True, False))
+    # Of a matrix each device keeps half of the sum: a reduce-scatter, for which XLA on CPUs sums all of it.
+    found = exchanged(program, program.entry)
+    assert found.pop(("all-gather", False)) == matrices
+    summed = found.pop(("all-reduce", False)) + 2 * found.pop(("reduce-scatter", False), 0)
+    assert summed == matrices + vectors and not found
+
+
+@pytest.mark.parametrize("gather", ["step", "layer"])
+def test_evaluation_is_that_of_one_device(gather: str):
+    blocks = [Batch(tokens) for tokens in batch(7)]
+
+    def loss(p: Parts) -> float:
+        return evaluate(p.strategy, p.eval_step, first_state(p).params, {}, blocks, rows=2, context_length=T)[0]
+
+    assert loss(parts("fsdp", gather)) == pytest.approx(loss(parts("data")), rel=1e-5)
+
+
+def test_a_device_that_decodes_gets_all_parameters():
+    p = parts("fsdp")
+    state = first_state(p)
+    for found, split in zip(jax.tree.leaves(p.strategy.for_decoding(state)), jax.tree.leaves(state), strict=True):
+        assert found.devices() == {p.strategy.devices[0]} and jnp.array_equal(found, np.asarray(split))
+
+
+def test_groups_of_devices_hold_a_copy_each():
+    assert fsdp_group("data=2,fsdp=1", 2) == 1
+    config = config_of("fsdp")
+    config.execution.mesh = "data=2,fsdp=1"
+    p = make_parts(config, model_config(config.model, V), jax.local_devices())
+    state = first_state(p)
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(state))
+    for number, expected in enumerate(trained("data")[1]):
+        state, numbers = step(p, state, batch(number))
+        assert_close(numbers, expected)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=3", "data=2,fsdp=2", "fsdp", "fsdp=-2", "tensor=2", "data=2;fsdp=1", "2"])
+def test_a_mesh_that_is_not_the_devices_is_refused(mesh: str):
+    with pytest.raises(UserError, match="there are 2 devices.*product.*--config.execution.mesh"):
+        fsdp_group(mesh, 2)
+
+
+def test_what_fsdp_does_not_go_with_is_named():
+    config = config_of("fsdp")
+    config.init_from, config.lora.rank = "a model", 4
+    assert any("parallel='fsdp' with lora" in problem for problem in problems(config))
+    config = config_of("data")
+    config.execution.mesh = "data=2"
+    assert any("only fsdp divides the devices" in problem for problem in problems(config))
