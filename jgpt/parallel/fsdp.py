@@ -168,6 +168,10 @@ class FullySharded:
         """Return all of a tree on the first device, which decodes alone."""
         return jax.device_put(tree, self.devices[0])
 
+    def where_it_lies(self, tree: Any) -> Any:
+        """Return the tree as it is."""
+        return tree
+
     def to_save(self, state: Any) -> Any:
         """Return what a checkpoint is written from: arrays that the next step does not overwrite."""
         return saved_from(state, self.devices[0])

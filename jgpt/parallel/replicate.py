@@ -107,6 +107,10 @@ class Replicate:
         """Return the first device's copy, with which that device decodes alone; nothing moves."""
         return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
 
+    def where_it_lies(self, tree: Any) -> Any:
+        """Return the first device's copy."""
+        return self.for_decoding(tree)
+
     def to_save(self, state: Any) -> Any:
         """Return what a checkpoint is written from: arrays that the next step does not overwrite."""
         return saved_from(self.for_decoding(state), self.devices[0])

@@ -69,7 +69,11 @@ class Strategy(Protocol):
         ...
 
     def for_decoding(self, tree: Any) -> Any:
-        """Return parameters as decoding takes them; nothing moves."""
+        """Return parameters as decoding takes them."""
+        ...
+
+    def where_it_lies(self, tree: Any) -> Any:
+        """Return the arrays of a state for a computation over all their values: nothing moves, nothing is copied."""
         ...
 
     def to_save(self, state: Any) -> Any:
