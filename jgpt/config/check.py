@@ -229,8 +229,8 @@ def _fine_tuning(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
         )
     if config.execution.mesh and config.execution.parallel != "fsdp":
         yield (
-            f"execution.mesh={config.execution.mesh!r} with execution.parallel={config.execution.parallel!r}: only fsdp "
-            "divides the devices into groups; set execution.mesh='', or execution.parallel='fsdp'"
+            f"execution.mesh={config.execution.mesh!r} with execution.parallel={config.execution.parallel!r}: only "
+            "fsdp divides the devices into groups; set execution.mesh='', or execution.parallel='fsdp'"
         )
     if config.execution.parallel == "tensor" and not rank:
         yield (

@@ -7,8 +7,8 @@ Dimensions, here and everywhere:
     G = N / K query heads that share a key/value head   H head width   F MLP width   V vocabulary   L layers
 """
 
-from dataclasses import dataclass
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -218,7 +218,8 @@ class GPT(nn.Module):
             self.wpe = Embedding(rows=c.context_length, width=c.d_model, std=INIT["position"])
         if not c.tie_embeddings:
             self.lm_head = Embedding(rows=c.vocab_size, width=c.d_model, std=INIT["embedding"])
-        self.h = [self._block()(c, dtype=self.dtype, lora=self.lora, attention=self.attention) for _ in range(c.n_layers)]
+        block = self._block()
+        self.h = [block(c, dtype=self.dtype, lora=self.lora, attention=self.attention) for _ in range(c.n_layers)]
         self.norm = Norm(kind=c.norm, epsilon=c.norm_eps, use_bias=c.bias, dtype=jnp.float32)
 
     def _block(self) -> type[Block]:

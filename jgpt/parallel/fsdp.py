@@ -56,7 +56,7 @@ class FullySharded:
         return jax.tree.map(lambda x: split_axis(x.shape, self._group), tree)
 
     def _specs(self, tree: Any) -> Any:
-        return jax.tree.map(lambda axis: SAME if axis < 0 else PartitionSpec(*(None,) * axis, PARTS), self._axes(tree))
+        return jax.tree.map(lambda axis: SAME if axis < 0 else PartitionSpec(*[None] * axis, PARTS), self._axes(tree))
 
     def shardings(self, state: Any) -> Any:
         """Return where each array of a state lies: split along one axis, or a copy on every device."""
@@ -70,7 +70,7 @@ class FullySharded:
 
             def on_one_device(state: TrainState, frozen: Any, batch: Batch) -> tuple[Any, Array]:
                 exchange = Exchange(
-                    average=lambda gradient_and_loss: self._average(*gradient_and_loss, axes),
+                    average=partial(self._average, axes),
                     gather=lambda params: self._gather(params, axes),
                     device=jax.lax.axis_index((COPIES, PARTS)),
                 )
@@ -101,8 +101,8 @@ class FullySharded:
         axes = {"params": self._axes(block)}
         return lambda params: checkpoint_name(_gather(params, axes), GATHERED)
 
-    def _average(self, gradient: Any, loss: Array, axes: Any) -> tuple[Any, Array]:
-        """Average over all devices; of the gradient each device receives its part.
+    def _average(self, axes: Any, gradient_and_loss: tuple[Any, Array]) -> tuple[Any, Array]:
+        """Average a gradient and a loss over all devices; of the gradient each device receives its part.
 
         Each share is divided before it is added, so that fp16 holds the sum.
         """
@@ -115,9 +115,9 @@ class FullySharded:
             copies = self.shares // self._group
             return jax.lax.psum(x / copies, COPIES) if copies > 1 else x
 
-        return jax.tree_util.tree_map_with_path(average, gradient, axes), jax.lax.psum(
-            loss / self.shares, (COPIES, PARTS)
-        )
+        gradient, loss = gradient_and_loss
+        averaged = jax.tree_util.tree_map_with_path(average, gradient, axes)
+        return averaged, jax.lax.psum(loss / self.shares, (COPIES, PARTS))
 
     def eval_step(self, step: EvalStep) -> EvalStep:
         """Compile (params, frozen, batch [shares, B, ...]) -> the loss summed over all devices."""

@@ -53,7 +53,9 @@ def mean_gradient(
     return mean.acc_grads, losses
 
 
-def average_gradients(average: Callable[[Any], Any], gradient: Any, loss: Array, scale: Array, narrow: bool) -> tuple[Any, Array]:
+def average_gradients(
+    average: Callable[[Any], Any], gradient: Any, loss: Array, scale: Array, narrow: bool
+) -> tuple[Any, Array]:
     """Average gradient and loss over the devices, in one exchange.
 
     `narrow` sends the gradient as fp16, half the bytes: with the loss scale on it, at which fp16 has held the gradients

@@ -36,9 +36,7 @@ class Step(NamedTuple):
     update: Callable[[TrainState, Any, Array], tuple[TrainState, Numbers]]
     """(state, gradient, loss) -> (the next state, metrics)."""
 
-    def __call__(
-        self, state: TrainState, frozen: Any, batch: Batch, exchange: Exchange
-    ) -> tuple[TrainState, Numbers]:
+    def __call__(self, state: TrainState, frozen: Any, batch: Batch, exchange: Exchange) -> tuple[TrainState, Numbers]:
         """Run both halves on a device that holds the whole state."""
         return self.update(state, *self.gradient(state, frozen, batch, exchange))
 

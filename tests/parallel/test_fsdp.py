@@ -27,7 +27,14 @@ V, T, STEPS, HOT = 64, 12, 3, 63  # HOT: an id whose row of the embedding is inf
 def config_of(parallel: str, gather: str = "step", compute: str = "fp32") -> ConfigDict:
     config = default_config()
     config.model.update(
-        n_layers=2, n_heads=2, d_model=16, context_length=T, dropout=0.1, bias=True, mlp="gelu", position="learned",
+        n_layers=2,
+        n_heads=2,
+        d_model=16,
+        context_length=T,
+        dropout=0.1,
+        bias=True,
+        mlp="gelu",
+        position="learned",
         tie_embeddings=False,
     )
     config.optimizer.update(warmup_steps=1, total_steps=10, learning_rate=0.02, eps=1e-3)
