@@ -57,6 +57,13 @@ def test_links_and_paths_lead_to_files(path):
         assert (ROOT / name).is_file(), name
 
 
+def test_each_promise_names_a_test_that_exists():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 30
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{name}"
+
+
 def test_the_architecture_names_functions_that_exist():
     rows = re.findall(
         r"\| `(jgpt/\S+\.py)` \| (.+) \|\n", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
