@@ -116,7 +116,7 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
     attention = _attention(config, shapes, policy, devices[0])
     plain = GPT(shapes, policy.compute, execution.remat, lora)  # makes the parameters, so it needs no fused attention
     model = GPT(shared, policy.compute, execution.remat, lora, attention)
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, policy.compute)
     train_step = make_train_step(
         model,
         policy,

@@ -17,6 +17,7 @@ from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.rules import device_mesh, param_shardings, place, split_bytes
 from jgpt.parallel.strategy import laid_out, saved_from
 from jgpt.step.eval_step import EvalStep
+from jgpt.step.muon import alone
 from jgpt.step.state import TrainState, tree_bytes
 from jgpt.step.train_step import Numbers, Step, TrainStep
 
@@ -40,7 +41,7 @@ class Sharded:
         def on_all(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Numbers]:
             # Whole gradients, before the optimizer: else each device updates its part, and exchanges moments as well.
             whole = partial(jax.lax.with_sharding_constraint, shardings=self._copied)
-            return step(state, frozen, batch, whole, 0)
+            return step(state, frozen, batch, whole, 0, alone)
 
         return jax.jit(on_all, donate_argnums=0, out_shardings=self._copied)
 

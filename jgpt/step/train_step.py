@@ -19,10 +19,11 @@ from jgpt.model.loss import cross_entropy
 from jgpt.model.precision import Policy
 from jgpt.step.gradients import Average, average_gradients, mean_gradient
 from jgpt.step.loss_scale import next_loss_scale
+from jgpt.step.muon import Share, alone
 from jgpt.step.state import TrainState
 
 Numbers = dict[str, Array]  # scalars
-Step = Callable[[TrainState, Any, Batch, Average, Any], tuple[TrainState, Numbers]]
+Step = Callable[[TrainState, Any, Batch, Average, Any, Share], tuple[TrainState, Numbers]]
 TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Numbers]]
 
 
@@ -47,7 +48,7 @@ def hidden_states(model: GPT, params: Any, frozen: Any, batch: Batch, **how: Any
 def make_train_step(
     model: GPT,
     policy: Policy,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     *,
     accumulation: int,
@@ -56,9 +57,10 @@ def make_train_step(
     growth_steps: int,
     average_dtype: Any = jnp.float32,
 ) -> Step:
-    """Return the step as a pure function (state, frozen, batch [A, B, ...], average, device) -> (state, metrics).
+    """Return the step as a pure function: state, frozen, batch [A, B, ...], average, device, share -> state, metrics.
 
-    `average` averages a tree over the devices that share the batch (the identity on one), `device` is this one's index.
+    `average` averages a tree over the devices that share the batch (the identity on one), `device` is this one's index,
+    and `share` is how devices share the optimizer's work on matrices: each computes some, and gets all.
     A micro-batches run one after another; then comes one average over the devices, one finite check whose answer is the
     same on every device, and one update. A step with a non-finite gradient changes no parameter, no moment and no
     schedule. `growth_steps` and `average_dtype` matter under loss scaling alone: see `next_loss_scale` and
@@ -68,7 +70,7 @@ def make_train_step(
     narrow = policy.scales_loss and average_dtype == jnp.float16
 
     def train_step(
-        state: TrainState, frozen: Any, batch: Batch, average: Average, device: Any
+        state: TrainState, frozen: Any, batch: Batch, average: Average, device: Any, share: Share = alone
     ) -> tuple[TrainState, Numbers]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), device)
         params = policy.cast_to_compute(state.params)  # once a step, not once a micro-batch
@@ -85,7 +87,7 @@ def make_train_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, share=share)
             new_params = optax.apply_updates(state.params, updates)
         loss_scale = next_loss_scale(state.loss_scale, finite, growth_steps if policy.scales_loss else 0)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
