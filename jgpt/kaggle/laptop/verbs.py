@@ -19,6 +19,7 @@ from jgpt.errors import UserError
 from jgpt.exchange.hub import is_hub_name
 from jgpt.kaggle.laptop.kernel import KERNEL_FILE, METADATA_FILE, Kernel, read_folder
 from jgpt.kaggle.laptop.progress import read_arguments
+from jgpt.kaggle.session.limits import DEADLINE_HOURS, with_budget
 
 if TYPE_CHECKING:
     from jgpt.kaggle.laptop.client import Kaggle
@@ -101,7 +102,7 @@ def kernel_of_flags(earlier: Kernel | None = None) -> Kernel:
     )
     kernel.check()
     config = load_config() if "config" in args else read_arguments(kernel.arguments)
-    check(config)
+    check(with_budget(config, DEADLINE_HOURS))  # as the session has it
     if not kernel.internet:
         for note in _needs_internet(config):
             print(f"note: {note}", file=sys.stderr)

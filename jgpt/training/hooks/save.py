@@ -8,6 +8,7 @@ import time
 from jgpt.planning.remedies import SAVING
 from jgpt.run_dir.checkpoint import Checkpoints
 from jgpt.step.state import tree_bytes
+from jgpt.training.extend import decay_step
 from jgpt.training.run import Run
 
 
@@ -15,7 +16,7 @@ class Save:
     """When the next checkpoint is due, and what goes into it."""
 
     def __init__(self, run: Run, checkpoints: Checkpoints) -> None:
-        self._checkpoints = checkpoints
+        self._checkpoints, self._decay_step = checkpoints, decay_step(run.config.optimizer)
         self.state_bytes = tree_bytes(run.state)
         self._last_step = run.step if run.resumed else -1
         self._last_time = time.monotonic()
@@ -24,7 +25,7 @@ class Save:
         """Tell whether a checkpoint is due, by steps or by the clock."""
         c = run.config.checkpoint
         by_clock = c.every_minutes > 0 and time.monotonic() - self._last_time >= c.every_minutes * 60
-        return run.is_done or run.step % c.every_steps == 0 or by_clock
+        return run.is_done or run.step % c.every_steps == 0 or run.step == self._decay_step or by_clock
 
     def seconds(self) -> float:
         """Return what stopping takes: the save that may be under way, and the last one."""
@@ -47,6 +48,7 @@ class Save:
                     "scales_loss": run.parts.policy.scales_loss,
                     "base": run.base,
                     "stop_ids": list(run.stop_ids),
+                    "decay_begins": self._decay_step,
                 },
             )
         self._last_step, self._last_time = run.step, time.monotonic()
