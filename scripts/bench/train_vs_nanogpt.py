@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from side_by_side import cores, machine, serve
-from trainers import RunSteps, Shape, Trainer, jgpt_step, take_turns, timed
+from trainers import RunSteps, Shape, Trainer, devices_for, jgpt_step, take_turns, timed
 
 SHAPES = {
     "cpu": Shape(n_layers=4, n_heads=4, d_model=128, context_length=64, batch=12, dropout=0.0),
@@ -35,12 +35,11 @@ CONTESTANTS = ("torch-eager", "torch-compile", "jgpt")
 def jgpt_contestant(shape: Shape, micro_batch: int) -> RunSteps:
     """Build jgpt's train step: on a CPU a device for each core."""
     from jgpt.hardware.process import set_up_process
-    from jgpt.parallel.build import training_devices
 
     set_up_process()
     from jgpt.model.precision import Policy
 
-    devices = training_devices(shape.batch)
+    devices = devices_for(shape.batch)
     share = shape.batch // len(devices)
     micro = next(size for size in range(min(share, micro_batch or share), 0, -1) if share % size == 0)
     return timed(jgpt_step(shape.model, shape.batch, devices, micro, Policy()), shape)
