@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 HELP = {"-h", "--help", "-help", "--helpfull"}
 CONFIG_FLAG = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
-AUTO = re.compile(r"^(--?config\.execution\.micro_batch_size=)auto$")  # a key of whole numbers, where 0 is auto
+# Keys of whole numbers, where 0 is auto.
+AUTO = re.compile(r"^(--?config\.(?:execution\.micro_batch_size|optimizer\.total_steps)=)auto$")
 OWN_CONFIG = "Start with jgpt.config.default_config(), change its keys, and return it."
 
 

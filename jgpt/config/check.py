@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ def problems(config: ConfigDict, text_bytes: int | None = None) -> list[str]:
         *_rope_scaling(config, wrong),
         *_batch(config, wrong),
         *_learning_rate(config, wrong),
+        *_muon(config),
+        *_budget(config, wrong),
         *_tokenizer(config, wrong),
         *_names(config, wrong),
         *_secrets(config),
@@ -119,16 +122,58 @@ def _batch(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
 def _learning_rate(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
     """Check that the learning rate rises to its peak and falls from it."""
     o = config.optimizer
-    if wrong.isdisjoint(("optimizer.warmup_steps", "optimizer.total_steps")) and o.warmup_steps >= o.total_steps:
+    steps_known = o.total_steps and wrong.isdisjoint(("optimizer.warmup_steps", "optimizer.total_steps"))
+    if steps_known and o.warmup_steps >= o.total_steps:
         yield (
             f"optimizer.warmup_steps={o.warmup_steps} is not below optimizer.total_steps={o.total_steps}: the learning "
             f"rate would never decay; set optimizer.warmup_steps={o.total_steps // 10}"
         )
+    elif steps_known and o.schedule == "wsd" and "optimizer.decay_fraction" not in wrong:
+        most = 1 - o.warmup_steps / o.total_steps
+        if o.decay_fraction > most:
+            yield (
+                f"optimizer.decay_fraction={o.decay_fraction:g} of {o.total_steps} steps begins before the "
+                f"{o.warmup_steps} steps of warmup end; set at most {math.floor(1000 * most) / 1000:g}, or a smaller "
+                "optimizer.warmup_steps"
+            )
     rates = ("optimizer.min_learning_rate", "optimizer.learning_rate")
     if wrong.isdisjoint(rates) and o.min_learning_rate > o.learning_rate:
         yield (
             f"optimizer.min_learning_rate={o.min_learning_rate:g} is above optimizer.learning_rate="
             f"{o.learning_rate:g}, the peak that it decays from; set it to a tenth of that"
+        )
+
+
+def _muon(config: ConfigDict) -> Iterator[str]:
+    """Check that Muon has matrices of the blocks to update, and that its updates are not lost."""
+    if config.optimizer.kind != "muon":
+        return
+    if config.lora.rank:
+        yield (
+            f"optimizer.kind='muon' with lora.rank={config.lora.rank}: the blocks' matrices are frozen, and adapters "
+            "have AdamW; set optimizer.kind='adamw'"
+        )
+    if config.precision.params != "fp32":
+        yield (
+            f"optimizer.kind='muon' with precision.params={config.precision.params!r}: its updates are smaller than a "
+            "half-precision parameter's last bit; set precision.params='fp32' (precision.compute may be half)"
+        )
+
+
+def _budget(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
+    """Check that the length of a run is given once: in steps, or in hours."""
+    steps, hours = config.optimizer.total_steps, config.optimizer.budget_hours
+    if not wrong.isdisjoint(("optimizer.total_steps", "optimizer.budget_hours")) or bool(steps) != bool(hours):
+        return
+    if steps:
+        yield (
+            f"optimizer.budget_hours={hours:g} with optimizer.total_steps={steps}: a run is so many steps long, or so "
+            "many hours; set optimizer.total_steps=auto (0 in a config file), or optimizer.budget_hours=0"
+        )
+    else:
+        yield (
+            "optimizer.total_steps=auto (0) without optimizer.budget_hours: the steps are those that fit in the hours; "
+            "set optimizer.budget_hours=2, say, or optimizer.total_steps"
         )
 
 

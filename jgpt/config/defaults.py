@@ -169,12 +169,39 @@ PRECISION = Group(
 
 OPTIMIZER = Group(
     "optimizer",
-    "AdamW, with a linear warmup and a cosine decay",
+    "the update of the parameters, and the learning rate's way up and down",
     {
-        "total_steps": Key(1000, "optimizer steps of the whole run", low=1),
+        "kind": Key(
+            "adamw",
+            "the rule of the matrices in the blocks; all other parameters (embeddings, head, norms, biases) have AdamW",
+            choices={
+                "adamw": "GPT-2's and most others'",
+                "muon": "fewer steps to the same loss, and one moment less to keep; not with lora",
+            },
+        ),
+        "total_steps": Key(1000, "optimizer steps of the whole run; 0 or auto: what fits in budget_hours", 0),
+        "budget_hours": Key(
+            0.0,
+            "total_steps=auto: hours of the whole run, also in several sessions; nobody has to guess the steps",
+            0,
+            100_000,
+        ),
+        "schedule": Key(
+            "cosine",
+            "the learning rate between its peak and its minimum",
+            choices={
+                "cosine": "falls from the warmup's end on",
+                "wsd": "stays at the peak, and falls at the end: with more total_steps a run goes on from before that",
+            },
+        ),
+        "decay_fraction": Key(0.2, "wsd: share of total_steps in which the learning rate falls", 0.001, 1),
         "warmup_steps": Key(100, "steps until the peak learning rate", low=0),
-        "learning_rate": Key(1e-3, "the peak, after warmup", 1e-12, 10),
-        "min_learning_rate": Key(1e-4, "at the end of the cosine", 0, 10),
+        "learning_rate": Key(1e-3, "the peak, after warmup; with muon, that of AdamW's parameters", 1e-12, 10),
+        "min_learning_rate": Key(1e-4, "at the end of the schedule", 0, 10),
+        "muon_learning_rate": Key(
+            4e-3, "muon: the peak for the matrices, at every width; it falls with learning_rate", 1e-12, 10
+        ),
+        "muon_momentum": Key(0.95, "muon: decay of the sum of gradients (Nesterov)", 0, 0.9999),
         "beta1": Key(0.9, "decay of the mean of gradients", 0, 0.99999),
         "beta2": Key(0.99, "decay of the mean of squared gradients", 0, 0.9999999),
         "eps": Key(1e-8, "added to the root of the squared mean", 0, 1),

@@ -29,6 +29,7 @@ from jgpt.parallel.rules import split_axis, split_bytes
 from jgpt.parallel.strategy import laid_out, saved_from
 from jgpt.step.eval_step import EvalStep
 from jgpt.step.gradients import Exchange
+from jgpt.step.muon import alone
 from jgpt.step.state import TrainState
 from jgpt.step.train_step import Numbers, Step, TrainStep
 
@@ -83,7 +84,7 @@ class FullySharded:
                 out_specs=(parts.params, SAME),
                 check_vma=False,
             )(state, frozen, batch)
-            state, numbers = step.update(state, gradient, loss)
+            state, numbers = step.update(state, gradient, loss, alone)
             return jax.lax.with_sharding_constraint(state, self.shardings(state)), numbers
 
         return jax.jit(on_all, donate_argnums=0)

@@ -3,7 +3,7 @@
 In the data path: it runs the step of `step/` on devices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ class Replicate:
         """Compile (state, frozen, batch [shares, A, B, ...]) -> (state, metrics); the state's memory is reused."""
 
         def on_one_device(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Numbers]:
-            exchange = Exchange(self._average, device=jax.lax.axis_index(self.AXIS))
+            exchange = Exchange(self._average, device=jax.lax.axis_index(self.AXIS), share=self._share)
             return step(state, frozen, batch, exchange)
 
         return jax.pmap(
@@ -64,6 +64,15 @@ class Replicate:
             for i, part in zip(places, jnp.split(flat, ends[:-1]), strict=True):
                 leaves[i] = part.reshape(leaves[i].shape)
         return jax.tree.unflatten(structure, leaves)
+
+    def _share(self, function: Callable[[Array], Array], matrices: Array) -> Array:
+        """Apply a function to independent matrices [n, ...], an equal number on each device; all get all results."""
+        if self.shares == 1:
+            return function(matrices)
+        each = -(-len(matrices) // self.shares)
+        padded = jnp.pad(matrices, ((0, each * self.shares - len(matrices)), (0, 0), (0, 0)))
+        mine = jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(self.AXIS) * each, each)
+        return jax.lax.all_gather(function(mine), self.AXIS, tiled=True)[: len(matrices)]
 
     def eval_step(self, step: EvalStep) -> EvalStep:
         """Compile (params, frozen, batch [shares, B, ...]) -> the loss summed over all devices."""

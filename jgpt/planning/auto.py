@@ -85,7 +85,7 @@ def _fill_in(config: ConfigDict, chosen: Execution) -> ConfigDict:
 def _key(config: ConfigDict, shapes: ModelConfig, target: Target) -> str:
     """Digest all that the choice depends on."""
     groups = config.model, config.lora, config.precision, config.batch, config.execution
-    settings = [*(group.to_dict() for group in groups), config.data.format, repr(shapes)]
+    settings = [*(group.to_dict() for group in groups), config.data.format, repr(shapes), config.optimizer.kind]
     kinds = [device.device_kind for device in target.devices]
     machine = [kinds, target.memory_bytes, repr(target.rates), jax.__version__, jgpt.__version__]
     return hashlib.sha256(json.dumps([settings, machine], sort_keys=True).encode()).hexdigest()

@@ -161,9 +161,12 @@ def merge_layers(prediction: Prediction) -> list[OpCost]:
 
 
 def _run(plan: Plan) -> str:
-    steps, (count, size) = plan.config.optimizer.total_steps, plan.checkpoints
-    tokens = steps * plan.found.parts.tokens_per_step
-    lines = [_line("steps", f"{steps:,}, {format_count(tokens)} tokens")]
+    o, steps, (count, size) = plan.config.optimizer, plan.steps, plan.checkpoints
+    of = "" if o.total_steps else f", what {o.budget_hours:g} hours hold at this speed; training measures its own"
+    if steps is None:
+        lines = [_line("steps", f"what {o.budget_hours:g} hours hold; training measures its speed")]
+    else:
+        lines = [_line("steps", f"{steps:,}, {format_count(steps * plan.found.parts.tokens_per_step)} tokens{of}")]
     if plan.hours is not None:
         longest = plan.config.deadline_hours or plan.run_hours
         lines += [
@@ -194,6 +197,7 @@ def as_dict(plan: Plan, top: int) -> dict[str, Any]:
         "seconds_per_step": found.seconds,
         "tokens_per_second": found.tokens_per_second,
         "predicted_with": plan.target.constants(),
+        "steps": plan.steps,
         "hours": plan.hours,
         "runs": plan.runs,
         "checkpoint_bytes": count * size,

@@ -17,6 +17,7 @@ from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import ModelConfig, model_config
 from jgpt.parallel.build import batch_shares, training_devices
 from jgpt.planning.auto import is_auto
+from jgpt.planning.budget import steps_that_fit
 from jgpt.planning.devices import THIS, Target, compile_only, this_machine
 from jgpt.planning.estimate import Estimate, estimate
 from jgpt.planning.execution import Execution, execution_of
@@ -46,8 +47,16 @@ class Plan:
     @property
     def hours(self) -> float | None:
         """Hours of all steps of the config; evaluation, samples and saving come on top."""
-        seconds = self.found.seconds
-        return None if seconds is None else seconds * self.config.optimizer.total_steps / 3600
+        seconds, steps = self.found.seconds, self.steps
+        return None if seconds is None or steps is None else seconds * steps / 3600
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the run: the config's or, where it gives hours, those that they hold at the predicted speed."""
+        o, seconds = self.config.optimizer, self.found.seconds
+        if o.total_steps or seconds is None:
+            return o.total_steps or None
+        return steps_that_fit(o.budget_hours, seconds)
 
     @property
     def runs(self) -> int | None:
@@ -59,7 +68,8 @@ class Plan:
     def checkpoints(self) -> tuple[int, int]:
         """Return how many checkpoints lie on disk at most, with one being written, and the bytes of each."""
         c = self.config.checkpoint
-        return c.keep_last + c.keep_best + 1, self.found.parts.state_bytes
+        before_decay = self.config.optimizer.schedule == "wsd"
+        return c.keep_last + c.keep_best + before_decay + 1, self.found.parts.state_bytes
 
     @property
     def advice(self) -> Execution | None:

@@ -10,7 +10,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ log = logging.getLogger("jgpt")
 class Checkpoints:
     """The checkpoints of one run directory. `keep_last` whole ones are kept, and the best one where `keep_best`.
 
+    `keep_steps` are steps whose checkpoints are kept too.
+
     `disk_gb`, above 0, is what the run directory may hold in GB. `on_saved(run directory, step)` is called once a
     checkpoint is whole, in the thread that finished it; the next save waits for it, and it must not raise.
     """
@@ -42,9 +44,11 @@ class Checkpoints:
         keep_best: bool,
         disk_gb: float = 0.0,
         on_saved: Callable[[Path, int], None] | None = None,
+        keep_steps: Collection[int] = (),
     ) -> None:
         self.directory = run_dir.absolute() / "checkpoints"
         self.keep_last, self.keep_best, self.disk_gb = keep_last, keep_best, disk_gb
+        self.keep_steps = frozenset(keep_steps)
         self.save_seconds = 0.0  # the longest so far, for the deadline
         self._on_saved = on_saved
         self._finishing: threading.Thread | None = None
@@ -137,13 +141,17 @@ class Checkpoints:
         """Return where a step's manifest is."""
         return self.directory / f"{step}.sha256"
 
+    def pass_over(self, steps: Iterable[int]) -> None:
+        """Do not restore these steps; they stay until the next save is whole."""
+        self._damaged.update(steps)
+
     def steps(self) -> list[int]:
         """List the steps that have a manifest, oldest first."""
         return whole_steps(self.directory)
 
     def _prune(self) -> None:
         steps = [step for step in self.steps() if step not in self._damaged]
-        keep = {*steps[-self.keep_last :], *self._best(steps)}
+        keep = {*steps[-self.keep_last :], *self._best(steps), *self.keep_steps.intersection(steps)}
         for step in {*self.steps(), *self._cut_off(), *self._damaged} - keep:
             self._delete(step)
 
@@ -165,7 +173,7 @@ class Checkpoints:
         """
         whole = [step for step in self.steps() if step not in self._damaged]
         spare = sorted({*self._cut_off(), *self._damaged}) + whole[:-1]
-        best = self._best(whole)
+        best = {*self._best(whole), *self.keep_steps}
         spare.sort(key=lambda step: (step in whole, step in best))
         run_dir = self.directory.parent
         for step in spare:
@@ -201,7 +209,7 @@ class Checkpoints:
         for step in self._cut_off():
             log.warning("checkpoint %d has no manifest: it was cut off while it was saved, and is passed over", step)
         steps = self.steps()[::-1]
-        for step in steps:
+        for step in [step for step in steps if step not in self._damaged]:
             damage = verify(self.directory, step)
             if damage:
                 log.warning("checkpoint %d is damaged and passed over: %s", step, damage)

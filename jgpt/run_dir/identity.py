@@ -31,7 +31,7 @@ from jgpt.run_dir.metrics_file import read_metrics
 log = logging.getLogger("jgpt")
 
 # What a run cannot change and still be the same run; anything else may be changed when it goes on.
-FIXED = ("model.", "tokenizer.", "lora.", "precision.params")
+FIXED = ("model.", "tokenizer.", "lora.", "precision.params", "optimizer.kind")
 FREE = ("model.dropout", "lora.dropout")
 
 
@@ -142,7 +142,7 @@ def check_tokenizer(directory: Path, step: int, meta: dict[str, Any]) -> None:
 def check_same_run(run_dir: Path, config: ConfigDict) -> list[str]:
     """Compare `config` with that of the run in `run_dir`; return what may change and did, as "key: old -> new".
 
-    Raises UserError with the list of those that may not: another model or tokenizer.
+    Raises UserError with the list of those that may not: another model, tokenizer or kind of optimizer.
     """
     old, new = flatten(json.loads(read_config(run_dir).to_json())), flatten(json.loads(config.to_json()))
     changed = {
@@ -153,7 +153,7 @@ def check_same_run(run_dir: Path, config: ConfigDict) -> list[str]:
         fixed.append(changed["init_from"])
     if fixed:
         raise UserError(
-            f"{run_dir} holds a run with another model or tokenizer:\n  "
+            f"{run_dir} holds a run with another model, tokenizer or optimizer:\n  "
             + "\n  ".join(fixed)
             + "\nIt can go on only with its own. "
             "Take those settings back, or set another --config.out_dir; nothing there was changed."

@@ -12,6 +12,7 @@ import optax
 from jax import Array
 
 from jgpt.data.batches import Batch
+from jgpt.step.muon import Share, alone
 
 
 class Exchange(NamedTuple):
@@ -20,6 +21,7 @@ class Exchange(NamedTuple):
     average: Callable[[Any], Any] = lambda tree: tree  # gradients in, their averages out; each device may keep a part
     gather: Callable[[Any], Any] = lambda params: params  # a device's part of the parameters in, all of them out
     device: Any = 0  # its index
+    share: Share = alone  # how they share the optimizer's work on matrices: each computes some, and gets all
 
 
 def mean_gradient(

@@ -19,6 +19,7 @@ from jgpt.model.loss import cross_entropy
 from jgpt.model.precision import Policy
 from jgpt.step.gradients import Exchange, average_gradients, mean_gradient
 from jgpt.step.loss_scale import next_loss_scale
+from jgpt.step.muon import Share, alone
 from jgpt.step.state import TrainState
 
 Numbers = dict[str, Array]  # scalars
@@ -33,12 +34,12 @@ class Step(NamedTuple):
 
     gradient: Callable[[TrainState, Any, Batch, Exchange], tuple[Any, Array]]
     """(state, frozen, batch [A, B, ...], exchange) -> (gradient, loss), averaged over the devices; fp32."""
-    update: Callable[[TrainState, Any, Array], tuple[TrainState, Numbers]]
-    """(state, gradient, loss) -> (the next state, metrics)."""
+    update: Callable[[TrainState, Any, Array, Share], tuple[TrainState, Numbers]]
+    """(state, gradient, loss, share) -> (the next state, metrics)."""
 
     def __call__(self, state: TrainState, frozen: Any, batch: Batch, exchange: Exchange) -> tuple[TrainState, Numbers]:
         """Run both halves on a device that holds the whole state."""
-        return self.update(state, *self.gradient(state, frozen, batch, exchange))
+        return self.update(state, *self.gradient(state, frozen, batch, exchange), exchange.share)
 
 
 def variables(model: GPT, params: Any, frozen: Any) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def hidden_states(model: GPT, params: Any, frozen: Any, batch: Batch, **how: Any
 def make_train_step(
     model: GPT,
     policy: Policy,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     *,
     accumulation: int,
@@ -94,12 +95,12 @@ def make_train_step(
         mean, losses = mean_gradient(scaled_gradient, params, batch, scale, accumulation)
         return average_gradients(exchange.average, mean, jnp.mean(losses), scale, narrow)
 
-    def update(state: TrainState, gradient: Any, loss: Array) -> tuple[TrainState, Numbers]:
+    def update(state: TrainState, gradient: Any, loss: Array, share: Share = alone) -> tuple[TrainState, Numbers]:
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, share=share)
             new_params = optax.apply_updates(state.params, updates)
         loss_scale = next_loss_scale(state.loss_scale, finite, growth_steps if policy.scales_loss else 0)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))

@@ -21,6 +21,7 @@ from jgpt.planning.remedies import TRAINING
 from jgpt.run_dir.checkpoint import Checkpoints
 from jgpt.step.state import TrainState
 from jgpt.step.train_step import Numbers
+from jgpt.training.extend import pass_over_decayed
 from jgpt.training.setup import Setup
 from jgpt.training.status import Status
 
@@ -90,6 +91,7 @@ def begin(
     `source` is the model that `init_from` names, where its parameters are needed.
     """
     parts, data = setup.parts, setup.data
+    pass_over_decayed(checkpoints, config.optimizer)
     abstract = jax.eval_shape(parts.init)
     restored = checkpoints.restore(abstract, parts.strategy.shardings(abstract))
     state, meta = restored or (_first_state(parts, source), {})

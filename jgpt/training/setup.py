@@ -87,25 +87,26 @@ def sample_prompt(config: ConfigDict, data: TokenData) -> str:
     return render(settings["chat_template"], settings, [{"role": "user", "content": prompt}], True)
 
 
-def check_disk(run_dir: Path, size: int, checkpoint: ConfigDict) -> None:
+def check_disk(run_dir: Path, size: int, checkpoint: ConfigDict, others: int = 0) -> None:
     """Refuse, before the first step, checkpoints of `size` bytes that will not fit on the disk.
 
-    Room is needed for those kept, and one more: the one being written. Once training is over, its room serves whoever
-    packs a checkpoint into one file.
+    Room is needed for those kept, `others` among them beside the newest and the best, and one more: the one being
+    written. Once training is over, its room serves whoever packs a checkpoint into one file.
     """
-    planned = checkpoint.keep_last + checkpoint.keep_best + 1
+    planned = checkpoint.keep_last + checkpoint.keep_best + others + 1
     there = bytes_below(run_dir / "checkpoints")  # they are written over
     available = room(run_dir, checkpoint.disk_gb) + there
     if planned * size > available:
         limit = (
             f", of checkpoint.disk_gb={checkpoint.disk_gb:g} and the disk's free space" if checkpoint.disk_gb else ""
         )
-        others = bytes_below(run_dir) - there
+        rest = bytes_below(run_dir) - there
         raise UserError(
             f"the disk is too small for the checkpoints planned: {planned} of {size / 1e9:.2f} GB"
-            f" (keep_last={checkpoint.keep_last}, keep_best={checkpoint.keep_best}, one being written), and"
+            f" (keep_last={checkpoint.keep_last}, keep_best={checkpoint.keep_best},"
+            f"{' one from before the decay,' if others else ''} one being written), and"
             f" {max(0, available) / 1e9:.2f} GB are left for them at {run_dir}{limit}, where other files take"
-            f" {others / 1e9:.2f} GB. Set --config.checkpoint.keep_last=1,"
+            f" {rest / 1e9:.2f} GB. Set --config.checkpoint.keep_last=1,"
             " --config.checkpoint.keep_best=false, a smaller model, or another --config.out_dir."
         )
 
@@ -126,10 +127,10 @@ def log_choices(config: ConfigDict, parts: Parts, batches: Batches | ChatBatches
         shapes.vocab_size,
     )  # fmt: skip
     size, steps = config.batch.global_batch_size, config.optimizer.total_steps
+    length = f"{steps * size / batches.n_blocks:.1f} epochs in {steps} steps" if steps else "as many steps as time has"
     log.info(
-        "batch: %d sequences = devices %d x micro-batches %d x %d, %s tokens a step, %.1f epochs in %d steps",
-        size, parts.strategy.shares, parts.accumulation, parts.rows, format_count(parts.tokens_per_step),
-        steps * size / batches.n_blocks, steps,
+        "batch: %d sequences = devices %d x micro-batches %d x %d, %s tokens a step, %s",
+        size, parts.strategy.shares, parts.accumulation, parts.rows, format_count(parts.tokens_per_step), length,
     )  # fmt: skip
     split = f", the model split over {len(devices)}" if parts.strategy.shares < len(devices) else ""
     scaling = " with loss scaling" if policy.scales_loss else ""

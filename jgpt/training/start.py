@@ -3,6 +3,7 @@
 In the data path: it calls everything else, in order.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -20,11 +21,13 @@ from jgpt.planning.auto import choose_execution, with_execution_of_run
 from jgpt.run_dir.checkpoint import Checkpoints
 from jgpt.run_dir.identity import look_for_run, open_run_dir, write_identity
 from jgpt.run_dir.samples import drop_samples_after
+from jgpt.training.extend import decay_step
 from jgpt.training.hooks.health import Health
 from jgpt.training.hooks.log import Log
 from jgpt.training.hooks.save import Save
 from jgpt.training.loop import loop
 from jgpt.training.run import begin
+from jgpt.training.settle import settle_steps, with_steps_of_run
 from jgpt.training.setup import check_devices, check_disk, peak_flops, set_up, text_bytes
 from jgpt.training.status import Status, failures_explained
 from jgpt.training.stop import Stop
@@ -49,14 +52,14 @@ def train(config: ConfigDict, command: str = "", on_saved: Callable[[Path, int],
 
 
 def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], None] | None) -> None:
-    stop = Stop(config.deadline_hours)
+    stop, started = Stop(config.deadline_hours), time.monotonic()
     set_up_process(config.execution.deterministic)
     files = find_text(config)
     check(config, text_bytes(files))
     with open_run_dir(config.out_dir) as run_dir:
         # What the run is: from the config, the model it begins from, the run that is there, and the devices.
         config, source = adopt_source(config, run_dir)
-        config = with_execution_of_run(config, run_dir)
+        config = with_execution_of_run(with_steps_of_run(config, run_dir), run_dir)
         resuming = look_for_run(run_dir, config)
         devices = training_devices(config)
         check_devices(config, devices)
@@ -66,16 +69,21 @@ def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], Non
         data = prepare(config, run_dir / "tokenizer" if resuming else None, files)
         config = choose_execution(config, model_config(config.model, data.tokenizer.vocab_size), devices)
         setup = set_up(config, data, devices)
-        check_disk(run_dir, setup.parts.state_bytes, config.checkpoint)
+        check_disk(run_dir, setup.parts.state_bytes, config.checkpoint, others=config.optimizer.schedule == "wsd")
 
         # From here on the run directory is this run's.
         if not resuming:
             data.tokenizer.save(run_dir / "tokenizer", config.model.context_length)
-        write_identity(run_dir, config)
         status = Status(run_dir, config.optimizer.total_steps, command)
-        c = config.checkpoint
+        with failures_explained(status, config, setup.parts):
+            config, setup = settle_steps(config, setup, started)
+        status.total_steps = config.optimizer.total_steps
+        write_identity(run_dir, config)
+        c, kept = config.checkpoint, decay_step(config.optimizer)
         with (
-            closing(Checkpoints(run_dir, c.keep_last, c.keep_best, c.disk_gb, on_saved)) as checkpoints,
+            closing(
+                Checkpoints(run_dir, c.keep_last, c.keep_best, c.disk_gb, on_saved, () if kept is None else (kept,))
+            ) as checkpoints,
             failures_explained(status, config, setup.parts),
             stop,  # not before: preparing the text may be interrupted at any time
         ):

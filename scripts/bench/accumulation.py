@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from side_by_side import machine, serve
-from trainers import RunSteps, Shape, Trainer, jgpt_step, take_turns, timed
+from trainers import RunSteps, Shape, Trainer, devices_for, jgpt_step, take_turns, timed
 
 CONTESTANTS = ("multisteps", "by-hand")
 
@@ -75,12 +75,11 @@ def make_by_hand(
 def make_contestant(name: str, shape: Shape, rows: int) -> RunSteps:
     """Build a contestant by its name, on all devices of this machine."""
     from jgpt.hardware.process import set_up_process
-    from jgpt.parallel.build import training_devices
 
     set_up_process()
     from jgpt.model.precision import Policy
 
-    make_step, devices = (make_by_hand if name == "by-hand" else None), training_devices(shape.batch)
+    make_step, devices = (make_by_hand if name == "by-hand" else None), devices_for(shape.batch)
     return timed(jgpt_step(shape.model, shape.batch, devices, rows, Policy(), make_step=make_step), shape)
 
 

@@ -44,7 +44,7 @@ def measure(config_file: str, layers: int, cache: str, t4: bool) -> Callable[[An
     config.model.n_layers = layers
     n_ids = config.tokenizer.vocab_size if config.tokenizer.kind == "bpe" else GPT2_IDS
     shapes = model_config(config.model, n_ids)
-    devices = t4_devices() if t4 else training_devices(config.batch.global_batch_size)
+    devices = t4_devices() if t4 else training_devices(config)
     platform, capability = ("gpu", (7, 5)) if t4 else (devices[0].platform, compute_capability(devices[0]))
     policy = choose_policy(config.precision.compute, config.precision.params, platform, capability)
     share = config.batch.global_batch_size // len(devices)

@@ -6,7 +6,7 @@
 
 Contestants: jgpt's own train step, without remat, with the attention that `auto` chooses ("jgpt": deterministic, as
 training runs; "jgpt-autotuned": without that promise, XLA free to try algorithms); and the same model in PyTorch
-(torch_gpt2.py: scaled_dot_product_attention, fused AdamW, autocast, GradScaler in fp16), eager and by torch.compile.
+(nanogpt.py: scaled_dot_product_attention, fused AdamW, autocast, GradScaler in fp16), eager and by torch.compile.
 For every dtype and micro-batch (a step is one micro-batch) all train on the same batches of the same text, each in a
 process of its own, taking turns round by round: compare the ratios of the fastest steps. All share the card, so a card
 must hold all of them: where it does not, run some at a time (--contestants). What runs out of memory is reported as
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from side_by_side import cores, machine, serve
-from trainers import BETAS, LEARNING_RATE, WEIGHT_DECAY, Shape, Trainer, jgpt_step, take_turns, timed
+from trainers import Shape, Trainer, jgpt_step, take_turns, timed
 
 SHAPES = {
     "gpt2": Shape(12, 12, 768, context_length=1024, batch=8, vocab_size=50_304, bias=True),
@@ -79,14 +79,14 @@ def jgpt_contestant(shape: Shape, device: str, compute: str, deterministic: bool
 def torch_contestant(shape: Shape, device: str, compute: str, compiled: bool) -> Answer:
     """Build the same model in PyTorch."""
     import torch
-    from torch_gpt2 import GPT2, make_step
+    from nanogpt import GPT2, make_step
 
     torch.manual_seed(0)
     torch.set_num_threads(cores())
     torch.set_float32_matmul_precision("high")
     model = GPT2(shape.n_layers, shape.n_heads, shape.d_model, shape.context_length, shape.vocab_size)
     place = "cuda" if device == "gpu" else "cpu"
-    run_steps = timed(make_step(model, place, compute, compiled, LEARNING_RATE, BETAS, WEIGHT_DECAY), shape)
+    run_steps = timed(make_step(model, place, compute, compiled), shape)
 
     def answer(request: Any) -> Any:
         if request == "peak":

@@ -111,6 +111,16 @@ def take_turns(trainers: Sequence[Trainer], rounds: int, steps: int, title: str)
             print(f"{title} round {turn + 1}: {trainer.name} {1e3 * min(seconds):.1f} ms", file=sys.stderr)
 
 
+def devices_for(batch_size: int) -> list[Any]:
+    """Return the devices of this machine on which jgpt would train with so many sequences a step."""
+    from jgpt.config.defaults import default_config
+    from jgpt.parallel.build import training_devices
+
+    config = default_config()
+    config.batch.global_batch_size = batch_size
+    return training_devices(config)
+
+
 def jgpt_step(
     shapes: Any,
     batch_size: int,

@@ -140,6 +140,22 @@ def test_a_value_of_another_type_is_refused_and_nothing_is_computed_from_it():
             "micro_batch_size=64 does not divide .* set execution.micro_batch_size=32",
         ),
         ({"optimizer__warmup_steps": 1000}, "warmup_steps=1000 is not below .* set optimizer.warmup_steps=100"),
+        (
+            {"optimizer__schedule": "wsd", "optimizer__decay_fraction": 0.95},
+            "decay_fraction=0.95 of 1000 steps begins before the 100 steps of warmup end; set at most 0.9,",
+        ),
+        (
+            {"optimizer__kind": "muon", "precision__params": "fp16"},
+            "kind='muon' with precision.params='fp16': .* set precision.params='fp32'",
+        ),
+        (
+            {"optimizer__budget_hours": 2.0},
+            "budget_hours=2 with optimizer.total_steps=1000: .* optimizer.total_steps=auto",
+        ),
+        (
+            {"optimizer__total_steps": 0},
+            "total_steps=auto .* without optimizer.budget_hours: .* optimizer.budget_hours=2",
+        ),
         ({"optimizer__min_learning_rate": 1.0}, "min_learning_rate=1 is above optimizer.learning_rate=0.001"),
         ({"tokenizer__vocab_size": 256}, "tokenizer.vocab_size=256: bpe needs 256 bytes .* set 257 or more"),
         ({"tokenizer__kind": "hf"}, "tokenizer.pretrained='': .* set tokenizer.pretrained='gpt2'"),
@@ -222,6 +238,10 @@ def test_sequence_length_takes_the_place_of_the_context():
     ("changes", "part"),
     [
         ({"lora__rank": 8}, "lora.rank=8 without init_from"),
+        (
+            {"lora__rank": 8, "init_from": "some/model", "optimizer__kind": "muon"},
+            "optimizer.kind='muon' with lora.rank=8: .* set optimizer.kind='adamw'",
+        ),
         ({"execution__parallel": "tensor", "init_from": "some/model"}, "execution.parallel='tensor' without lora"),
         ({"lora__targets": "qkv,gate_upp"}, "lora.targets: 'gate_upp' is no layer; .*did you mean 'gate_up'"),
         ({"lora__targets": ""}, "lora.targets: '' is no layer"),

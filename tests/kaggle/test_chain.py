@@ -95,6 +95,22 @@ def test_a_run_in_three_sessions(chain, server):
     assert again.code == 0 and len(server.kernels[SLUG]) == 3 and "finished" in again.out
 
 
+@pytest.mark.parametrize(
+    "flags, hours",
+    [
+        ([], "40.00"),
+        (["--hours=11.2"], "11.00"),  # the last 0.2 would be no session
+        (["--config.optimizer.budget_hours=30"], "30.00"),
+    ],
+)
+def test_the_chains_hours_are_those_of_a_run_that_leaves_its_steps_open(chain, server, flags, hours):
+    result = chain(CONFIG[0], "--config.optimizer.total_steps=auto", *flags)
+    assert result.code == 0 and "finished at step 1,000" in result.out, result.err
+    for version in server.kernels[SLUG]:
+        assert run_arguments(version).count("budget_hours") >= 1
+        assert f"--config.optimizer.budget_hours={hours}" in run_arguments(version)
+
+
 @pytest.mark.parametrize("polls", range(1, 10))
 def test_interrupted_anywhere_and_started_again(chain, server, polls, monkeypatch):
     def interrupt(seconds: float) -> None:

@@ -38,6 +38,16 @@ def test_the_deadline_is_eleven_hours_less_the_sessions_age(kaggle: Path, caplog
     assert fit_to_kaggle(given).deadline_hours == 2
 
 
+def test_a_run_that_leaves_its_steps_open_gets_the_sessions_hours(kaggle: Path):
+    config = default_config()
+    assert fit_to_kaggle(config).optimizer.budget_hours == 0
+    config.optimizer.total_steps = 0
+    assert fit_to_kaggle(config).optimizer.budget_hours == 10.75
+    config.optimizer.budget_hours = 40.0  # of several sessions, as a chain gives them
+    fitted = fit_to_kaggle(config)
+    assert (fitted.optimizer.budget_hours, fitted.deadline_hours) == (40.0, 10.75)
+
+
 def test_a_session_that_seems_too_old_still_trains(kaggle: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(limits, "session_hours", lambda: 100.0)
     assert fit_to_kaggle(default_config()).deadline_hours == limits.LEAST_HOURS

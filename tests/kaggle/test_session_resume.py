@@ -215,6 +215,15 @@ def test_the_best_checkpoint_comes_along(config, mount):
     assert steps(config) == [4]
 
 
+def test_the_checkpoint_from_before_a_decay_comes_along(config, mount):
+    folder = mount(packed=True)
+    config.checkpoint.keep_best = False
+    config.optimizer.update(schedule="wsd", decay_fraction=0.5)  # of 4 steps
+    (folder / "config.json").write_text(config.to_json())
+    restore_earlier_run(config)
+    assert steps(config) == [2, 4]
+
+
 class Killed(BaseException):
     """The end of a process, here."""
 

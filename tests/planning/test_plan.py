@@ -102,6 +102,15 @@ def test_flops_of_a_compiled_step_are_those_of_the_model(small: Plan):
     assert found.gemm_flops == pytest.approx(on_a_device, rel=0.02)
 
 
+def test_hours_become_the_steps_that_fit_at_the_predicted_speed(small: Plan):
+    config = small.config.copy_and_resolve_references()
+    config.optimizer.update(total_steps=0, budget_hours=2.0)
+    unknown = replace(small, config=config)
+    assert unknown.steps is None and "steps                     what 2 hours hold; training" in page(unknown, 1)
+    second = Prediction((OpCost("x", "fusion", "mlp", "jit(f)/h_0/mlp", 1, 1.0, 1.0, "memory", 1.0),), ("mlp",))
+    assert replace(unknown, found=replace(small.found, prediction=second)).steps == 6984  # 3% are spare
+
+
 def test_the_vocabulary_is_known_or_said_to_be_assumed(tmp_path: Path):
     def ids(**tokenizer) -> tuple[int, str]:
         return vocabulary_of(config_of(tmp_path, **tokenizer))

@@ -16,7 +16,7 @@ from jgpt.model.shapes import model_config
 from jgpt.step.optimizer import decayed, learning_rate_schedule, make_optimizer
 
 
-def settings(**changes: float) -> ConfigDict:
+def settings(**changes: Any) -> ConfigDict:
     config = default_config().optimizer
     config.update(changes)
     return config
@@ -26,6 +26,10 @@ def expected_rate(o: ConfigDict, step: int) -> float:
     if step < o.warmup_steps:
         first = o.learning_rate / (o.warmup_steps + 1)
         return first + (o.learning_rate - first) * step / o.warmup_steps
+    if o.schedule == "wsd":
+        decay = max(1, round(o.decay_fraction * o.total_steps))
+        part = min(1.0, max(0.0, 1 - (o.total_steps - step) / decay))
+        return o.min_learning_rate + (o.learning_rate - o.min_learning_rate) * (1 - math.sqrt(part))
     part = min(1.0, (step - o.warmup_steps) / (o.total_steps - o.warmup_steps))
     return o.min_learning_rate + (o.learning_rate - o.min_learning_rate) * 0.5 * (1 + math.cos(math.pi * part))
 
@@ -38,14 +42,29 @@ def expected_rate(o: ConfigDict, step: int) -> float:
         {"warmup_steps": 1, "total_steps": 2},
         {"total_steps": 7, "warmup_steps": 6, "min_learning_rate": 0.0},
         {"total_steps": 5000, "warmup_steps": 100, "learning_rate": 6e-4, "min_learning_rate": 6e-4},
+        {"schedule": "wsd"},
+        {"schedule": "wsd", "warmup_steps": 0, "decay_fraction": 1.0, "min_learning_rate": 0.0},
+        {"schedule": "wsd", "warmup_steps": 800, "decay_fraction": 0.2},
+        {"schedule": "wsd", "warmup_steps": 1, "total_steps": 3, "decay_fraction": 0.001},
     ],
     ids=str,
 )
-def test_schedule_in_closed_form(changes: dict[str, float]):
+def test_schedule_in_closed_form(changes: dict[str, Any]):
     o = settings(**changes)
     steps = np.unique([*range(12), *np.linspace(0, o.total_steps, 60, dtype=int), o.total_steps + 1, 2 * o.total_steps])
     got = jax.vmap(learning_rate_schedule(o))(jnp.asarray(steps))
     np.testing.assert_allclose(got, [expected_rate(o, int(step)) for step in steps], rtol=1e-5, atol=1e-10)
+
+
+def test_what_comes_before_the_decay_depends_on_no_number_of_steps():
+    """Bit for bit: a run of 500 steps, of 800, and one whose steps are not known yet."""
+    steps = jnp.arange(401)
+    known = [jax.vmap(learning_rate_schedule(settings(schedule="wsd", total_steps=n)))(steps) for n in (500, 800)]
+    np.testing.assert_array_equal(*known)
+    assert known[0][400] == settings().learning_rate
+    for schedule in ("wsd", "cosine"):
+        warmup = [jax.vmap(learning_rate_schedule(settings(schedule=schedule, total_steps=n)))(steps) for n in (0, 500)]
+        np.testing.assert_array_equal(warmup[0][:100], warmup[1][:100])
 
 
 @pytest.mark.parametrize("gpt2", [True, False])

@@ -54,7 +54,12 @@ def _random(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
 
 @cache
 def parts(
-    policy: Policy = FP32, devices: int = 2, accumulation: int = 1, dropout: float = 0.0, average: Any = jnp.float32
+    policy: Policy = FP32,
+    devices: int = 2,
+    accumulation: int = 1,
+    dropout: float = 0.0,
+    average: Any = jnp.float32,
+    kind: str = "adamw",
 ) -> Parts:
     shapes = ModelConfig(
         V, T, n_layers=1, n_heads=2, n_kv_heads=1, d_model=16, d_head=8, d_ff=32, dropout=dropout, bias=True,
@@ -64,7 +69,8 @@ def parts(
     o = default_config().optimizer
     # A large eps keeps Adam from blowing rounding up: its first update is otherwise the sign of the gradient.
     o.update({"eps": 1e-2, "warmup_steps": 2, "total_steps": 20, "learning_rate": 0.05, "clip_norm": 0.5})
-    optimizer = make_optimizer(o)
+    o.update(kind=kind, muon_learning_rate=0.05)
+    optimizer = make_optimizer(o, policy.compute)
     schedule = learning_rate_schedule(o)
 
     def with_seed(seed: Any) -> Any:
@@ -169,11 +175,26 @@ def test_optimizer_runs_once_a_step_and_devices_agree_bitwise():
     assert (int(first.step), int(first.updates), int(adam.count)) == (3, 3, 3)
 
 
-@pytest.mark.parametrize("policy", [FP32, FP16], ids=["fp32", "fp16"])
+def test_muon_shared_by_two_devices_is_muon_on_one():
+    """Three shapes of matrices, of which two have an odd number: a device has nothing to do for its last place."""
+    one, two = parts(devices=1, accumulation=4, kind="muon"), parts(accumulation=2, kind="muon")
+    (a, [*exact]), (b, [*shared]) = (run(p, p.initial, *(tokens(seed) for seed in range(3))) for p in (one, two))
+    np.testing.assert_allclose([m["loss"] for m in shared], [m["loss"] for m in exact], rtol=1e-5)
+    first, second = on_each(two, b)
+    assert same(first, second)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(first.params), jax.tree.leaves(on_each(one, a)[0].params), strict=True
+    ):
+        np.testing.assert_allclose(x, y, atol=1e-4, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+    "policy, kind", [(FP32, "adamw"), (FP16, "adamw"), (FP16, "muon")], ids=["fp32", "fp16", "muon in fp16"]
+)
 @pytest.mark.parametrize("hot_row", range(0, 8, 3))
-def test_overflow_on_one_device_changes_nothing_on_either(policy: Policy, hot_row: int):
+def test_overflow_on_one_device_changes_nothing_on_either(policy: Policy, kind: str, hot_row: int):
     """Rows 0 to 3 are the first device's, two to a micro-batch; the row of the hot id decides who overflows."""
-    p = parts(policy, accumulation=2)
+    p = parts(policy, accumulation=2, kind=kind)
     start, _ = run(p, p.initial, tokens(0))
     start = heat(on_each(p, start)[0])
     hot = tokens(1)

@@ -112,6 +112,7 @@ def test_out_dir_cannot_be_written(command, tiny, tmp_path, below):
             ["--config.model.d_model=32", "--config.model.bias"],
             ["model.d_model: 16 -> 32", "model.bias: False -> True"],
         ),
+        (["--config.optimizer.kind=muon"], ["optimizer.kind: 'adamw' -> 'muon'"]),
         (["--config.checkpoint.resume=never"], ["checkpoint.resume='never'", "holds a run"]),
     ],
     ids=repr,

@@ -14,6 +14,7 @@ from jgpt.errors import UserError
 from jgpt.kaggle.laptop.answers import Status
 from jgpt.kaggle.laptop.kernel import Kernel
 from jgpt.kaggle.laptop.progress import Progress, is_finished, last_progress, write_next
+from jgpt.kaggle.session.limits import DEADLINE_HOURS
 
 if TYPE_CHECKING:
     from jgpt.kaggle.laptop.client import Kaggle
@@ -59,7 +60,7 @@ class Chain:
     def push(self, progress: Progress | None, hours: float) -> int:
         """Push the next version and return its number."""
         resumes = progress is not None and progress.step > 0
-        folder = write_next(self.base, self.folder, resumes, hours)
+        folder = write_next(self.base, self.folder, resumes, hours, self.hours_for_steps())
         pushed = self.kaggle.push(self.base.slug, folder)
         where = f"continues from step {progress.step:,}" if progress and resumes else "starts from step 0"
         say(f"version {pushed.version}: pushed, {where}. {pushed.url}")
@@ -90,6 +91,11 @@ class Chain:
             say(f"stopping here. GPU hours: {quota}. Then repeat the same command")
             return None
         return min(left, quota.left - SPARE_HOURS)
+
+    def hours_for_steps(self) -> float:
+        """Return the hours that sessions can use: the last one is not pushed where it would be too short."""
+        last = self.hours % DEADLINE_HOURS
+        return self.hours - last if self.hours > DEADLINE_HOURS and last < LEAST_HOURS else self.hours
 
     def check_session(self, version: int, status: Status, ended_before: bool) -> None:
         """Raise UserError when a session failed, or when someone cancelled it while we waited."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from jgpt.cli.flags import AUTO
 from jgpt.errors import UserError
 from jgpt.kaggle.laptop.kernel import Kernel, write_folder
 from jgpt.kaggle.session.limits import DEADLINE_HOURS
@@ -74,7 +75,8 @@ def _trained_hours(metrics: bytes) -> float:
 
 def read_arguments(arguments: Sequence[str]) -> ConfigDict:
     """Return the config that the arguments of a kernel give on this machine."""
-    argv, values = ["jgpt.train", *arguments], flags.FlagValues()
+    argv = ["jgpt.train", *(AUTO.sub(r"\g<1>0", argument) for argument in arguments)]
+    values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
     try:
         with warnings.catch_warnings():
@@ -88,18 +90,25 @@ def read_arguments(arguments: Sequence[str]) -> ConfigDict:
         ) from None
 
 
-def write_next(base: Kernel, folder: Path, resumes: bool, most_hours: float = DEADLINE_HOURS) -> Path:
+def write_next(
+    base: Kernel, folder: Path, resumes: bool, most_hours: float = DEADLINE_HOURS, run_hours: float = 0.0
+) -> Path:
     """Write the kernel of the next version after `base` into a folder of its own, and return the folder.
 
     With `resumes`, the output so far is its input, and it fails instead of starting from step 0 when that holds no run.
-    The deadline becomes `most_hours` where it is later.
+    The deadline becomes `most_hours` where it is later. A run that leaves its steps open gets `run_hours` for all of
+    them, where its config gives no fewer.
     """
     arguments, kernels = list(base.arguments), base.kernels
     if resumes:
         arguments.append("--config.checkpoint.resume=must")
         kernels = kernels if base.slug in kernels else (*kernels, base.slug)
-    if most_hours < (read_arguments(base.arguments).deadline_hours or DEADLINE_HOURS):
+    config = read_arguments(base.arguments)
+    if most_hours < (config.deadline_hours or DEADLINE_HOURS):
         arguments.append(f"--config.deadline_hours={most_hours:.2f}")
+    if run_hours and not config.optimizer.total_steps:
+        hours = min(run_hours, config.optimizer.budget_hours or run_hours)
+        arguments.append(f"--config.optimizer.budget_hours={hours:.2f}")
     write_folder(replace(base, arguments=tuple(arguments), kernels=kernels), folder / NEXT)
     return folder / NEXT
 

@@ -19,6 +19,7 @@ from jgpt.errors import UserError
 from jgpt.exchange.hub import is_hub_name
 from jgpt.kaggle.laptop.kernel import KERNEL_FILE, METADATA_FILE, Kernel, read_folder
 from jgpt.kaggle.laptop.progress import read_arguments
+from jgpt.kaggle.session.limits import DEADLINE_HOURS, with_budget
 from jgpt.kaggle.session.publish import parse_target
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def kernel_of_flags(earlier: Kernel | None = None) -> Kernel:
     )
     kernel.check()
     config = load_config() if "config" in args else read_arguments(kernel.arguments)
-    check(config)
+    check(with_budget(config, DEADLINE_HOURS))  # as the session has it
     if config.checkpoint.upload:
         parse_target(config.checkpoint.upload)  # Kaggle would refuse it there, when the first upload begins
     if not kernel.internet:

@@ -113,7 +113,7 @@ def chain() -> None:
     base, folder = kernel_again(), folder_of_flags()
     write_folder(base, folder)
     if args.dry_run:
-        show_folder(write_next(base, folder, resumes=False, most_hours=args.hours))
+        show_folder(write_next(base, folder, resumes=False, most_hours=args.hours, run_hours=args.hours))
         print(
             f"Nothing was sent. Without --dry_run this is pushed if {base.slug} has no version yet. Else the command"
             " waits for the version that runs, and pushes the next one from its output, until the steps are done."

@@ -24,7 +24,8 @@ log = logging.getLogger("jgpt")
 def fit_to_kaggle(config: ConfigDict) -> ConfigDict:
     """Return the config with the limits of Kaggle's machine in keys that were not set; unchanged on other machines.
 
-    `deadline_hours` becomes 11 minus the age of the session. Where the run directory is in the working folder,
+    `deadline_hours` becomes 11 minus the age of the session, and so does the `budget_hours` of a run that leaves its
+    steps open. Where the run directory is in the working folder,
     `checkpoint.disk_gb` becomes 19.5 minus the size of other files there, and token files go to scratch.
     """
     if not on_kaggle():
@@ -37,6 +38,7 @@ def fit_to_kaggle(config: ConfigDict) -> ConfigDict:
             "deadline_hours=%g: Kaggle kills a session after %g hours, this one is %.2f hours old, and the last hour is"
             " for packing and uploading", config.deadline_hours, SESSION_HOURS, age,
         )  # fmt: skip
+    config = with_budget(config, config.deadline_hours)
     run_dir, working = Path(config.out_dir).expanduser().resolve(), working_dir().resolve()
     if run_dir.is_relative_to(working):
         budget, others = config.checkpoint.disk_gb or KEPT_GB, (bytes_below(working) - bytes_below(run_dir)) / 1e9
@@ -45,6 +47,15 @@ def fit_to_kaggle(config: ConfigDict) -> ConfigDict:
             log.info("checkpoint.disk_gb=%.2f: other files in %s take %.2f GB", budget - others, working, others)
         config.data.cache_dir = config.data.cache_dir or str(scratch_dir() / "jgpt" / "tokens" / run_dir.name)
     return config.lock()
+
+
+def with_budget(config: ConfigDict, hours: float) -> ConfigDict:
+    """Return a config that leaves its steps open with `hours` for them, where it has none; else unchanged."""
+    if config.optimizer.total_steps or config.optimizer.budget_hours:
+        return config
+    config = config.copy_and_resolve_references()
+    config.optimizer.budget_hours = hours
+    return config
 
 
 def session_hours() -> float:

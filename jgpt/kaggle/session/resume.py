@@ -19,6 +19,7 @@ from jgpt.kaggle.session.publish import fetch
 from jgpt.run_dir.identity import check_same_run, check_tokenizer, open_run_dir, read_config
 from jgpt.run_dir.manifest import is_imported, read_meta, verify, whole_steps
 from jgpt.run_dir.metrics_file import best_validation, read_metrics
+from jgpt.training.extend import decay_step
 
 FILES = ("config.json", "metrics.jsonl", "samples.txt")  # the loop deletes the lines after the checkpoint's step
 
@@ -105,11 +106,9 @@ def _restore(folder: Path, step: int, run_dir: Path, keep_best: bool) -> bool:
         if (folder / name).is_file():
             pack.copy_file(folder / name, run_dir / name)
     pack.install(tokenizer)
-    best = best_validation(
-        [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] in pack.checkpoints_in(folder)]
-    )
-    if keep_best and best and best["step"] < step and (best_staging := _fetch_whole(folder, best["step"], run_dir)):
-        pack.install(best_staging)
+    for other in _kept_beside(folder, step, keep_best):
+        if other_staging := _fetch_whole(folder, other, run_dir):
+            pack.install(other_staging)
     pack.install(staging)
     log.info("continuing from checkpoint %d of %s", step, folder)
     return True
@@ -123,6 +122,15 @@ def _is_its_tokenizer(tokenizer: Path, staging: Path, step: int) -> bool:
         log.warning("checkpoint %d is skipped: %s", step, error)
         return False
     return True
+
+
+def _kept_beside(folder: Path, step: int, keep_best: bool) -> set[int]:
+    """Return the steps before `step` that a run keeps beside its newest ones: the best, that before a wsd decay."""
+    there = pack.checkpoints_in(folder)
+    best = best_validation([r for r in read_metrics(folder / "metrics.jsonl") if r["step"] in there])
+    kept = {best["step"]} if keep_best and best else set()
+    kept.add(decay_step(read_config(folder).optimizer))
+    return {earlier for earlier in kept.intersection(there) if earlier < step}
 
 
 def _fetch_whole(folder: Path, step: int, run_dir: Path) -> Path | None:

@@ -18,6 +18,7 @@ from jgpt.planning.remedies import EVALUATING, SAVING
 from jgpt.run_dir.checkpoint import Checkpoints
 from jgpt.run_dir.manifest import read_meta
 from jgpt.step.state import tree_bytes
+from jgpt.training.extend import decay_step
 from jgpt.training.hooks.health import Health, out_of_range
 from jgpt.training.run import Run
 
@@ -31,6 +32,7 @@ class Save:
 
     def __init__(self, run: Run, checkpoints: Checkpoints, health: Health) -> None:
         self._checkpoints, self._health = checkpoints, health
+        self._decay_step = decay_step(run.config.optimizer)
         self.state_bytes = tree_bytes(run.state)
         self._last_step = run.step if run.resumed else -1
         self._last_time = time.monotonic()
@@ -41,7 +43,8 @@ class Save:
         """Tell whether a checkpoint is due, by steps or by the clock."""
         c = run.config.checkpoint
         by_clock = c.every_minutes > 0 and time.monotonic() - self._last_time >= c.every_minutes * 60
-        return self._postponed or run.is_done or run.step % c.every_steps == 0 or by_clock
+        planned = run.is_done or run.step % c.every_steps == 0 or run.step == self._decay_step
+        return self._postponed or planned or by_clock
 
     def seconds(self) -> float:
         """Return what stopping takes: the save that may be under way, and the last one."""
@@ -84,6 +87,7 @@ class Save:
                     "scales_loss": run.parts.policy.scales_loss,
                     "base": run.base,
                     "stop_ids": list(run.stop_ids),
+                    "decay_begins": self._decay_step,
                 },
             )
         self._last_step, self._last_time, self._postponed = run.step, time.monotonic(), False

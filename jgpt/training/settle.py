@@ -1,0 +1,157 @@
+"""Hours instead of steps: measure the first steps, and settle how many fit in `optimizer.budget_hours`.
+
+In the data path: after the parts of a run are built, and before its state is. The steps that are measured are the real
+ones, on real batches, but of a state that is thrown away: the run then begins from step 0, knowing its length.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jgpt.errors import UserError
+from jgpt.model.columns import path_names
+from jgpt.model.parameters import abstract_stored
+from jgpt.parallel.build import Parts, make_parts
+from jgpt.parallel.evaluation import evaluate
+from jgpt.planning.budget import USED, steps_that_fit
+from jgpt.run_dir.checkpoint import SAVE_BYTES_PER_SECOND
+from jgpt.run_dir.identity import read_config
+from jgpt.training.setup import Setup
+from jgpt.wording import format_count, format_duration
+
+PROBE_STEPS, PROBE_SECONDS = 3, 15.0  # both at least
+MANY_EPOCHS = 4.0  # repeated so often, text teaches almost as if it were new (Muennighoff et al., arXiv 2305.16264)
+
+clock = time.monotonic
+log = logging.getLogger("jgpt")
+
+
+def with_steps_of_run(config: ConfigDict, run_dir: Path) -> ConfigDict:
+    """Return a config that leaves its steps open with those that the run in `run_dir` has settled, if one is there."""
+    if config.optimizer.total_steps or not (run_dir / "config.json").is_file():
+        return config
+    before = read_config(run_dir).optimizer
+    if before.budget_hours != config.optimizer.budget_hours:
+        log.info(
+            "optimizer.budget_hours=%g: this run's %d steps stay, which were settled at its start (then %g). To change"
+            " them set --config.optimizer.total_steps=N --config.optimizer.budget_hours=0",
+            config.optimizer.budget_hours, before.total_steps, before.budget_hours,
+        )  # fmt: skip
+    return _with_steps(config, before.total_steps)
+
+
+def settle_steps(config: ConfigDict, setup: Setup, started: float) -> tuple[ConfigDict, Setup]:
+    """Return config and setup with `total_steps` settled; both unchanged where it is given.
+
+    `started` is when the process began its work, on the clock of `time.monotonic`. Raises UserError where the hours are
+    too few.
+    """
+    if config.optimizer.total_steps:
+        return config, setup
+    hours, parts = config.optimizer.budget_hours, setup.parts
+    log.info("optimizer.total_steps=auto: measuring the first steps")
+    measured = _measure(config, setup)
+    save_seconds = 2 * parts.state_bytes / SAVE_BYTES_PER_SECOND
+    steps = steps_that_fit(
+        hours,
+        measured.step,
+        evaluation_seconds=measured.evaluation,
+        evaluate_every=config.eval.every_steps,
+        start_seconds=clock() - started + measured.compiling + save_seconds,
+        session_hours=config.deadline_hours,
+    )
+    if steps <= config.optimizer.warmup_steps:
+        raise UserError(
+            f"optimizer.budget_hours={hours:g} holds {steps} steps of {format_duration(measured.step)} here, and"
+            f" {config.optimizer.warmup_steps} are for the warmup. Allowed: hours for more steps than that. Set more"
+            " --config.optimizer.budget_hours, fewer --config.optimizer.warmup_steps, or a smaller"
+            " --config.batch.global_batch_size."
+        )
+    _say(config, setup, steps, measured)
+    config = _with_steps(config, steps)
+    return config, replace(setup, parts=make_parts(config, parts.shapes, parts.strategy.devices))
+
+
+def _with_steps(config: ConfigDict, steps: int) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.optimizer.total_steps = steps
+    return config.lock()
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Seconds."""
+
+    compiling: float  # of the step, once
+    step: float
+    evaluation: float  # of all validation blocks
+
+
+def _measure(config: ConfigDict, setup: Setup) -> _Measured:
+    """Run some steps and a part of an evaluation on a new state, which is thrown away."""
+    parts, place = setup.parts, setup.parts.strategy.place_batch
+    state, frozen = parts.strategy.place_state(jax.jit(parts.init)()), _stand_in(parts)
+    began = clock()
+    state, numbers = parts.train_step(state, frozen, place(setup.batches.batch(0), parts.accumulation))
+    jax.block_until_ready(numbers)
+    compiled = clock()
+    steps = 0
+    while steps < PROBE_STEPS or clock() - compiled < PROBE_SECONDS:
+        steps += 1
+        batch = place(setup.batches.batch(steps), parts.accumulation)
+        state, numbers = parts.train_step(state, frozen, batch)
+        jax.block_until_ready(numbers)
+    step = (clock() - compiled) / steps
+
+    blocks = setup.val_blocks[: 4 * parts.rows * parts.strategy.shares]
+
+    def evaluated() -> Any:
+        return evaluate(
+            parts.strategy, parts.eval_step, state.params, frozen, blocks, parts.rows, parts.sequence_length
+        )
+
+    evaluated()  # compiles
+    seconds = _seconds(evaluated) * len(setup.val_blocks) / len(blocks)
+    return _Measured(max(0.0, compiled - began - step), step, seconds)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = clock()
+    work()
+    return clock() - began
+
+
+def _stand_in(parts: Parts) -> Any:
+    """Return zeros in the place of LoRA's base parameters, which take as long and need no file; {} without LoRA."""
+    if parts.model.lora is None:
+        return {}
+
+    def zeros(path: Any, leaf: jax.ShapeDtypeStruct) -> Any:
+        return parts.strategy.place_param(path_names(path), np.zeros(leaf.shape, leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(zeros, abstract_stored(parts.shapes, parts.policy.compute))
+
+
+def _say(config: ConfigDict, setup: Setup, steps: int, measured: _Measured) -> None:
+    """Say what was settled and from what; warn where the text is small for it."""
+    per_step = setup.parts.tokens_per_step
+    epochs = steps * config.batch.global_batch_size / setup.batches.n_blocks
+    log.info(
+        "optimizer.total_steps=%d for %g hours: measured %s tokens/s and %s for an evaluation; starts, saving and"
+        " %.0f%% spare are taken off. %s tokens, %.1f epochs",
+        steps, config.optimizer.budget_hours, format_count(per_step / measured.step),
+        format_duration(measured.evaluation), 100 * (1 - USED), format_count(steps * per_step), epochs,
+    )  # fmt: skip
+    if epochs > MANY_EPOCHS:
+        log.warning(
+            "the text is small for %g hours: it is read %.0f times, and after about %.0f times it teaches little that"
+            " is new. Give more text, a smaller --config.optimizer.budget_hours, or a larger model, and watch where the"
+            " validation loss turns up", config.optimizer.budget_hours, epochs, MANY_EPOCHS,
+        )  # fmt: skip
