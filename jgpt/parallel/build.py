@@ -65,6 +65,11 @@ class Parts:
         """Return LoRA's base parameters as shapes; {} without it."""
         return abstract_stored(self.model.config, self.policy.compute) if self.model.lora else {}
 
+    def first_state(self, params: Any = None) -> TrainState:
+        """Make the state of step 0 on the devices, where it lies in training; the memory of `params` is reused."""
+        lies = self.strategy.shardings(jax.eval_shape(self.init))
+        return jax.jit(self.init, donate_argnums=0, out_shardings=lies)(params)
+
     @property
     def state_bytes(self) -> int:
         """Bytes of a training state, and so of a checkpoint."""

@@ -141,8 +141,7 @@ def _first_state(parts: Parts, source: Source | None) -> TrainState:
     params = None
     if source is not None and parts.model.lora is None:
         params = load_params(source, parts.policy.param, parts.strategy.place_param)
-    lies = parts.strategy.shardings(jax.eval_shape(parts.init))
-    return jax.jit(parts.init, donate_argnums=0, out_shardings=lies)(params)
+    return parts.first_state(params)
 
 
 def _frozen(parts: Parts, source: Source | None) -> Any:

@@ -97,7 +97,7 @@ class _Measured:
 def _measure(config: ConfigDict, setup: Setup) -> _Measured:
     """Run some steps and a part of an evaluation on a new state, which is thrown away."""
     parts, place = setup.parts, setup.parts.strategy.place_batch
-    state, frozen = parts.strategy.place_state(jax.jit(parts.init)()), _stand_in(parts)
+    state, frozen = parts.first_state(), _stand_in(parts)
     began = clock()
     state, numbers = parts.train_step(state, frozen, place(setup.batches.batch(0), parts.accumulation))
     jax.block_until_ready(numbers)

@@ -50,10 +50,6 @@ def parts(parallel: str, gather: str = "step", compute: str = "fp32") -> Parts:
     return make_parts(config, model_config(config.model, V), jax.local_devices())
 
 
-def first_state(p: Parts) -> TrainState:
-    return jax.jit(p.init, out_shardings=p.strategy.shardings(jax.eval_shape(p.init)))()
-
-
 def batch(number: int) -> np.ndarray:
     return np.random.default_rng(number).integers(0, HOT, (8, T + 1)).astype(np.int32)
 
@@ -67,7 +63,7 @@ def step(p: Parts, state: TrainState, tokens: np.ndarray) -> tuple[TrainState, d
 def trained(parallel: str, gather: str = "step") -> tuple[TrainState, list[dict[str, Any]]]:
     """Train three steps in fp32; return the state, on the host, and the numbers of each step."""
     p, all_numbers = parts(parallel, gather), []
-    state = first_state(p)
+    state = p.first_state()
     for number in range(STEPS):
         state, numbers = step(p, state, batch(number))
         all_numbers.append(numbers)
@@ -91,7 +87,7 @@ def test_trains_as_with_a_copy_on_each_device(gather: str):
 
 def test_each_device_holds_half_of_the_state():
     p = parts("fsdp")
-    state = first_state(p)
+    state = p.first_state()
     held = [sum(x.addressable_shards[i].data.nbytes for x in jax.tree.leaves(state)) for i in range(2)]
     whole = sum(x.nbytes for x in jax.tree.leaves(state))
     small = sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim < 2)  # vectors and counters are on both
@@ -111,7 +107,7 @@ def heat(state: TrainState) -> TrainState:
 def test_an_overflow_on_one_device_changes_no_part_of_the_state(gather: str, hot_row: int):
     """fp16 with loss scaling; rows 0 to 3 are the first device's."""
     p = parts("fsdp", gather, "fp16")
-    start = heat(p.strategy.on_host(first_state(p)))
+    start = heat(p.strategy.on_host(p.first_state()))
     hot = batch(1)
     hot[hot_row, 2] = HOT
     state, numbers = step(p, p.strategy.place_state(start), hot)
@@ -156,14 +152,14 @@ def test_evaluation_is_that_of_one_device(gather: str):
     blocks = [Batch(tokens) for tokens in batch(7)]
 
     def loss(p: Parts) -> float:
-        return evaluate(p.strategy, p.eval_step, first_state(p).params, {}, blocks, rows=2, context_length=T)[0]
+        return evaluate(p.strategy, p.eval_step, p.first_state().params, {}, blocks, rows=2, context_length=T)[0]
 
     assert loss(parts("fsdp", gather)) == pytest.approx(loss(parts("data")), rel=1e-5)
 
 
 def test_a_device_that_decodes_gets_all_parameters():
     p = parts("fsdp")
-    state = first_state(p)
+    state = p.first_state()
     for found, split in zip(jax.tree.leaves(p.strategy.for_decoding(state)), jax.tree.leaves(state), strict=True):
         assert found.devices() == {p.strategy.devices[0]} and jnp.array_equal(found, np.asarray(split))
 
@@ -173,7 +169,7 @@ def test_groups_of_devices_hold_a_copy_each():
     config = config_of("fsdp")
     config.execution.mesh = "data=2,fsdp=1"
     p = make_parts(config, model_config(config.model, V), jax.local_devices())
-    state = first_state(p)
+    state = p.first_state()
     assert all(x.is_fully_replicated for x in jax.tree.leaves(state))
     for number, expected in enumerate(trained("data")[1]):
         state, numbers = step(p, state, batch(number))
