@@ -36,6 +36,23 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[Any]:
 
 
 @contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, where the block writes a file, which becomes `path` when the block ends.
+
+    For libraries that want a name. On any error the file is removed. Raises OSError when it cannot be written.
+    """
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a new temporary directory, which becomes `path` when the block ends; on any error it is removed.
 

@@ -153,7 +153,7 @@ WORDS = """
     RedHatAI/Llama-3.1-8B-quantized.w8a8 mistralai/Mixtral-8x7B-Instruct-v0.1 me/mytokenizer NvidiaTeslaT4Highmem
     configs/quickstart.py config.optimizer.total_steps us-east-1a x86_64-unknown-linux-gnu MyVeryLongProjectName
     Überraschungsgeschäft modèle-préférée 模型训练数据集合版本一
-    /home/me/.cache/huggingface/hub https://huggingface.co/HuggingFaceTB correct-horse-battery-staple
+    /data/disk/.cache/huggingface/hub https://huggingface.co/HuggingFaceTB correct-horse-battery-staple
 """.split()
 NAMES = ("APP_KEY", "JUPYTER_TOKEN", "POSTGRES_PASSWORD", "TOKENIZER_NAME", "MAIL_PASS", "SESSION_SECRET")
 

@@ -20,7 +20,8 @@ ROWS = "embedding_rows"  # our key in tokenizer_config.json
 def end_token(directory: Path, backend: tokenizers.Tokenizer) -> str | None:
     """Return the token that ends a text, as the model's own files say; None where they do not."""
     for name in ("generation_config.json", "config.json"):
-        ids = _read(directory / name).get("eos_token_id")
+        found = _read(directory / name)
+        ids = found.get("eos_token_id")
         for i in ids if isinstance(ids, list) else [ids]:
             if type(i) is int and 0 <= i < 2**32 and (token := backend.id_to_token(i)) is not None:
                 log.info("tokenizer: its end-of-text token is %s, as %s says", token, directory / name)
@@ -38,7 +39,8 @@ def rows_for(directory: Path, backend: tokenizers.Tokenizer) -> int | None:
 
     Many fine-tuning recipes add a [PAD] that no text holds, and leave the embedding as it is.
     """
-    n_rows = _read(directory / "config.json").get("vocab_size")
+    found = _read(directory / "config.json")
+    n_rows = found.get("vocab_size")
     if type(n_rows) is not int:
         return None
     beyond = {token: i for token, i in backend.get_vocab(with_added_tokens=True).items() if i >= n_rows}

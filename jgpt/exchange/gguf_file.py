@@ -5,7 +5,6 @@ conversion/llama.py, qwen.py and gpt2.py. Only what those write for certain is w
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jgpt.data.tokenizer import Tokenizer
+from jgpt.atomic_write import atomic_path
+from jgpt.data.tokenizer import LONGEST_WORD, Tokenizer
 from jgpt.errors import UserError
 from jgpt.exchange.families import export_family
 from jgpt.exchange.tensors import Entry, prefix
@@ -66,6 +66,8 @@ def pre_tokenizer(tokenizer: Tokenizer) -> str:
     model, normalizer = content["model"], content.get("normalizer")
     steps = content.get("pre_tokenizer") or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    if steps[-1].get("pattern") == {"Regex": rf"[\s\S]{{1,{LONGEST_WORD}}}"}:
+        steps = steps[:-1]  # ours: llama.cpp gives other ids to words above that length, and to no others
     kinds, last = [step.get("type") for step in steps], steps[-1]
     found = ""
     if model.get("type") == "BPE" and kinds[-1] == "ByteLevel" and not last.get("add_prefix_space"):
@@ -122,8 +124,7 @@ def write_gguf(
     size, free = sum(entry_bytes(entry, np.float32) for entry in entries), shutil.disk_usage(out.absolute().parent).free
     if size > free:
         raise UserError(f"{out} may take {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there. Make room.")
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(out) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURES[family])
         _describe_model(writer, gguf, shapes, family, vocab_size, dtype, out.stem)
         _describe_tokenizer(writer, tokenizer, vocab_size, stop_ids)
@@ -135,11 +136,6 @@ def write_gguf(
         for _, array in tensors():
             writer.write_tensor_data(array)
         writer.close()
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _gguf() -> Any:

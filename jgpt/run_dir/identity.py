@@ -166,7 +166,10 @@ def read_config(run_dir: Path) -> ConfigDict:
     config, path = default_config(), run_dir / "config.json"
     try:
         config.update(json.loads(path.read_text()))
-        reason = "; ".join(problems(config))
+        given = config.copy_and_resolve_references()
+        if given.optimizer.total_steps:
+            given.optimizer.budget_hours = 0.0  # the steps that these hours became stand beside them
+        reason = "; ".join(problems(given))
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
     if reason:

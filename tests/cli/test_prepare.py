@@ -17,7 +17,9 @@ def refused(result, *parts: str) -> None:
 
 
 def state(directory: Path) -> dict[str, tuple[int, bytes]]:
-    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("[!.]*") if path.is_file()
+    }
 
 
 def test_it_says_what_it_made_and_makes_it_once(command, tiny, tmp_path):

@@ -143,8 +143,9 @@ def advice(doing: str, rows: int = 8, accumulation: int = 3, remat: str = "none"
     config = default_config()
     config.update_from_flattened_dict(keys)
     training: Any = SimpleNamespace(
-        rows=rows, accumulation=accumulation, sequence_length=1024, model=SimpleNamespace(remat=remat, lora=lora)
-    )
+        rows=rows, accumulation=accumulation, sequence_length=1024, model=SimpleNamespace(remat=remat, lora=lora),
+        strategy=SimpleNamespace(devices=[None] * 2),
+    )  # fmt: skip
     return "\n".join(device_remedies(doing, config, training))
 
 
@@ -156,4 +157,7 @@ def test_overrides_are_those_that_change_something():
     assert "loss_chunk_tokens=512 " in advice(TRAINING, rows=1, accumulation=1, **{"execution.loss_chunk_tokens": 0})
     assert "loss_chunk_tokens" not in advice(TRAINING, **{"execution.loss_chunk_tokens": 256})
     assert "batch" not in advice(PLACING) and "smaller model" in advice(PLACING)
+    assert "parallel=fsdp (each of 2 devices keeps" in advice(PLACING)
+    split = advice(PLACING, **{"execution.parallel": "fsdp"})
+    assert "parallel=fsdp" not in split and "gather=layer" in split
     assert "lora.rank=8" in advice(PLACING, lora=object(), **{"lora.rank": 16})

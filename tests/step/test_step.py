@@ -352,7 +352,7 @@ def test_dropout_is_a_function_of_seed_step_device_and_micro_batch():
 
     @jax.jit  # once for all seeds, steps and devices
     def loss_of(state: TrainState, batch: jax.Array, seed: jax.Array, device: jax.Array) -> jax.Array:
-        return p.with_seed(seed)(state, {}, Batch(batch), lambda tree: tree, device)[1]["loss"]
+        return p.with_seed(seed)(state, {}, Batch(batch), Exchange(device=device))[1]["loss"]
 
     def loss(first: Any = a, second: Any = b, step: int = 0, device: int = 0, seed: int = SEED) -> float:
         at_step = p.initial._replace(step=np.int32(step))

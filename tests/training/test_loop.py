@@ -227,6 +227,17 @@ def test_other_devices(trained: Path, own_run: Path, command: Any, tiny: list[st
     assert_close(own_run, trained, rtol=1e-4)
 
 
+def test_the_state_may_be_split_and_copied_again(trained: Path, own_run: Path, command: Any, tiny: list[str]):
+    """A copy on each device, then split over both, then copies again: the same run."""
+    shutil.rmtree(own_run / "checkpoints" / "4")
+    (own_run / "checkpoints" / "4.sha256").unlink()
+    with stop_after(1):
+        result = command("train", *tiny, "--config.execution.parallel=fsdp")
+    assert status(own_run)["step"] == 3, result.err
+    assert command("train", *tiny).code == 0
+    assert_close(own_run, trained, rtol=1e-4)
+
+
 def test_a_finished_run_is_left_as_it_is_and_can_go_on(copy: Path, config: Make):
     kept = ("metrics.jsonl", "samples.txt", "versions.json")
     before = [(copy / name).read_bytes() for name in kept], digest(copy / "checkpoints")
