@@ -107,7 +107,7 @@ def test_same_run_lists_what_may_change(tmp_path: Path):
 def test_another_model_or_tokenizer_is_refused_with_the_list(tmp_path: Path, changes: dict[str, object]):
     write_identity(tmp_path, config_of())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="holds a run with another model or tokenizer") as error:
+    with pytest.raises(UserError, match="holds a run with another model, tokenizer or optimizer") as error:
         check_same_run(tmp_path, config_of(**changes))
     listed = [line.strip().split(":")[0] for line in str(error.value).splitlines()[1:-1]]
     assert listed == sorted(key for key in changes if not key.startswith("optimizer."))
