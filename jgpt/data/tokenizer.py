@@ -29,7 +29,10 @@ from jgpt.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
 MIN_BPE_VOCABULARY = 257  # all bytes and the end-of-text token
-LONGEST_WORD = 512  # bytes, for bpe: no word of a language is as long, and text without spaces is one word
+# How bpe cuts text into words: as GPT-2 does, but at 512 characters. No word of a language is as long, and text without
+# spaces would be one word. Learning takes time that grows with the square of a word's length.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORDS = GPT2_WORDS.replace("+", "{1,512}")
 MOST_NEW = 8_000_000  # bytes of different words to learn merges from: each takes about 80 bytes of memory
 log = logging.getLogger("jgpt")
 _WORDS = re.compile(r"[^\W\d]+|\d+|[^\w\s]+")  # about those of GPT-2's pre-tokenizer, to count them
@@ -207,9 +210,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer with GPT-2's pre-tokenizer (Radford et al. 2019).
 
     Every byte has an id, so any text is encoded and decoded exactly. A small corpus gives fewer ids than `vocab_size`.
-    Words are cut after `LONGEST_WORD` bytes, because learning takes time that grows with the square of a word's length.
-    The saved tokenizer.json cuts them as well, so that ids are the same everywhere. Raises UserError when `vocab_size`
-    is too small for the bytes.
+    The saved tokenizer.json cuts text by `WORDS` as well, so that ids are the same everywhere. Raises UserError when
+    `vocab_size` is too small for the bytes.
     """
     if vocab_size < MIN_BPE_VOCABULARY:
         raise UserError(
@@ -217,9 +219,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"{END_OF_TEXT}. Set it to 4096, or higher for a large corpus."
         )
     backend = tokenizers.Tokenizer(models.BPE())
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    parts = pre_tokenizers.Split(tokenizers.Regex(rf"[\s\S]{{1,{LONGEST_WORD}}}"), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, parts])  # type: ignore[assignment]
+    words = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])  # type: ignore[assignment]
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

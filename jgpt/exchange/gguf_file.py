@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jgpt.atomic_write import atomic_path
-from jgpt.data.tokenizer import LONGEST_WORD, Tokenizer
+from jgpt.data.tokenizer import WORDS, Tokenizer
 from jgpt.errors import UserError
 from jgpt.exchange.families import export_family
 from jgpt.exchange.tensors import Entry, prefix
@@ -27,7 +27,8 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 # The regular expressions by which llama.cpp's pre-tokenizers cut, as their makers' tokenizer.json have them.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {CONTRACTIONS + r"\p{N}{1,3}" + REST: "llama-bpe", CONTRACTIONS + r"\p{N}" + REST: "qwen2"}
+# Ours is GPT-2's but for words above 512 characters, which have other ids in llama.cpp.
+SPLITS = {WORDS: "gpt-2", CONTRACTIONS + r"\p{N}{1,3}" + REST: "llama-bpe", CONTRACTIONS + r"\p{N}" + REST: "qwen2"}
 
 
 def check_gguf(out: Path, shapes: ModelConfig, tokenizer: Tokenizer) -> str:
@@ -66,8 +67,6 @@ def pre_tokenizer(tokenizer: Tokenizer) -> str:
     model, normalizer = content["model"], content.get("normalizer")
     steps = content.get("pre_tokenizer") or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    if steps[-1].get("pattern") == {"Regex": rf"[\s\S]{{1,{LONGEST_WORD}}}"}:
-        steps = steps[:-1]  # ours: llama.cpp gives other ids to words above that length, and to no others
     kinds, last = [step.get("type") for step in steps], steps[-1]
     found = ""
     if model.get("type") == "BPE" and kinds[-1] == "ByteLevel" and not last.get("add_prefix_space"):
