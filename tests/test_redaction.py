@@ -166,6 +166,7 @@ def test_what_is_no_secret_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert redact(text) == text and redact(f"in {tmp_path}") == f"in {tmp_path}"
 
 
+@pytest.mark.slow
 def test_ordinary_words_in_200_variables_change_nothing_in_a_run(
     command: Any, trained: Path, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
