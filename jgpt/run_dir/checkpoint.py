@@ -136,6 +136,8 @@ class Checkpoints:
             except Exception:  # Orbax raises the error of a failed save again, which `wait` has raised before
                 if not self._failed:
                     raise
+            if self._failed:  # what its threads still wrote
+                remove_unfinished(self.directory)
 
     def manifest(self, step: int) -> Path:
         """Return where a step's manifest is."""

@@ -50,7 +50,10 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Remove what a save that failed has left in a directory of checkpoints; nobody may be writing there now."""
+    """Remove what a save that failed has left in a directory of checkpoints.
+
+    Its threads may write a last file while this runs. What is left then is removed when the directory is opened again.
+    """
     for partial in checkpoints.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(partial, ignore_errors=True)
 
