@@ -74,7 +74,7 @@ class Chat:
         self.context_length = min(context_length or model.config.context_length, model.config.context_length)
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.turns: list[Message] = []
-        self.unknown: Counter[str] = Counter()  # characters not in the vocabulary, as far as the user was told
+        self.unknown: Counter[str] = Counter()  # characters not in the vocabulary that a message has named
         self.forgotten = 0  # the number of oldest messages that no longer fit the context
         self.stop_ids = [*stop_ids, *self._end_of_turn()]
 

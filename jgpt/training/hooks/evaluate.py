@@ -3,6 +3,7 @@
 In the data path: beside the step, on the same devices.
 """
 
+from jgpt.data.batches import Batch
 from jgpt.parallel.evaluation import bits_per_byte, evaluate
 from jgpt.planning.remedies import EVALUATING
 from jgpt.training.run import Run
@@ -15,6 +16,15 @@ def evaluation_due(run: Run) -> bool:
 
 def evaluate_run(run: Run) -> dict[str, float]:
     """Return the loss on the validation blocks in nats per token, and in bits per byte."""
+    run.val_loss, data = loss_on(run, run.val_blocks), run.data
+    return {
+        "val_loss": run.val_loss,
+        "bits_per_byte": bits_per_byte(run.val_loss, data.val_targets, data.meta["val_bytes"]),
+    }
+
+
+def loss_on(run: Run, blocks: list[Batch]) -> float:
+    """Return the loss of the present parameters on single sequences, in nats per token."""
     parts = run.parts
     with run.status.during(EVALUATING):
         loss, _ = evaluate(
@@ -22,9 +32,8 @@ def evaluate_run(run: Run) -> dict[str, float]:
             parts.eval_step,
             run.state.params,
             run.frozen,
-            run.val_blocks,
+            blocks,
             parts.rows,
             parts.sequence_length,
         )
-    run.val_loss, data = loss, run.data
-    return {"val_loss": loss, "bits_per_byte": bits_per_byte(loss, data.val_targets, data.meta["val_bytes"])}
+    return loss

@@ -13,12 +13,12 @@ import numpy as np
 
 from jgpt.data.batches import Batch
 from jgpt.errors import TrainingDiverged, UserError
-from jgpt.parallel.evaluation import evaluate
-from jgpt.planning.remedies import EVALUATING, SAVING
+from jgpt.planning.remedies import SAVING
 from jgpt.run_dir.checkpoint import Checkpoints
 from jgpt.run_dir.manifest import read_meta
 from jgpt.step.state import tree_bytes
 from jgpt.training.extend import decay_step
+from jgpt.training.hooks.evaluate import loss_on
 from jgpt.training.hooks.health import Health, out_of_range
 from jgpt.training.run import Run
 
@@ -126,21 +126,10 @@ class Save:
 
         The loss of a step is that before its update, which says nothing of what is saved.
         """
-        batch, parts = run.batches.batch(run.step), run.parts
+        batch = run.batches.batch(run.step)
         sequences = (jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(batch.tokens)))
         learned = (block for block in sequences if block.weights is None or block.weights.any())
-        blocks = [_unweighted(block) for block in islice(learned, TRIED_SEQUENCES)]
-        with run.status.during(EVALUATING):
-            loss, _ = evaluate(
-                parts.strategy,
-                parts.eval_step,
-                run.state.params,
-                run.frozen,
-                blocks,
-                parts.rows,
-                parts.sequence_length,
-            )
-        return loss
+        return loss_on(run, [_unweighted(block) for block in islice(learned, TRIED_SEQUENCES)])
 
 
 def _unweighted(block: Batch) -> Batch:
