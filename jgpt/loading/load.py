@@ -64,7 +64,7 @@ def load_model(
     params = load_params(source, policy.compute, placement.place)
     return LoadedModel(
         config=source.config,
-        model=GPT(placement.config, policy.compute),
+        model=GPT(placement.config, policy.compute, activations=policy.activations),
         policy=policy,
         placement=placement,
         params=params,

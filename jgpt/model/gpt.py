@@ -66,6 +66,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    activations: Any
     lora: LoRA | None = None
     form: str = "chunked"  # see `attend_causally`
 
@@ -81,15 +82,15 @@ class Attention(nn.Module):
             use_bias=c.bias or c.qkv_bias,
             std=INIT["linear"],
             dtype=self.dtype,
-            output_dtype=self.dtype,
+            output_dtype=self.activations,
             lora=self.lora,
             name="qkv",
         )
         qkv = qkv_layer(x, mode.deterministic)
         q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
         if c.qk_norm:
-            q = Norm(kind="rmsnorm", epsilon=c.norm_eps, use_bias=False, dtype=self.dtype, name="q_norm")(q)
-            k = Norm(kind="rmsnorm", epsilon=c.norm_eps, use_bias=False, dtype=self.dtype, name="k_norm")(k)
+            q = Norm(kind="rmsnorm", epsilon=c.norm_eps, use_bias=False, dtype=self.activations, name="q_norm")(q)
+            k = Norm(kind="rmsnorm", epsilon=c.norm_eps, use_bias=False, dtype=self.activations, name="k_norm")(k)
         if c.position == "rope":
             q = rope(q, context.positions, c.rope_theta, c.rope_scaling)
             k = rope(k, context.positions, c.rope_theta, c.rope_scaling)
@@ -139,6 +140,7 @@ class MLP(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    activations: Any
     lora: LoRA | None = None
 
     @nn.compact
@@ -151,14 +153,14 @@ class MLP(nn.Module):
             use_bias=c.bias,
             std=INIT["linear"],
             dtype=self.dtype,
-            output_dtype=self.dtype,
+            output_dtype=self.activations,
             lora=self.lora,
             name="gate_up" if gated else "up",
         )
         x = up(x, deterministic)
         # In half precision memory traffic is what costs: the backward pass computes the activation again from its
         # input, so only that is stored. In fp32, on a CPU, arithmetic is what costs.
-        x = (swiglu if gated else gelu)(x) if self.dtype == jnp.float32 else _RECOMPUTED[c.mlp](x)
+        x = (swiglu if gated else gelu)(x) if self.activations == jnp.float32 else _RECOMPUTED[c.mlp](x)
         x = x.reshape(*x.shape[:2], c.d_ff)
         down = Linear(
             features=(c.d_model,),
@@ -178,6 +180,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    activations: Any
     lora: LoRA | None = None
     attention: str = "chunked"
 
@@ -187,9 +190,9 @@ class Block(nn.Module):
     ) -> tuple[Array, LayerCache | None]:
         c = self.config
         drop = dropout(self, c.dropout, mode.deterministic)
-        norm = partial(Norm, kind=c.norm, epsilon=c.norm_eps, use_bias=c.bias, dtype=self.dtype)
-        attn = Attention(c, dtype=self.dtype, lora=self.lora, form=self.attention, name="attn")
-        mlp = MLP(c, dtype=self.dtype, lora=self.lora, name="mlp")
+        norm = partial(Norm, kind=c.norm, epsilon=c.norm_eps, use_bias=c.bias, dtype=self.activations)
+        attn = Attention(c, self.dtype, self.activations, lora=self.lora, form=self.attention, name="attn")
+        mlp = MLP(c, self.dtype, self.activations, lora=self.lora, name="mlp")
         y, cache = attn(norm(name="attn_norm")(x), context, cache, mode)
         x = x + drop(y)
         y = mlp(norm(name="mlp_norm")(x), mode.deterministic)
@@ -209,6 +212,7 @@ class GPT(nn.Module):
     remat: str = "none"  # or "block", "dots": what the backward pass computes again, see REMAT_POLICY
     lora: LoRA | None = None  # with it, `apply` takes the adapters as the collection "lora"
     attention: str = "chunked"  # of sequences without a cache: see `attend_causally`
+    activations: Any = None  # the dtype from product to product; None: `dtype`
     gather: Callable[[Any], Any] | None = None  # of a block's parameters, split over devices, makes all of them
 
     def setup(self) -> None:
@@ -218,8 +222,8 @@ class GPT(nn.Module):
             self.wpe = Embedding(rows=c.context_length, width=c.d_model, std=INIT["position"])
         if not c.tie_embeddings:
             self.lm_head = Embedding(rows=c.vocab_size, width=c.d_model, std=INIT["embedding"])
-        block = self._block()
-        self.h = [block(c, dtype=self.dtype, lora=self.lora, attention=self.attention) for _ in range(c.n_layers)]
+        block, activations = self._block(), self.dtype if self.activations is None else self.activations
+        self.h = [block(c, self.dtype, activations, self.lora, self.attention) for _ in range(c.n_layers)]
         self.norm = Norm(kind=c.norm, epsilon=c.norm_eps, use_bias=c.bias, dtype=jnp.float32)
 
     def _block(self) -> type[Block]:

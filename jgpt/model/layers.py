@@ -57,7 +57,7 @@ class Linear(nn.Module):
     use_bias: bool
     std: float  # of the kernel's initial normal distribution
     dtype: Any  # of the product's operands
-    output_dtype: Any  # of the result; see `product`
+    output_dtype: Any  # of the result, as wide as the operands or wider; see `product`
     transposed: bool = False  # the kernel is [features, inputs], else [inputs, *features]
     lora: LoRA | None = None
 
@@ -66,7 +66,7 @@ class Linear(nn.Module):
         inputs, leading = x.shape[-1], x.shape[:-1]
         shape = (*self.features, inputs) if self.transposed else (inputs, *self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape).astype(self.dtype)
-        x = x.reshape(-1, inputs).astype(self.dtype)
+        x = x.reshape(-1, inputs)
         y = product(x, kernel, transposed=self.transposed, output_dtype=self.output_dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features)
@@ -85,7 +85,7 @@ class Linear(nn.Module):
         b = self.variable("lora", "b", lambda: jnp.zeros((rank, *self.features)))
         # On a GPU, XLA would join these products with the layer's own, which have the same operands, and would store a
         # copy of every kernel for that. The barriers keep them apart, in the forward and in the backward pass.
-        mixed = jax.lax.optimization_barrier(x) @ a.value.astype(self.dtype)
+        mixed = jax.lax.optimization_barrier(x.astype(self.dtype)) @ a.value.astype(self.dtype)
         y = product(mixed, b.value.astype(self.dtype), transposed=False, output_dtype=self.output_dtype)
         return jax.lax.optimization_barrier(y * jnp.asarray(self.lora.scale, self.output_dtype))
 
@@ -93,12 +93,12 @@ class Linear(nn.Module):
 def product(x: Array, kernel: Array, *, transposed: bool, output_dtype: Any) -> Array:
     """Multiply `x` [M, inputs] by `kernel`, [inputs, *features] or (transposed) [features, inputs]: [M, *features].
 
-    Where `output_dtype` is wider than the operands' dtype, the sums are not rounded to the operands' dtype: a layer
-    that writes to the fp32 residual stream cannot overflow fp16. The products of the backward pass still have operands
-    in the narrow dtype. With a plain `preferred_element_type` they would be fp32 products, which a T4 computes without
-    tensor cores.
+    The operands are in the kernel's dtype, in the backward pass too. `output_dtype` and x may be wider than that: the
+    sums are then not rounded to the kernel's dtype, and a layer that writes to the fp32 residual stream cannot overflow
+    fp16. With a plain `preferred_element_type` the products of the backward pass would be fp32 ones, which a T4
+    computes without tensor cores.
     """
-    if output_dtype == x.dtype:
+    if x.dtype == kernel.dtype == output_dtype:
         return _product(x, kernel, transposed, output_dtype)
     return _wide_product(x, kernel, transposed, output_dtype)
 
@@ -120,17 +120,22 @@ def _product(x: Array, kernel: Array, transposed: bool, output_dtype: Any) -> Ar
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _wide_product(x: Array, kernel: Array, transposed: bool, output_dtype: Any) -> Array:
-    return _product(x, kernel, transposed, output_dtype)
+    return _wide_forward(x, kernel, transposed, output_dtype)[0]
 
 
-def _wide_forward(x: Array, kernel: Array, transposed: bool, output_dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, transposed, output_dtype), (x, kernel)
+def _wide_forward(x: Array, kernel: Array, transposed: bool, output_dtype: Any) -> tuple[Array, tuple]:
+    narrow = x.astype(kernel.dtype)
+    return _product(narrow, kernel, transposed, output_dtype), (narrow, kernel, x[:0])  # of x itself only the dtype
 
 
-def _wide_backward(transposed: bool, output_dtype: Any, operands: tuple[Array, Array], cotangent: Array) -> Any:
-    x, kernel = operands
-    _, backward = jax.vjp(lambda x, kernel: _product(x, kernel, transposed, x.dtype), x, kernel)
-    return backward(cotangent.astype(x.dtype))
+def _wide_backward(transposed: bool, output_dtype: Any, saved: tuple, cotangent: Array) -> Any:
+    x, kernel, like_x = saved
+    cotangent = cotangent.reshape(len(x), -1).astype(kernel.dtype)
+    matrix = kernel.reshape(-1, x.shape[1]) if transposed else kernel.reshape(x.shape[1], -1)
+    wide = partial(jax.lax.dot_general, preferred_element_type=like_x.dtype)
+    d_x = wide(cotangent, matrix, (((1,), (0 if transposed else 1,)), ((), ())))
+    d_matrix = wide(*((cotangent, x) if transposed else (x, cotangent)), (((0,), (0,)), ((), ())))
+    return d_x, d_matrix.reshape(kernel.shape).astype(kernel.dtype)
 
 
 _wide_product.defvjp(_wide_forward, _wide_backward)

@@ -32,7 +32,7 @@ class Policy:
 
     param: Any = jnp.float32  # of the stored parameters
     compute: Any = jnp.float32  # of the operands of matrix products
-    output: Any = jnp.float32  # of the model's hidden states and logits
+    activations: Any = None  # of what flows from product to product; None: as `compute`
 
     @property
     def scales_loss(self) -> bool:
@@ -64,4 +64,6 @@ def choose_policy(compute: str, params: str, platform: str, compute_capability: 
             " units, and XLA would run every product in fp32, many times slower. Allowed here: 'auto', 'fp16', 'fp32'."
             " Take --config.precision.compute=auto (fp16 with loss scaling)."
         )
-    return Policy(param=DTYPES[params], compute=DTYPES[compute])
+    # CPUs multiply bf16 (AVX-512 BF16, AMX), and do nothing else in it: XLA would convert each operand and result.
+    activations = jnp.float32 if platform == "cpu" and compute == "bf16" else None
+    return Policy(DTYPES[params], DTYPES[compute], activations)

@@ -186,7 +186,8 @@ def train_torch(options: argparse.Namespace) -> None:
     multiple = size.get("model.vocab_multiple_of", 64)
     vocabulary = math.ceil(data.tokenizer.vocab_size / multiple) * multiple
     model = GPT2(size["model.n_layers"], size["model.n_heads"], size["model.d_model"], context, vocabulary, bias=False)
-    step = make_step(model, compiled=options.peer == "compile", rate=warmup_cosine(steps))
+    compute = "bf16" if options.peer.endswith("bf16") else "fp32"
+    step = make_step(model, compute=compute, compiled=options.peer.startswith("compile"), rate=warmup_cosine(steps))
     blocks = validation_blocks(data, context, options.eval_batches * batch, length_key="model.context_length")
     rows = np.stack([b.tokens for b in blocks])
     random = np.random.default_rng(options.seed)
@@ -267,7 +268,12 @@ def main() -> None:
     parser.add_argument("--slice", type=float, default=10.0, help="seconds of a turn (default 10)")
     parser.add_argument("--steps", type=int, nargs=2, metavar=("JGPT", "TORCH"), help="instead of --seconds")
     parser.add_argument("--trial_steps", type=int, default=60, help="of the trial that measures both speeds")
-    parser.add_argument("--peer", choices=("eager", "compile"), default="eager", help="take the faster one here")
+    parser.add_argument(
+        "--peer",
+        choices=("eager", "compile", "eager-bf16", "compile-bf16"),
+        default="eager",
+        help="take the fastest here, by train_vs_nanogpt.py (default: eager, in fp32)",
+    )
     parser.add_argument("--config", default="base", help="jgpt's config (default base)")
     parser.add_argument("--jgpt", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of jgpt's config")
     parser.add_argument("--eval_batches", type=int, default=40, help="batches of validation text (default 40)")

@@ -3,10 +3,11 @@
     pip install torch                     # beside jgpt; torch.compile also needs a C++ compiler
     python scripts/bench/train_vs_nanogpt.py --shape both --json result.json
 
-Contestants: jgpt's own train step (fp32 on CPU; pmap over a virtual device for each core), and the same model in
-PyTorch (nanogpt.py: scaled_dot_product_attention, fused AdamW), eager and by torch.compile. The ratio is to the faster
-of these two. All train on the same windows of the same text: Python's standard library as characters, its 64 most
-frequent ones and one id for the others.
+Contestants: jgpt's own train step (pmap over a virtual device for each core), and the same model in PyTorch
+(nanogpt.py: scaled_dot_product_attention, fused AdamW), eager and by torch.compile. In fp32, as nanoGPT trains on a
+CPU; and with matrix products in bf16 (precision.compute=bf16; autocast), which pays where the CPU has them (lscpu:
+avx512_bf16, amx_bf16). The ratio is to the fastest PyTorch of the same precision. All train on the same windows of the
+same text: Python's standard library as characters, its 64 most frequent ones and one id for the others.
 
 Each contestant lives in a process of its own, so that idle thread pools do not disturb the one at work, and they take
 turns, round by round, within one run: compare the ratios, which a busy machine disturbs less than the times. Nothing
@@ -29,23 +30,26 @@ SHAPES = {
     "cpu": Shape(n_layers=4, n_heads=4, d_model=128, context_length=64, batch=12, dropout=0.0),
     "baby": Shape(n_layers=6, n_heads=6, d_model=384, context_length=256, batch=64, dropout=0.2),
 }
-CONTESTANTS = ("torch-eager", "torch-compile", "jgpt")
+FP32 = ("torch-eager", "torch-compile", "jgpt")
+CONTESTANTS = (*FP32, *(f"{name}-bf16" for name in FP32))
 
 
-def jgpt_contestant(shape: Shape, micro_batch: int) -> RunSteps:
+def jgpt_contestant(shape: Shape, micro_batch: int, compute: str = "fp32") -> RunSteps:
     """Build jgpt's train step: on a CPU a device for each core."""
     from jgpt.hardware.process import set_up_process
 
     set_up_process()
-    from jgpt.model.precision import Policy
+    from jgpt.model.precision import choose_policy
 
     devices = devices_for(shape.batch)
     share = shape.batch // len(devices)
     micro = next(size for size in range(min(share, micro_batch or share), 0, -1) if share % size == 0)
-    return timed(jgpt_step(shape.model, shape.batch, devices, micro, Policy()), shape)
+    return timed(
+        jgpt_step(shape.model, shape.batch, devices, micro, choose_policy(compute, "fp32", "cpu", None)), shape
+    )
 
 
-def torch_contestant(shape: Shape, compiled: bool) -> RunSteps:
+def torch_contestant(shape: Shape, compiled: bool, compute: str) -> RunSteps:
     """Build the same model in PyTorch, trained as nanoGPT trains it."""
     import torch
     from nanogpt import GPT2, make_step
@@ -53,22 +57,26 @@ def torch_contestant(shape: Shape, compiled: bool) -> RunSteps:
     torch.manual_seed(0)
     torch.set_num_threads(cores())
     sizes = shape.n_layers, shape.n_heads, shape.d_model, shape.context_length, shape.vocab_size
-    return timed(make_step(GPT2(*sizes, bias=shape.bias, dropout=shape.dropout), compiled=compiled), shape)
+    model = GPT2(*sizes, bias=shape.bias, dropout=shape.dropout)
+    return timed(make_step(model, compute=compute, compiled=compiled), shape)
 
 
 def make_contestant(name: str, shape: Shape, micro_batch: int) -> RunSteps:
     """Build a contestant by its name."""
-    if name == "jgpt":
-        return jgpt_contestant(shape, micro_batch)
-    return torch_contestant(shape, compiled=name == "torch-compile")
+    compute = "bf16" if name.endswith("-bf16") else "fp32"
+    if name.startswith("jgpt"):
+        return jgpt_contestant(shape, micro_batch, compute)
+    return torch_contestant(shape, "compile" in name, compute)
 
 
 def compare(shape_name: str, shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run all contestants at one shape, print their table and return its rows."""
     names = options.contestants.split(",")
-    if "torch-compile" in names and not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+    if any("compile" in name for name in names) and not any(
+        shutil.which(compiler) for compiler in ("c++", "g++", "clang++")
+    ):
         print("torch-compile is left out: no C++ compiler here")
-        names.remove("torch-compile")
+        names = [name for name in names if "compile" not in name]
     arguments = ["--shape", shape_name, "--batch", str(shape.batch), "--micro_batch", str(options.micro_batch)]
     contestants = [Trainer(__file__, name, arguments) for name in names]
     take_turns(contestants, options.rounds, options.steps_per_round, shape_name)
@@ -89,14 +97,18 @@ def compare(shape_name: str, shape: Shape, options: argparse.Namespace) -> list[
     ]
     for contestant in contestants:
         contestant.close()
-    best = max((row["tokens_per_second"] for row in rows if row["contestant"] != "jgpt"), default=None)
     print(f"\n{shape_name}: {shape}")
-    print(f"{'':14}{'first step s':>13}{'min ms':>10}{'median ms':>11}{'tokens/s':>10}{'to torch':>10}{'loss':>16}")
+    print(f"{'':19}{'first step s':>13}{'min ms':>10}{'median ms':>11}{'tokens/s':>10}{'to torch':>10}{'loss':>16}")
     for row in rows:
+        narrow = row["contestant"].endswith("-bf16")
+        peers = [
+            peer for peer in rows if "torch" in peer["contestant"] and peer["contestant"].endswith("-bf16") == narrow
+        ]
+        best = max((peer["tokens_per_second"] for peer in peers), default=None)
         row["ratio_to_torch"] = row["tokens_per_second"] / best if best else None
         ratio = f"{row['ratio_to_torch']:10.2f}" if best else f"{'-':>10}"
         print(
-            f"{row['contestant']:14}{row['first_step_seconds']:13.1f}{row['min_ms']:10.1f}{row['median_ms']:11.1f}"
+            f"{row['contestant']:19}{row['first_step_seconds']:13.1f}{row['min_ms']:10.1f}{row['median_ms']:11.1f}"
             f"{row['tokens_per_second']:10.0f}{ratio}{row['first_loss']:8.3f} ->{row['last_loss']:6.3f}"
         )
     return rows

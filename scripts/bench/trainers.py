@@ -162,7 +162,7 @@ def jgpt_step(
         shapes.d_model // shapes.n_heads,
         deterministic,
     )
-    model = GPT(shapes, policy.compute, remat, attention=attention)
+    model = GPT(shapes, policy.compute, remat, attention=attention, activations=policy.activations)
     optimizer, runner = make_optimizer(config.optimizer), Replicate(devices)
     step = (make_step or make_train_step)(
         model,

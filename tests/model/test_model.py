@@ -259,7 +259,7 @@ class TestDropout:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layers, "random_words", spy)
             masks = jax.jit(masks_of)(params(config))
-        assert len(masks) == 1 + 2 * (2 + 4)  # the embedding; in each block two branches and four pieces of attention
+        assert len(masks) == 1 + 2 * (2 + 1)  # the embedding; in each block two branches and the weights of attention
         everything = np.concatenate([np.asarray(mask).ravel() for mask in masks])
         assert abs(everything.mean() - 0.75) < 5 * 0.433 / np.sqrt(everything.size)
         whole = [np.asarray(mask) for mask in masks if mask.shape == (B, T, 16)]
@@ -270,7 +270,7 @@ class TestDropout:
 
     @pytest.mark.parametrize("rate", [0.25, 0.5, 0.9])
     def test_what_is_kept_is_scaled_up(self, rate):
-        block = Block(changed(self.config, dropout=rate), jnp.float32)
+        block = Block(changed(self.config, dropout=rate), jnp.float32, jnp.float32)
         ones = jnp.ones((64, 64, 16))
         out = np.asarray(
             block.apply({}, ones, rngs={"dropout": jax.random.key(0)}, method=lambda m, x: dropout(m, rate, False)(x))

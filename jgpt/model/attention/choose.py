@@ -36,10 +36,10 @@ def choose_attention(
     - "flash" is the fused kernel of the device: ours in fp16 from sm_75 on, else "cudnn" from sm_80 on, where results
       need not be `deterministic`. Raises UserError where there is neither.
     - "auto" is a fused kernel on the devices where one has been measured to be the fastest (docs/benchmarks: from sm_80
-      on), else "chunked_vjp" on a GPU, where memory traffic is the cost, and "chunked" on a CPU, where arithmetic is.
+      on), else "chunked_vjp".
 
     >>> choose_attention("auto", jnp.float16, "gpu", (7, 5)), choose_attention("auto", jnp.float32, "cpu", None)
-    ('chunked_vjp', 'chunked')
+    ('chunked_vjp', 'chunked_vjp')
     """
     major, minor = compute_capability or (0, 0)
     capability = (major, minor)
@@ -48,7 +48,7 @@ def choose_attention(
     fused = "flash" if ours and _can_launch() else "cudnn" if cudnn and not deterministic else ""
     if attention == "auto":
         measured = fused and capability >= (8, 0)
-        return fused if measured else "chunked_vjp" if platform == "gpu" else "chunked"
+        return fused if measured else "chunked_vjp"
     if attention == "flash" and not fused:
         device = "sm_{}{}".format(*compute_capability) if compute_capability else platform
         exact = " with execution.deterministic=False" if deterministic else ""

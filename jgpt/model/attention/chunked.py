@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax import Array
 
 # Chunks of queries. With 8, fewer pairs are computed (9/16 of all, not 5/8), but keys are read nearly twice as
-# often: slower at T=1024, H=64.
-CHUNKS = 4
+# often: slower at T=1024, H=64. Short sequences have fewer: a chunk's own cost is more than the pairs it saves.
+CHUNKS, LEAST_QUERIES = 4, 64
 # The most that a row of unnormalized weights adds up to. At this size fp16 holds both the weighted sum of values and a
 # gradient divided by the row's sum.
 LARGEST_ROW_SUM = 32.0
@@ -46,14 +46,14 @@ class Residuals(NamedTuple):
 
 def chunk_size(length: int) -> int:
     """Return the queries of a chunk, of a sequence of `length` tokens; the last chunk may be shorter."""
-    return -(-length // CHUNKS)
+    return max(-(-length // CHUNKS), min(length, LEAST_QUERIES))
 
 
 def chunk_bounds(length: int) -> list[tuple[int, int]]:
     """Return the first query of each chunk, and the first one after it.
 
-    >>> chunk_bounds(10)
-    [(0, 3), (3, 6), (6, 9), (9, 10)]
+    >>> chunk_bounds(10), chunk_bounds(300)
+    ([(0, 10)], [(0, 75), (75, 150), (150, 225), (225, 300)])
     """
     size = chunk_size(length)
     return [(start, min(start + size, length)) for start in range(0, length, size)]
