@@ -1,6 +1,6 @@
 """GPT-2 grade in one free session: 124 M parameters on web text, with GPT-2's vocabulary, on Kaggle's two T4s.
 
-Hardware: two T4s (accelerator "GPU T4 x2"). It runs on any GPU with 12 GB; the hours then decide how many steps it gets.
+Hardware: two T4s (accelerator "GPU T4 x2"). It runs on any GPU with 12 GB: the hours decide the steps.
 Data:     add a dataset with .parquet files of FineWeb-Edu (two of its 2 GB files are enough for one session), or set
           --config.data.text_glob to your own text. Give it 1 B tokens or more.
 Offline:  add a dataset with GPT-2's tokenizer files, and set --config.tokenizer.pretrained to its directory.
@@ -15,7 +15,7 @@ from jgpt.kaggle.session.paths import input_dir, outputs_dir, scratch_dir
 
 
 def get_config() -> ConfigDict:
-    """Return the config: a modern block of GPT-2's smallest size, Muon, and a rate that stays up until the last fifth."""
+    """Return the config: a modern block in GPT-2's smallest size, Muon, and a rate that falls in the last fifth."""
     config = default_config()
     config.out_dir = str(outputs_dir())
     config.log_every_steps = 20
@@ -34,8 +34,8 @@ def get_config() -> ConfigDict:
     config.optimizer.total_steps = 0  # auto
     config.optimizer.budget_hours = 11.0
     config.optimizer.warmup_steps = 250
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.min_learning_rate = 0.0
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.min_learning_rate = 2e-4
     config.optimizer.beta2 = 0.95
     config.batch.global_batch_size = 128
     config.execution.micro_batch_size = 8

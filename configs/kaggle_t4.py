@@ -27,10 +27,12 @@ def get_config() -> ConfigDict:
     config.model.d_model = 640
     config.model.context_length = 1024
     config.model.qk_norm = True  # keeps attention scores small, which fp16 likes
+    config.optimizer.kind = "muon"
+    config.optimizer.schedule = "wsd"  # with a larger total_steps a later session goes on from before the decay
     config.optimizer.total_steps = 20_000
     config.optimizer.warmup_steps = 500
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.min_learning_rate = 1e-4
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.min_learning_rate = 2e-4
     config.optimizer.beta2 = 0.95
     config.batch.global_batch_size = 64
     config.execution.micro_batch_size = 8

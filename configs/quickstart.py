@@ -20,10 +20,13 @@ def get_config() -> ConfigDict:
     config.model.n_heads = 4
     config.model.d_model = 128
     config.model.context_length = 128
+    config.model.qk_norm = True
+    config.optimizer.kind = "muon"
     config.optimizer.total_steps = 800
     config.optimizer.warmup_steps = 50
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.min_learning_rate = 4e-4
+    config.optimizer.learning_rate = 8e-3
+    config.optimizer.muon_learning_rate = 8e-3
+    config.optimizer.min_learning_rate = 8e-4
     config.batch.global_batch_size = 16
     config.execution.micro_batch_size = 2  # on a CPU small buffers are faster: 1.4 times here
     config.log_every_steps = 20

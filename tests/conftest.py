@@ -146,7 +146,7 @@ def _tiny(root: Path) -> list[str]:
         "optimizer.total_steps": 4, "optimizer.warmup_steps": 1, "batch.global_batch_size": 4,
         "execution.micro_batch_size": 2, "eval.every_steps": 2, "sample.max_new_tokens": 4, "checkpoint.every_steps": 2,
     }  # fmt: skip
-    base = Path(__file__).parents[1] / "configs" / "base.py"
+    base = Path(__file__).parent / "defaults.py"
     return [f"--config={base}", *(f"--config.{key}={value}" for key, value in config.items())]
 
 

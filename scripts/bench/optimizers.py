@@ -34,9 +34,9 @@ from side_by_side import cores, machine
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "GPT-2's block": {"model.position": "learned", "model.norm": "layernorm", "model.mlp": "gelu"},
+    "no QK-norm": {"model.qk_norm": False},
     "QK-norm": {"model.qk_norm": True},
     "untied head": {"model.tie_embeddings": False},
-    "zero projections": {"model.zero_projections": True},
     "decay to zero": {"optimizer.min_learning_rate": 0.0},
     "wsd": {"optimizer.schedule": "wsd"},
     "wsd to zero": {"optimizer.schedule": "wsd", "optimizer.min_learning_rate": 0.0},
@@ -60,6 +60,7 @@ class Runs:
             "eval.batches": options.eval_batches,
         }
         self.settings |= {"sample.num_samples": 0, "checkpoint.keep_best": False, "checkpoint.keep_last": 1}
+        self.settings |= {"optimizer.kind": "adamw", "optimizer.schedule": "cosine", "model.qk_norm": False}
         if options.text:
             self.settings["data.text_glob"] = Path(options.text).absolute()
         if options.batch:
@@ -117,13 +118,15 @@ def adamw(rate: float) -> dict[str, Any]:
     return {"optimizer.kind": "adamw", "optimizer.learning_rate": rate, "optimizer.min_learning_rate": rate / 10}
 
 
+def muon(rate: float) -> dict[str, Any]:
+    """Return Muon's settings at a learning rate, which embeddings and norms have too."""
+    return adamw(rate) | {"optimizer.kind": "muon", "optimizer.muon_learning_rate": rate}
+
+
 def compare_muon(runs: Runs, options: argparse.Namespace) -> dict[str, Any]:
     """Tune both, then find in which share of the steps Muon reaches AdamW's loss, for each seed."""
     tuned = [losses[0] for losses in runs.losses(options.steps, map(adamw, options.rates), options.seeds[:1])]
     best_rate = options.rates[tuned.index(min(tuned))]
-
-    def muon(rate: float) -> dict[str, Any]:
-        return adamw(best_rate) | {"optimizer.kind": "muon", "optimizer.muon_learning_rate": rate}
 
     middle = round(sorted(options.shares)[-1] * options.steps)
     tried = [losses[0] for losses in runs.losses(middle, map(muon, options.muon_rates), options.seeds[:1])]

@@ -1,11 +1,18 @@
 """The choice of dtypes for every kind of device, and what the policy casts."""
 
+from collections.abc import Iterator
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_model import GPT2, LLAMA, QWEN, TOKENS, params
 
 from jgpt.errors import UserError
+from jgpt.model.gpt import GPT
 from jgpt.model.precision import DTYPES, Policy, choose_policy
+from jgpt.model.shapes import ModelConfig
 
 T4, AMPERE, HOPPER = (7, 5), (8, 0), (9, 0)
 DEVICES = [("cpu", None), ("gpu", T4), ("gpu", AMPERE), ("gpu", HOPPER), ("tpu", None)]
@@ -47,3 +54,42 @@ def test_cast_leaves_vectors_alone(compute: str):
 def test_cast_takes_half_precision_vectors_as_they_are():
     vector = jnp.ones(3, jnp.float16)
     assert Policy(jnp.float16, jnp.float16).cast_to_compute({"bias": vector})["bias"] is vector
+
+
+def operations(jaxpr: Any) -> Iterator[Any]:
+    """Yield the operations of a program and of those within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from operations(inner)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN], ids=["gpt2", "llama", "qwen"])
+def test_on_a_cpu_bf16_is_for_products_alone(config: ModelConfig):
+    """The kernels' products, forward and backward, take bf16 and give fp32; nothing else is computed in bf16."""
+    policy = choose_policy("bf16", "fp32", "cpu", None)
+    model = GPT(config, policy.compute, activations=policy.activations)
+
+    def loss(tree: Any) -> jax.Array:
+        hidden = model.apply({"params": policy.cast_to_compute(tree)}, TOKENS).hidden
+        return jnp.vdot(hidden, jnp.asarray(np.random.default_rng(2).normal(size=hidden.shape), jnp.float32))
+
+    found = list(operations(jax.make_jaxpr(jax.grad(loss))(params(config)).jaxpr))
+    products = [equation for equation in found if equation.primitive.name == "dot_general"]
+    narrow = [p for p in products if {var.aval.dtype for var in p.invars} == {jnp.dtype(jnp.bfloat16)}]
+    assert len(narrow) == 3 * 4 * config.n_layers and all(p.outvars[0].aval.dtype == jnp.float32 for p in narrow)
+    assert all(var.aval.dtype == jnp.float32 for p in products if p not in narrow for var in p.invars)
+    arithmetic = {"mul", "sub", "div", "exp", "tanh", "logistic", "rsqrt", "reduce_sum", "max"}
+    in_bf16 = {e.primitive.name for e in found if any(var.aval.dtype == jnp.bfloat16 for var in e.outvars)}
+    assert not in_bf16 & arithmetic
+    # as near to fp32 as bf16 is everywhere
+    exact = jax.grad(lambda tree: loss_in_fp32(config, tree))(params(config))
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(jax.grad(loss)(params(config))), strict=True):
+        assert float(jnp.linalg.norm(a - b)) < 0.03 * float(jnp.linalg.norm(a))
+
+
+def loss_in_fp32(config: ModelConfig, tree: Any) -> jax.Array:
+    hidden = GPT(config).apply({"params": tree}, TOKENS).hidden
+    return jnp.vdot(hidden, jnp.asarray(np.random.default_rng(2).normal(size=hidden.shape), jnp.float32))

@@ -81,7 +81,7 @@ def config(flat: dict[str, Any], tmp_path: Path) -> Make:
 @pytest.fixture(scope="module")
 def arguments(flat: dict[str, Any]) -> Arguments:
     """Return the arguments that give jgpt.train that config with changes."""
-    base = f"--config={REPOSITORY / 'configs' / 'base.py'}"
+    base = f"--config={REPOSITORY / 'tests' / 'defaults.py'}"
     return lambda out_dir, **changes: [
         base, *(f"--config.{key}={value}" for key, value in (flat | {"out_dir": out_dir} | changes).items())
     ]  # fmt: skip
