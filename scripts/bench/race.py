@@ -7,8 +7,9 @@
 
 jgpt is `python -m jgpt.train`, all of it: start, compilation, evaluations, checkpoints, curves. PyTorch is nanogpt.py
 with nanoGPT's schedule, on the token files that jgpt wrote, evaluated on the same validation sequences. Each is asked
-for as many steps as fit in --seconds at the speed of a short trial (or --steps), so that each decays its learning rate
-to the end.
+for as many steps as fit in its seconds at the speed of a short trial (or --steps), so that each decays its learning
+rate to the end. PyTorch has --seconds, jgpt --share of them: with 0.4 the question is whether jgpt gets as far in 0.4
+of the time.
 
 Both processes live side by side, and one is stopped (SIGSTOP) while the other works, in slices of --slice seconds: so
 the noise of the machine falls on both. A contestant's time is that of its slices, from its start on. Nothing here
@@ -219,17 +220,17 @@ def run_race(contestants: list[Racer], slice_seconds: float) -> None:
 
 
 def steps_for(options: argparse.Namespace, folder: Path) -> tuple[int, int]:
-    """Return how many steps each can make in --seconds, from a short race of both."""
+    """Return how many steps each can make in its seconds, from a short race of both."""
     trial = options.trial_steps
     contestants = racers(options, folder, (trial, trial), TRIAL_EVALUATIONS)
     run_race(contestants, options.slice)
     found = []
     steps_of_an_evaluation = options.eval_batches / 3  # that take as long: a step has a backward pass too
-    for racer in contestants:
+    for racer, seconds in zip(contestants, (options.share * options.seconds, options.seconds), strict=True):
         first, last = racer.seen[0], racer.seen[-1]
         done = trial + steps_of_an_evaluation * (len(racer.seen) - 1)
         pace = (last["seconds"] - first["seconds"]) / done
-        fit = (options.seconds - first["seconds"]) / pace - steps_of_an_evaluation * EVALUATIONS
+        fit = (seconds - first["seconds"]) / pace - steps_of_an_evaluation * EVALUATIONS
         found.append(max(EVALUATIONS, int(fit)))
     return found[0], found[1]
 
@@ -264,7 +265,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="library-3m")
     parser.add_argument("--text", default="", help="a file or glob (default: Python's standard library)")
-    parser.add_argument("--seconds", type=float, default=900.0, help="of each contestant (default 900)")
+    parser.add_argument("--seconds", type=float, default=900.0, help="of PyTorch (default 900)")
+    parser.add_argument("--share", type=float, default=1.0, help="of these seconds, jgpt's (default 1)")
     parser.add_argument("--slice", type=float, default=10.0, help="seconds of a turn (default 10)")
     parser.add_argument("--steps", type=int, nargs=2, metavar=("JGPT", "TORCH"), help="instead of --seconds")
     parser.add_argument("--trial_steps", type=int, default=60, help="of the trial that measures both speeds")
