@@ -21,11 +21,11 @@ done
 
 prompt='def main('
 printf '\nThe model goes on from "%s":\n\n' "$prompt"
-"$VENV/bin/python" -m jgpt.generate --run_dir "$run_dir" --prompt "$prompt"
+"$VENV/bin/python" -m jgpt.generate --model "$run_dir" --prompt "$prompt"
 
 cat <<END
 
-Everything is in $(cd "$run_dir" && pwd): metrics.jsonl, loss.png, samples.txt, checkpoints/.
-Ask for more:  $VENV/bin/python -m jgpt.generate --run_dir $run_dir --prompt "class "
+Everything is in $(cd "$run_dir" && pwd). Open report.html there in a browser.
+Ask for more:  $VENV/bin/python -m jgpt.generate --model $run_dir --prompt "class "
 Train longer:  bash scripts/run_local.sh --config.optimizer.total_steps=5000 --config.out_dir=runs/longer
 END

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from jgpt.__main__ import COMMANDS
+from jgpt.cli.help import EXIT_CODES
 from jgpt.config.defaults import default_config, flatten
 from jgpt.kaggle.__main__ import VERBS
 
@@ -40,7 +42,7 @@ def test_what_a_document_names_exists(path):
         module = ROOT / "jgpt" / name.replace(".", "/")
         is_there = module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
         assert is_there or name in ("NAME", "COMMAND"), f"python -m jgpt.{name}"
-    for verb in re.findall(r"(?:python -m jgpt\.kaggle|jgpt-kaggle) ([\w-]+)", text):
+    for verb in re.findall(r"(?:python -m jgpt\.kaggle|jgpt-kaggle|`jgpt kaggle|^jgpt kaggle) ([\w-]+)", text, re.M):
         assert verb in (*VERBS, "VERB", "--help"), f"python -m jgpt.kaggle {verb}"
     for name in re.findall(r"(?:bash |\()((?:scripts|\.ci)/[\w./]+)", text):
         assert (ROOT / name).exists(), name
@@ -106,18 +108,46 @@ def test_the_list_of_config_keys_is_up_to_date():
     assert committed == written, "run: python scripts/docs/configuration.py"
 
 
-def test_the_readme_is_short_and_shows_the_way():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if not readme.strip():
-        pytest.skip("there is none yet")
-    assert len(readme.splitlines()) < 130
-    assert re.findall(r"@[A-Z]{3,}@", readme) == [], "measured numbers are still to be filled in"
-    for part in ("bash scripts/run_local.sh", "bash scripts/test.sh", "pip install", "python -m jgpt.train --config"):
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readme_is_short_and_shows_the_way(name):
+    readme = (ROOT / name).read_text(encoding="utf-8")
+    assert len(readme.splitlines()) < 130 and max(map(len, readme.splitlines())) <= 120
+    for part in ("bash scripts/run_local.sh", "bash scripts/test.sh", "pip install", "jgpt train --config"):
         assert part in readme
-    for command in ("prepare", "generate", "evaluate", "check_env"):
-        assert f"jgpt.{command}" in readme
+    five = re.findall(r"```bash\n(.*?)```", readme.split("\n## ")[2], re.DOTALL)[0].splitlines()
+    assert len(five) == 5
+    linked = re.findall(r"\]\(([^)#]+\.md)\)", readme)
+    pages = [path.relative_to(ROOT) for path in PAGES if path.parent == ROOT / "docs"]
+    for page in pages:
+        assert f"{page}" in linked or f"docs/zh/{page.name}" in linked or page.name in ("flash.md",), page
+
+
+def test_the_first_steps_list_all_commands_and_configs():
+    page = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
+    for command in COMMANDS:
+        assert re.search(rf"^\| `jgpt {command}\b.*\|$", page, re.MULTILINE), command
     for config in (ROOT / "configs").glob("*.py"):
-        assert config.stem in readme
+        assert f"\n| `{config.stem}` |" in page, config
+    assert re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == [code for code, _ in EXIT_CODES]
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^### `([^`]+)`$", page, re.MULTILINE)
+    assert len(shown) > 25
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "jgpt").rglob("*.py")]
+    said = [_text(node) for source in sources for node in ast.walk(ast.parse(source)) if _text(node)]
+    said.append((ROOT / "scripts" / "environment.sh").read_text(encoding="utf-8"))
+    for message in shown:
+        for piece in filter(None, (part.strip(" :") for part in message.split("..."))):
+            assert any(piece in text for text in said), f"{message}: nothing says {piece!r}"
+
+
+def _text(node: ast.AST) -> str:
+    """Return a text of the source; what it fills in is not known."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    return "".join(_text(part) or "..." for part in node.values) if isinstance(node, ast.JoinedStr) else ""
 
 
 def test_no_file_names_the_machine_it_was_written_on():

@@ -149,7 +149,7 @@ def _numbers(records: list[dict[str, Any]]) -> list[Number]:
 
 
 def _commands(run_dir: Path, status: dict[str, Any]) -> list[Command]:
-    generate = f"python -m jgpt.generate --run_dir {shlex.quote(str(run_dir))} --prompt 'Once upon a time'"
+    generate = f"python -m jgpt.generate --model {shlex.quote(str(run_dir))} --prompt 'Once upon a time'"
     commands = [Command("Write text", generate)]
     if status.get("resume_command") and status.get("state") != "finished":
         commands.insert(0, Command("Resume", str(status["resume_command"])))

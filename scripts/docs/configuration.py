@@ -20,9 +20,11 @@ A config file is a Python file with a function `get_config()`. It starts from `j
 some keys, and returns the config. The files in `configs/` are examples. On the command line
 `--config.GROUP.KEY=VALUE` overrides one key, as often as you like:
 
-    python -m jgpt.train --config configs/quickstart.py --config.optimizer.total_steps=2000
+```bash
+jgpt train --config quickstart --config.optimizer.total_steps=2000
+```
 
-`jgpt.train --help` prints the same keys. A key that does not exist is refused, with the nearest name that does. All
+`jgpt train --help` prints the same keys. A key that does not exist is refused, with the nearest name that does. All
 problems of a config are reported at once, before anything else is done.
 """
 

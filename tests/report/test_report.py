@@ -163,7 +163,7 @@ def test_report_has_the_numbers(tmp_path: Path, no_warning: None) -> None:
     ):
         assert expected in text
     assert "python -m jgpt.train --again" in text
-    assert f"python -m jgpt.generate --run_dir {run_dir}" in text
+    assert f"python -m jgpt.generate --model {run_dir}" in text
 
 
 @pytest.mark.parametrize("records", [[], RUNS["one point"], RUNS["never finite"]])
