@@ -4,8 +4,8 @@ In the data path: the last step, between a trained model and text; `inference/sa
 
 A round has two compiled calls. `prefill` runs each row's window (the end of its text) through the model at once, and
 draws the row's first new token. `decode` is one `lax.while_loop`: it feeds each row its newest token and draws the
-next, until every row is done or has filled the context. Each row has positions of its own, so prompts of different
-lengths share a batch.
+next, until every row is done or has filled the context. Each row has positions, sampling rules, a seed and stop tokens
+of its own, so prompts of different lengths and requests of different users share a batch (see `batch.py`).
 
 When the context is full, nanoGPT drops one token at each step. That moves all other tokens to other positions, so no
 cached key or value stays valid, and each token costs a full forward pass. Here a full row drops the older half of its
@@ -13,7 +13,7 @@ window, and the next round begins with the newer half: one prefill for each cont
 least half a context in view.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -23,14 +23,14 @@ import numpy as np
 from jax import Array
 
 from jgpt.errors import UserError
-from jgpt.inference.sampling import EXCLUDED, Sampling, sample
+from jgpt.inference.sampling import EXCLUDED, Rules, Sampling, sample
 from jgpt.model.gpt import GPT, unembedding
 from jgpt.model.kv_cache import KVCache, empty_cache
 from jgpt.model.layers import product
 from jgpt.model.precision import Policy, dtype_name
 
 SMALLEST_BUCKET = 16
-STREAM_STEPS = 4  # tokens between two calls of `on_tokens`
+STREAM_STEPS = 4  # tokens of a row that are read at a time while they are made
 UNLIMITED = 2**31 - 1  # steps of `decode`
 
 
@@ -39,13 +39,15 @@ class NonFiniteLogits(UserError):
 
 
 class Task(NamedTuple):
-    """The inputs of a round that do not change. None of them is a shape, so other values need no compilation."""
+    """The inputs of a round that do not change, for each row. None of them is a shape: other values compile nothing."""
 
-    key: Array  # a JAX random key
-    start: Array  # int32 [B]: the place in its whole text at which each row's window begins
-    stop: Array  # int32 [B]: the length of the window at which a row has enough tokens
-    stop_ids: Array  # int32 [a multiple of 4]: the ids that end a text, padded with -1
-    n_ids: Array  # int32: ids from here on are padding of the vocabulary
+    seed: Array | np.ndarray  # uint32 [B]
+    row: Array | np.ndarray  # int32 [B]: the number of the text among those with the same seed
+    start: Array | np.ndarray  # int32 [B]: the place in its whole text at which each row's window begins
+    stop: Array | np.ndarray  # int32 [B]: the length of the window at which a row has enough tokens
+    stop_ids: Array | np.ndarray  # int32 [B, a multiple of 4]: the ids that end a text, padded with -1
+    n_ids: Array | np.ndarray  # int32 [B]: ids from here on are padding of the vocabulary
+    rules: Rules
 
 
 class Rows(NamedTuple):
@@ -70,55 +72,107 @@ def generate(
     n_ids: int,
     seed: int,
     context_length: int = 0,
-    on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens; return the new ids, without the stop token.
 
     `variables` holds "params", and "lora" where the model has adapters. Fp32 master parameters are allowed: matrices
     are cast to `model.dtype` once. A text ends at any of `stop_ids`. Ids from `n_ids` on are never drawn. The random
     numbers of row b depend only on the seed, b and the place in the text, not on the other rows. The model sees at most
-    `context_length` tokens at a time (0: its own context length). `on_tokens(b, ids)` is called every few tokens with
-    the new ids of row b, the first time with its first token; together these are the ids that are returned.
+    `context_length` tokens at a time (0: its own context length).
 
     Raises:
         UserError: an id of a prompt, `sampling` or `max_new_tokens` is out of range.
         NonFiniteLogits: the model's logits are inf or NaN.
     """
+    found: list[list[int]] = [[] for _ in prompts]
+    how = dict(sampling=sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, n_ids=n_ids, seed=seed)
+    for b, ids in stream(model, variables, prompts, **how, context_length=context_length, steps=UNLIMITED):
+        found[b] += ids
+    return found
+
+
+def stream(
+    model: GPT,
+    variables: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    n_ids: int,
+    seed: int,
+    context_length: int = 0,
+    steps: int = STREAM_STEPS,
+) -> Iterator[tuple[int, list[int]]]:
+    """Continue prompts as `generate` does; return an iterator over (b, the next ids of row b) while they are made.
+
+    The first ids of a row are one token, the others up to `steps`. Raises as `generate` does, UserError at once.
+    """
     sampling.validate()
     texts = _checked(prompts, n_ids, max_new_tokens)
+    context = min(context_length or model.config.context_length, model.config.context_length)
+    return _stream(model, variables, texts, sampling, max_new_tokens, stop_row(stop_ids), n_ids, seed, context, steps)
+
+
+def _stream(
+    model: GPT,
+    variables: Mapping[str, Any],
+    texts: list[list[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    stops: np.ndarray,
+    n_ids: int,
+    seed: int,
+    context: int,
+    steps: int,
+) -> Iterator[tuple[int, list[int]]]:
     if not texts:
-        return []
-    variables = jax.device_put(Policy(compute=model.dtype).cast_to_compute(variables))
-    stops = np.array([*stop_ids, *[-1] * (-len(stop_ids) % 4)] or [-1] * 4, np.int32)
-    starts, wanted = [len(text) for text in texts], [len(text) + max_new_tokens for text in texts]
-    done = [max_new_tokens == 0] * len(texts)
-    keep = longest = min(context_length or model.config.context_length, model.config.context_length)
+        return
+    variables = compute_variables(model, variables)
+    n, wanted, keep = len(texts), [len(text) + max_new_tokens for text in texts], context
+    done = [max_new_tokens == 0] * n
     # A shorter cache makes each token cheaper. Where it is shorter than the context, it still holds every row whole.
-    size = bucket(min(max(wanted), keep), keep)
+    size = bucket(min(max(wanted), context), context)
     while not all(done):
         padded, lengths = _windows(texts, done, keep, size)
         start = np.array([len(text) for text in texts], np.int32) - lengths
-        stop = np.where(done, lengths, np.array(wanted, np.int32) - start)
-        task = Task(jax.random.key(seed), *map(jnp.asarray, (start, stop, stops, np.int32(n_ids))))
-        seen = _seen(texts, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-        rows = prefill(model, sampling, size, variables, task, padded, lengths, seen)
-        if on_tokens is None:
-            rows = decode(model, sampling, variables, task, rows, UNLIMITED)
+        task = Task(
+            seed=np.full(n, seed, np.uint32),
+            row=np.arange(n, dtype=np.int32),
+            start=start,
+            stop=np.where(done, lengths, np.array(wanted, np.int32) - start),
+            stop_ids=np.tile(stops, (n, 1)),
+            n_ids=np.full(n, n_ids, np.int32),
+            rules=sampling.rules(n),
+        )
+        seen = seen_ids(texts, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
+        rows = prefill(model, size, variables, task, padded, lengths, seen)
+        if steps == UNLIMITED:
+            rows = decode(model, variables, task, rows, steps)
         while True:
             tokens, ends, now_done, finite = jax.device_get(rows[:4])
             if not finite.all():
-                raise NonFiniteLogits(_advice(model))
+                raise NonFiniteLogits(not_finite(model))
             for b, text in enumerate(texts):
                 new = tokens[b, lengths[b] : ends[b]].tolist()
                 text += new
-                if on_tokens is not None and (new_ids := _without_stop(new, stops)):
-                    on_tokens(b, new_ids)
+                if new_ids := without_stop(new, stops):
+                    yield b, new_ids
             lengths, done = ends, now_done.tolist()
             if np.all(now_done | (ends > size)):
                 break
-            rows = decode(model, sampling, variables, task, rows, STREAM_STEPS)
-        keep = max(1, longest // 2)
-    return [_without_stop(text[start:], stops) for text, start in zip(texts, starts, strict=True)]
+            rows = decode(model, variables, task, rows, steps)
+        keep = max(1, context // 2)
+
+
+def compute_variables(model: GPT, variables: Mapping[str, Any]) -> Any:
+    """Return the variables on the devices, with matrices in the dtype that the model computes in."""
+    return jax.device_put(Policy(compute=model.dtype).cast_to_compute(variables))
+
+
+def stop_row(stop_ids: Sequence[int]) -> np.ndarray:
+    """Return the ids that end a text as int32 [a multiple of 4], padded with -1: few lengths are compiled."""
+    return np.array([*stop_ids, *[-1] * (-len(stop_ids) % 4)] or [-1] * 4, np.int32)
 
 
 def _checked(prompts: Sequence[Sequence[int]], n_ids: int, max_new_tokens: int) -> list[list[int]]:
@@ -148,11 +202,12 @@ def _windows(texts: list[list[int]], done: list[bool], keep: int, size: int) -> 
     return padded, lengths
 
 
-def _without_stop(ids: list[int], stops: np.ndarray) -> list[int]:
+def without_stop(ids: list[int], stops: Sequence[int] | np.ndarray) -> list[int]:
+    """Return the new ids of a row, without the stop token that ends them."""
     return ids[:-1] if ids and ids[-1] in stops else ids
 
 
-def _seen(texts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
+def seen_ids(texts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
     """Mark the ids that each text holds: bool [B, V]."""
     seen = np.zeros((len(texts), vocab_size), bool)
     for row, text in zip(seen, texts, strict=True):
@@ -174,10 +229,9 @@ def compilations() -> int:
     return sum(f._cache_size() for f in (prefill, decode))  # pyright: ignore[reportAttributeAccessIssue] (JAX's is private)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
 def prefill(
     model: GPT,
-    sampling: Sampling,
     size: int,
     variables: Any,
     task: Task,
@@ -199,11 +253,11 @@ def prefill(
         seen=seen,
         cache=empty_cache(c.n_layers, batch, size, c.n_kv_heads, c.d_head, model.dtype),
     )
-    return _advance(model, sampling, variables, task, rows, tokens, None, length - 1)
+    return _advance(model, variables, task, rows, tokens, None, length - 1)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def decode(model: GPT, sampling: Sampling, variables: Any, task: Task, rows: Rows, steps: Array | int) -> Rows:
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def decode(model: GPT, variables: Any, task: Task, rows: Rows, steps: Array | int) -> Rows:
     """Draw at most `steps` tokens for each row; stop when all rows are done or full, or any logits are not finite."""
     size = rows.tokens.shape[1] - 1
 
@@ -217,14 +271,13 @@ def decode(model: GPT, sampling: Sampling, variables: Any, task: Task, rows: Row
         position = jnp.minimum(rows.length - 1, size - 1)[:, None]
         newest = jnp.take_along_axis(rows.tokens, position, axis=1)
         last = jnp.zeros_like(rows.length)
-        return _advance(model, sampling, variables, task, rows, newest, position, last), left - 1
+        return _advance(model, variables, task, rows, newest, position, last), left - 1
 
     return jax.lax.while_loop(unfinished, step, (rows, jnp.asarray(steps, jnp.int32)))[0]
 
 
 def _advance(
     model: GPT,
-    sampling: Sampling,
     variables: Any,
     task: Task,
     rows: Rows,
@@ -238,25 +291,28 @@ def _advance(
     matrix = unembedding(variables["params"])
     logits = product(hidden.astype(matrix.dtype), matrix, transposed=True, output_dtype=jnp.float32)
     going = ~rows.done & (rows.length < rows.tokens.shape[1])
-    real = (jnp.arange(logits.shape[1]) < task.n_ids)[None, :]
+    real = jnp.arange(logits.shape[1])[None, :] < jnp.asarray(task.n_ids)[:, None]
     finite = rows.finite & (~going | jnp.all(jnp.isfinite(logits) | ~real, axis=1))
-    drawn = sample(_keys(task, rows.length), jnp.where(real, logits, EXCLUDED), sampling, rows.seen)
+    drawn = sample(_keys(task, rows.length), jnp.where(real, logits, EXCLUDED), task.rules, rows.seen)
 
     here = going[:, None] & (jnp.arange(rows.tokens.shape[1])[None, :] == rows.length[:, None])
     length = rows.length + going
-    ends = jnp.any(drawn[:, None] == task.stop_ids[None, :], axis=1)
+    ends = jnp.any(drawn[:, None] == task.stop_ids, axis=1)
     done = rows.done | (going & (ends | (length >= task.stop)))
     seen = None if rows.seen is None else rows.seen.at[jnp.arange(len(drawn)), drawn].set(True)
     return Rows(jnp.where(here, drawn[:, None], rows.tokens), length, done, finite, seen, cache)
 
 
 def _keys(task: Task, length: Array) -> Array:
-    """Make each row's random key, [B], from the row's number and the place of the next token in its whole text."""
-    by_row = jax.vmap(partial(jax.random.fold_in, task.key))(jnp.arange(length.shape[0]))
-    return jax.vmap(jax.random.fold_in)(by_row, task.start + length)
+    """Make each row's random key, [B], from its seed, its number and the place of the next token in its whole text."""
+
+    def key(seed: Array, row: Array, place: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), place)
+
+    return jax.vmap(key)(task.seed, task.row, task.start + length)
 
 
-def _advice(model: GPT) -> str:
+def not_finite(model: GPT) -> str:
     """Return the message for logits that are not finite."""
     problem = f"the model's logits are inf or NaN (it computes in {dtype_name(model.dtype)}). Allowed: finite logits. "
     if model.dtype == jnp.float32:
