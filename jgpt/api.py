@@ -43,6 +43,7 @@ from jgpt.run_dir.metrics_file import best_validation, read_metrics
 from jgpt.training.start import train as start_training
 
 SEED = 1337
+TEXT_TOKENS, ANSWER_TOKENS = 200, 1024  # at most, where the caller does not say
 
 
 def load(
@@ -216,7 +217,7 @@ class Model:
     def _continue(
         self, prompt: str, max_new_tokens: int | None, rules: dict[str, Any], seed: int, steps: int
     ) -> Iterator[Piece]:
-        most = 200 if max_new_tokens is None else max_new_tokens
+        most = TEXT_TOKENS if max_new_tokens is None else max_new_tokens
         prompts = [text_prompt(self.tokenizer, prompt)]
         return self.pieces(prompts, Sampling(**rules), max_new_tokens=most, seed=seed, steps=steps)
 
@@ -239,7 +240,7 @@ class Model:
         return self.pieces(
             [Prompt(ids, ids)],
             chat_sampling(self.loaded.sampling, rules),
-            max_new_tokens=min(1024 if max_new_tokens is None else max_new_tokens, room),
+            max_new_tokens=min(ANSWER_TOKENS if max_new_tokens is None else max_new_tokens, room),
             seed=seed,
             stop_ids=self._prompts.stop_ids,
             steps=steps,

@@ -121,6 +121,10 @@ class Batch:
         if row in self._read:
             self._free([row])
 
+    def clear(self) -> None:
+        """Forget all rows, and free their memory."""
+        self._slots, self._places, self._read = None, [], {}
+
     def step(self) -> list[News]:
         """Return what is new of each row, and begin to draw up to STREAM_STEPS more tokens for those that go on."""
         if self._slots is None:
