@@ -18,11 +18,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
+from jgpt.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from jgpt.api import Model, TrainResult, load, train
 
-__version__ = "0.1.0"
 __all__ = ["Model", "OutOfMemory", "TrainResult", "TrainingDiverged", "UserError", "load", "train"]
 
 

@@ -19,7 +19,6 @@ Beside the data path: above all rooms; the commands call it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from jgpt.kaggle.session.open import open_session
 from jgpt.kaggle.session.secrets import provide_hub_token
 from jgpt.loading.load import LoadedModel, load_model
 from jgpt.loading.measure import Measured, block_length, measure_string, measure_validation_split
-from jgpt.run_dir.metrics_file import best_validation, read_metrics
+from jgpt.training.result import TrainResult, train_result
 from jgpt.training.start import train as start_training
 
 SEED = 1337
@@ -84,9 +83,10 @@ class Model:
     The arguments of its methods: `max_new_tokens` is the most tokens to write. `temperature` 0 takes always the
     likeliest token, 1 the model's own distribution; `top_k` draws from the k likeliest tokens only (0: all); `top_p`
     from the fewest likeliest that add up to this probability (1: all); `min_p` from those at least this share as likely
-    as the likeliest (0: all); `repetition_penalty` above 1 makes tokens less likely that the text already holds. What is
-    not given is 0.8, 50, 1, 0 and 1 for a text, and for a chat what the model's publisher advises, else 0.7, 50, 0.95,
-    0 and 1. The same `seed` gives the same text. Values that are out of range raise UserError.
+    as the likeliest (0: all); `repetition_penalty` above 1 makes tokens less likely that the text already holds. For a
+    text, what is not given is 0.8, 50, 1, 0 and 1. For a chat it is what the model's publisher advises, else 0.7, 50,
+    0.95, 0 and 1. A text ends before any of the strings of `stop`. The same `seed` gives the same text. Values that are
+    out of range raise UserError.
     """
 
     def __init__(self, name: str, loaded: LoadedModel, chat_template: str) -> None:
@@ -122,11 +122,12 @@ class Model:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
+        stop: str | Sequence[str] = (),
         seed: int = SEED,
     ) -> str:
         """Continue a text; return what follows it, 200 tokens at most. Without a text the model begins a document."""
         rules = _given(temperature, top_k, top_p, min_p, repetition_penalty)
-        return "".join(piece.text for piece in self._continue(prompt, max_new_tokens, rules, seed, UNLIMITED))
+        return "".join(piece.text for piece in self._continue(prompt, max_new_tokens, rules, stop, seed, UNLIMITED))
 
     def chat(
         self,
@@ -138,6 +139,7 @@ class Model:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
+        stop: str | Sequence[str] = (),
         seed: int = SEED,
     ) -> str:
         """Answer a conversation, or one question; return the answer, 1024 tokens at most.
@@ -146,7 +148,7 @@ class Model:
         chat template, and for a conversation that is too long.
         """
         rules = _given(temperature, top_k, top_p, min_p, repetition_penalty)
-        return "".join(piece.text for piece in self._answer(messages, max_new_tokens, rules, seed, UNLIMITED))
+        return "".join(piece.text for piece in self._answer(messages, max_new_tokens, rules, stop, seed, UNLIMITED))
 
     def stream(
         self,
@@ -158,11 +160,12 @@ class Model:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
+        stop: str | Sequence[str] = (),
         seed: int = SEED,
     ) -> Iterator[str]:
-        """Return an iterator over the pieces of what `generate` returns for a text, or `chat` for a list of messages."""
+        """Return an iterator over what `generate` returns for a text, or `chat` for messages, in pieces."""
         rules = _given(temperature, top_k, top_p, min_p, repetition_penalty)
-        how = max_new_tokens, rules, seed, STREAM_STEPS
+        how = max_new_tokens, rules, stop, seed, STREAM_STEPS
         pieces = self._continue(prompt, *how) if isinstance(prompt, str) else self._answer(prompt, *how)
         return (piece.text for piece in pieces if piece.text)
 
@@ -197,6 +200,7 @@ class Model:
         max_new_tokens: int,
         seed: int,
         stop_ids: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
         context_length: int = 0,
         steps: int = STREAM_STEPS,
     ) -> Iterator[Piece]:
@@ -210,22 +214,30 @@ class Model:
             max_new_tokens=max_new_tokens,
             stop_ids=self.loaded.stop_ids if stop_ids is None else stop_ids,
             seed=seed,
+            stop=stop,
             context_length=context_length,
             steps=steps,
         )
 
     def _continue(
-        self, prompt: str, max_new_tokens: int | None, rules: dict[str, Any], seed: int, steps: int
+        self,
+        prompt: str,
+        max_new_tokens: int | None,
+        rules: dict[str, Any],
+        stop: str | Sequence[str],
+        seed: int,
+        steps: int,
     ) -> Iterator[Piece]:
         most = TEXT_TOKENS if max_new_tokens is None else max_new_tokens
         prompts = [text_prompt(self.tokenizer, prompt)]
-        return self.pieces(prompts, Sampling(**rules), max_new_tokens=most, seed=seed, steps=steps)
+        return self.pieces(prompts, Sampling(**rules), max_new_tokens=most, seed=seed, stop=_strings(stop), steps=steps)
 
     def _answer(
         self,
         messages: str | Sequence[Message],
         max_new_tokens: int | None,
         rules: dict[str, Any],
+        stop: str | Sequence[str],
         seed: int,
         steps: int,
     ) -> Iterator[Piece]:
@@ -243,6 +255,7 @@ class Model:
             max_new_tokens=min(ANSWER_TOKENS if max_new_tokens is None else max_new_tokens, room),
             seed=seed,
             stop_ids=self._prompts.stop_ids,
+            stop=[*_strings(stop), *self._prompts.stop],
             steps=steps,
         )
 
@@ -255,23 +268,15 @@ def _given(
     repetition_penalty: float | None,
 ) -> dict[str, Any]:
     """Return the rules that were given."""
-    given = dict(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-    )
+    given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     return {name: value for name, value in given.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """How a training ended. Losses are in nats per token; None where there is no such record."""
-
-    run_dir: Path
-    step: int
-    is_finished: bool  # all steps are done; else it was stopped, and the same call goes on
-    last_loss: float | None  # of the training text
-    last_val_loss: float | None
-    best_val_loss: float | None
-    best_val_step: int | None
+def _strings(stop: str | Sequence[str]) -> list[str]:
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise UserError(f"stop={stop!r}. Allowed: a text, or several in a list; none of them empty.")
+    return strings
 
 
 def train(
@@ -301,18 +306,4 @@ def train(
     set_up_logging()
     with open_session(config) as (config, on_saved):
         status = start_training(config, command or f"jgpt.train({again})", on_saved, on_record)
-    records = read_metrics(status.run_dir / "metrics.jsonl")
-    best = best_validation(records) or {}
-    return TrainResult(
-        run_dir=status.run_dir,
-        step=status.step,
-        is_finished=status.step >= status.total_steps,
-        last_loss=_last(records, "loss"),
-        last_val_loss=_last(records, "val_loss"),
-        best_val_loss=best.get("val_loss"),
-        best_val_step=best.get("step"),
-    )
-
-
-def _last(records: list[dict[str, Any]], name: str) -> float | None:
-    return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
+    return train_result(status)

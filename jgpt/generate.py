@@ -21,6 +21,7 @@ from jgpt.cli.run import run
 
 SEPARATOR = "-" * 80
 
+
 def define_flags() -> None:
     """Define the flags."""
     model_flags.define_model()

@@ -129,7 +129,8 @@ def test_an_error_in_the_callback_ends_the_run(small, tmp_path):
     [
         ("bsae", {}, ["no config 'bsae'", "base"]),
         ("{own}", {}, ["own.py has no get_config() that returns a config"]),
-        ("base", {"optimizer.total_step": 5, "seed": "x", "remat": 1}, ["Did you mean optimizer.total_steps?", "seed='x'", "execution.remat"]),
+        ("base", {"optimizer.total_step": 5, "seed": "x"}, ["Did you mean optimizer.total_steps?", "seed='x'"]),
+        ("base", {"remat": "block"}, ["config.remat is now config.execution.remat"]),
         ("base", {"model.d_model": -1}, ["model.d_model"]),
     ],
 )  # fmt: skip
@@ -150,7 +151,8 @@ def test_a_notebook_shows_a_mistake_in_one_line(tmp_path):
     """IPython itself runs the cell."""
     pytest.importorskip("IPython")
     cell = "import jgpt\njgpt.load('runs/none/such')"
-    program = f"from IPython.core.interactiveshell import InteractiveShell as S; S.instance(colors='NoColor').run_cell({cell!r})"
+    program = "from IPython.core.interactiveshell import InteractiveShell as Shell\n"
+    program += f"Shell.instance(colors='NoColor').run_cell({cell!r})"
     where = dict(cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"})
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, **where)
     lines = [line for line in done.stdout.splitlines() if line.strip()]

@@ -86,6 +86,7 @@ class Chat:
             sampling=self.sampling,
             max_new_tokens=most,
             stop_ids=self.prompts.stop_ids,
+            stop=self.prompts.stop,
             seed=self.seed,
         )
         try:

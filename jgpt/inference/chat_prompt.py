@@ -3,6 +3,7 @@
 In the data path: between the messages and `decode.py`. The template is rendered by `data/chat_template.py`.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from jgpt.data.tokenizer import Tokenizer
 from jgpt.errors import UserError
 from jgpt.inference.sampling import Sampling
 
+MARK = re.compile(r"\s*(<[^<>\s]{1,60}>|\[[^\[\]\s]{1,60}\])")  # not a full stop: answers have several
 MESSAGE = 'A message is {"role": "user", "content": "..."}.'
 
 
@@ -47,7 +49,8 @@ class ChatPrompts:
     def __init__(self, tokenizer: Tokenizer, template: str, stop_ids: Iterable[int], system: Sequence[Message] = ()):
         """`stop_ids` are the model's own; `system` the messages that begin every conversation."""
         self.tokenizer, self.template, self.system = tokenizer, template, list(system)
-        self.stop_ids = (*stop_ids, *self._end_of_turn())
+        ids, self.stop = self._end_of_turn()
+        self.stop_ids = (*stop_ids, *ids)
 
     def text(self, messages: Sequence[Message]) -> str:
         """Return the text that ends where the answer to `messages`, after the system's, begins."""
@@ -57,14 +60,20 @@ class ChatPrompts:
         """Return the ids of that text. A template writes all special tokens itself, so the tokenizer adds none."""
         return self.tokenizer.encode(text).tolist()
 
-    def _end_of_turn(self) -> list[int]:
-        """Return the special token with which the template ends an answer; it often differs from the end of a text."""
+    def _end_of_turn(self) -> tuple[list[int], tuple[str, ...]]:
+        """Return with what the template ends an answer: a special token, else a mark such as <|im_end|>.
+
+        It often differs from the end of a text. A tokenizer that was trained here has no special token for it.
+        """
         marker = "\N{SNOWMAN}"
         messages = [*self.system, {"role": "user", "content": marker}, {"role": "assistant", "content": marker}]
         _, _, end = render(self.template, self.tokenizer.settings, messages, False).rpartition(marker)
         ids = self.tokenizer.encode(end).tolist()[:1]
         special = self.tokenizer.backend.get_added_tokens_decoder()
-        return [i for i in ids if i in special and special[i].special]
+        if ids and ids[0] in special and special[ids[0]].special:
+            return ids, ()
+        mark = MARK.match(end)
+        return [], (mark[0].strip(),) if mark else ()
 
 
 def chat_sampling(advised: dict[str, float], given: dict[str, float]) -> Sampling:

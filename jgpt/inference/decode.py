@@ -85,8 +85,18 @@ def generate(
         NonFiniteLogits: the model's logits are inf or NaN.
     """
     found: list[list[int]] = [[] for _ in prompts]
-    how = dict(sampling=sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, n_ids=n_ids, seed=seed)
-    for b, ids in stream(model, variables, prompts, **how, context_length=context_length, steps=UNLIMITED):
+    for b, ids in stream(
+        model,
+        variables,
+        prompts,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        n_ids=n_ids,
+        seed=seed,
+        context_length=context_length,
+        steps=UNLIMITED,
+    ):
         found[b] += ids
     return found
 
@@ -306,7 +316,7 @@ def _advance(
 def _keys(task: Task, length: Array) -> Array:
     """Make each row's random key, [B], from its seed, its number and the place of the next token in its whole text."""
 
-    def key(seed: Array, row: Array, place: Array) -> Array:
+    def key(seed: Any, row: Any, place: Any) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), place)
 
     return jax.vmap(key)(task.seed, task.row, task.start + length)

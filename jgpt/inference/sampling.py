@@ -71,7 +71,10 @@ class Sampling:
 
     def rules(self, n_rows: int) -> Rules:
         """Return the same rules for each of `n_rows` rows."""
-        values = [min(value, MOST_IDS) if name == "top_k" else value for name, value in zip(Rules._fields, astuple(self), strict=True)]
+        values = [
+            min(value, MOST_IDS) if name == "top_k" else value
+            for name, value in zip(Rules._fields, astuple(self), strict=True)
+        ]
         kinds = [np.int32 if name == "top_k" else np.float32 for name in Rules._fields]
         return Rules(*(np.full(n_rows, value, kind) for value, kind in zip(values, kinds, strict=True)))
 
@@ -98,7 +101,7 @@ def keep_top_k(logits: Array, k: Array | int) -> Array:
     return jnp.where(bits <= most, logits, EXCLUDED)
 
 
-def keep_top_p(logits: Array, p: Array | float) -> Array:
+def keep_top_p(logits: Array, p: Array | np.ndarray | float) -> Array:
     """Keep the fewest likeliest ids that add up to probability `p`, at least one (Holtzman et al., arXiv 1904.09751).
 
     `p` is fp32 [B], or one number for all rows.
@@ -122,7 +125,7 @@ def keep_top_p(logits: Array, p: Array | float) -> Array:
     return jnp.where(bits >= least, logits, EXCLUDED)
 
 
-def keep_min_p(logits: Array, p: Array | float) -> Array:
+def keep_min_p(logits: Array, p: Array | np.ndarray | float) -> Array:
     """Keep the ids at least `p` times as likely as the likeliest (Nguyen et al., arXiv 2407.01082).
 
     `p` is fp32 [B], or one number for all rows.
@@ -134,7 +137,7 @@ def keep_min_p(logits: Array, p: Array | float) -> Array:
     return jnp.where(logits >= least, logits, EXCLUDED)
 
 
-def penalize(logits: Array, seen: Array, penalty: Array | float) -> Array:
+def penalize(logits: Array, seen: Array, penalty: Array | np.ndarray | float) -> Array:
     """Make the `seen` ids, bool [B, V], less likely (Keskar et al., arXiv 1909.05858).
 
     `penalty` is fp32 [B], or one number for all rows.
@@ -173,7 +176,8 @@ def _draw(keys: Array, logits: Array, rules: Rules) -> Array:
     limited, cut, floored = rules.top_k > 0, rules.top_p < 1, rules.min_p > 0
     logits = jax.lax.cond(jnp.any(limited), lambda x: keep_top_k(x, k), lambda x: x, logits)
     # The row's own condition again: rounded sums of probabilities may be less than 1 before the last id.
-    keep = lambda x: jnp.where(cut[:, None], keep_top_p(x, rules.top_p), x)
-    logits = jax.lax.cond(jnp.any(cut), keep, lambda x: x, logits)
+    logits = jax.lax.cond(
+        jnp.any(cut), lambda x: jnp.where(cut[:, None], keep_top_p(x, rules.top_p), x), lambda x: x, logits
+    )
     logits = jax.lax.cond(jnp.any(floored), lambda x: keep_min_p(x, rules.min_p), lambda x: x, logits)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.inference.decode import STREAM_STEPS, stream
 from jgpt.inference.sampling import Sampling
+from jgpt.inference.stop_strings import StopStrings
 from jgpt.inference.text_stream import TextStream
 from jgpt.model.gpt import GPT
 
@@ -21,7 +22,7 @@ class Prompt(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The next piece of a text: the text's number, what it goes on with ("" is possible), and the tokens drawn for it."""
+    """The next piece of a text: the number of the text, the piece (it may be ""), and the tokens that were drawn."""
 
     number: int
     text: str
@@ -38,11 +39,13 @@ def write(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     seed: int,
+    stop: Sequence[str] = (),
     context_length: int = 0,
     steps: int = STREAM_STEPS,
 ) -> Iterator[Piece]:
     """Continue prompts; return an iterator over pieces of text while they are made, which break no character.
 
+    A text ends before any of the strings of `stop`, and at any of `stop_ids`.
     `context_length` is the most tokens in view at a time, 0 for the model's own; `steps` the most tokens of a piece.
     Raises UserError at once for what is out of range, and NonFiniteLogits while the text is made.
     """
@@ -56,16 +59,25 @@ def write(
         n_ids=tokenizer.vocab_size,
         seed=seed,
         context_length=context_length,
-        steps=steps,
+        steps=min(steps, STREAM_STEPS) if stop else steps,  # else much would be made that nobody reads
     )
-    return _pieces(ids, [TextStream(tokenizer, prompt.text) for prompt in prompts])
+    return _pieces(ids, [(TextStream(tokenizer, prompt.text), StopStrings(stop)) for prompt in prompts])
 
 
-def _pieces(ids: Iterator[tuple[int, list[int]]], texts: list[TextStream]) -> Iterator[Piece]:
+def _pieces(ids: Iterator[tuple[int, list[int]]], texts: list[tuple[TextStream, StopStrings]]) -> Iterator[Piece]:
+    going = set(range(len(texts)))
     for b, new in ids:
-        yield Piece(b, texts[b].add(new), len(new))
-    for b, text in enumerate(texts):
-        if rest := text.close():
+        if b in going:
+            text, stops = texts[b]
+            shown, ends = stops.add(text.add(new))
+            yield Piece(b, shown, len(new))
+            going -= {b} if ends else set()
+            if not going:
+                return
+    for b in sorted(going):
+        text, stops = texts[b]
+        shown, ends = stops.add(text.close())
+        if rest := shown + ("" if ends else stops.close()):
             yield Piece(b, rest, 0)
 
 

@@ -87,7 +87,9 @@ class Endpoints:
             asked = await run_in_threadpool(read_completion, body, self.model, self.limits)
         reply = Reply(self.model, self.worker, asked, is_chat, self.name)
         if asked.stream:
-            return StreamingResponse(reply.events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+            return StreamingResponse(
+                reply.events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+            )
         return _json(await reply.whole(request.is_disconnected))
 
     def _check_name(self, name: Any) -> None:
@@ -136,7 +138,9 @@ class Guard:
         if self._token and request.url.path.startswith("/v1/"):
             given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
             if not hmac.compare_digest(given, self._token.encode()):
-                raise Refusal(401, "no or a wrong token. Needed: the header Authorization: Bearer TOKEN.", "invalid_api_key")
+                raise Refusal(
+                    401, "no or a wrong token. Needed: the header Authorization: Bearer TOKEN.", "invalid_api_key"
+                )
 
 
 def _host_name(url: str) -> str:
@@ -199,7 +203,9 @@ async def _read(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not JSON ({str(error)[:100]}). Needed: a JSON object.", "invalid_json") from None
+        raise Refusal(
+            400, f"the body is not JSON ({str(error)[:100]}). Needed: a JSON object.", "invalid_json"
+        ) from None
     if not isinstance(body, dict):
         raise Refusal(400, "the body is no JSON object. Needed: one, as OpenAI's API has it.", "invalid_json")
     return body

@@ -14,16 +14,24 @@ from jgpt.errors import UserError
 from jgpt.inference.batch import Row
 from jgpt.inference.chat_prompt import ChatPrompts, chat_sampling, conversation
 from jgpt.inference.sampling import Sampling
+from jgpt.inference.stop_strings import StopStrings
 from jgpt.inference.text_stream import TextStream
 from jgpt.inference.write import Prompt, text_prompt
 from jgpt.serve.refusal import Refusal
-from jgpt.serve.stop_strings import StopStrings
 from jgpt.serve.worker import Event, Job
 
 RULES = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}
 OURS = {"model", "stream", "stream_options", "seed", "stop", "n", "max_tokens", *RULES}
 # What says nothing about the answer, and the values with which other fields say nothing.
-NO_MATTER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+NO_MATTER = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "logprobs": (False,),
     "top_logprobs": (0,), "best_of": (1,), "echo": (False,), "suffix": ("",), "tools": ([],), "functions": ([],),
@@ -108,7 +116,7 @@ def read_chat(body: Mapping[str, Any], model: Model, prompts: ChatPrompts | None
     name = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
     sampling = _valid(lambda: chat_sampling(model.loaded.sampling, _numbers(given)))
     most = min(_whole(given, name, min(ANSWER_TOKENS, limits.new_tokens), 1, limits.new_tokens), room)
-    return _asked(given, limits, [Prompt(ids, ids)], sampling, prompts.stop_ids, most, slides=False)
+    return _asked(given, limits, [Prompt(ids, ids)], sampling, prompts.stop_ids, most, slides=False, stop=prompts.stop)
 
 
 def _known(body: Mapping[str, Any], more: set[str]) -> dict[str, Any]:
@@ -122,7 +130,9 @@ def _known(body: Mapping[str, Any], more: set[str]) -> dict[str, Any]:
                     400, f"{name}={_short(value)} is not supported. Allowed: {allowed}. Leave it out.", "", name
                 )
         elif name not in OURS | more:
-            raise Refusal(400, f"unknown field {name[:60]!r}. Allowed: {', '.join(sorted(OURS | more))}.", "", name[:60])
+            raise Refusal(
+                400, f"unknown field {name[:60]!r}. Allowed: {', '.join(sorted(OURS | more))}.", "", name[:60]
+            )
     return {name: value for name, value in given.items() if name not in NEUTRAL}
 
 
@@ -134,11 +144,15 @@ def _asked(
     stop_ids: tuple[int, ...],
     max_new_tokens: int,
     slides: bool,
+    stop: tuple[str, ...] = (),
 ) -> Asked:
     n = _whole(given, "n", 1, 1, limits.texts)
     if n * len(prompts) > limits.texts:
         raise Refusal(
-            400, f"{n * len(prompts)} texts were asked for. Allowed: {limits.texts} a request. Ask several times.", "", "n"
+            400,
+            f"{n * len(prompts)} texts were asked for. Allowed: {limits.texts} a request. Ask several times.",
+            "",
+            "n",
         )
     options = given.get("stream_options", {})
     if not isinstance(options, dict):
@@ -150,7 +164,7 @@ def _asked(
         max_new_tokens=max_new_tokens,
         seed=_whole(given, "seed", secrets.randbelow(2**32), -(2**63), 2**63 - 1) % 2**32,
         stop_ids=stop_ids,
-        stop=_stop(given.get("stop", [])),
+        stop=(*stop, *_stop(given.get("stop", []))),
         slides=slides,
         stream=_flag(given, "stream"),
         include_usage=_flag(options, "include_usage"),

@@ -9,7 +9,9 @@ from typing import Any
 class Refusal(Exception):
     """A request that is not answered. The message says what was given, what is allowed, and what to do."""
 
-    def __init__(self, status: int, message: str, code: str = "", param: str = "", headers: dict[str, str] | None = None):
+    def __init__(
+        self, status: int, message: str, code: str = "", param: str = "", headers: dict[str, str] | None = None
+    ):
         super().__init__(message)
         self.status, self.code, self.param, self.headers = status, code, param, headers or {}
 

@@ -12,20 +12,20 @@ from typing import NamedTuple
 
 from jgpt.hardware.memory import shortage
 from jgpt.inference.batch import Batch, News, Row
+from jgpt.inference.stop_strings import StopStrings
 from jgpt.inference.text_stream import TextStream
 from jgpt.serve.refusal import Refusal
-from jgpt.serve.stop_strings import StopStrings
 
 log = logging.getLogger("jgpt")
 
 
 class Event(NamedTuple):
-    """The next piece of a text: its number in the request, why it ended ("stop", "length", "error") or "", what failed."""
+    """The next piece of a text."""
 
-    number: int
+    number: int  # of the text in its request
     text: str
-    end: str = ""
-    error: str = ""
+    end: str = ""  # why it ended: stop, length, error
+    error: str = ""  # what failed
 
 
 class Job:

@@ -47,8 +47,8 @@ def train(
     as the next save waits for it, and must not raise. `on_record(record)` is called with each record of metrics.jsonl,
     between two steps; what it raises ends the run as any error does.
 
-    Returns the status of the run. Raises UserError for what the user can fix, before the first step wherever it can be known, OutOfMemory and
-    TrainingDiverged.
+    Returns the status of the run. Raises UserError for what the user can fix, before the first step wherever it can be
+    known, OutOfMemory and TrainingDiverged.
     """
     try:
         return _train(config, command, on_saved, on_record)

@@ -55,7 +55,9 @@ def test_repetition_penalty(penalty: float):
     expected = np.where(seen, np.where(LOGITS > 0, LOGITS / np.float32(penalty), LOGITS * np.float32(penalty)), LOGITS)
     np.testing.assert_allclose(penalize(jnp.asarray(LOGITS), jnp.asarray(seen), penalty), expected, rtol=1e-6)
     keys = jax.random.split(jax.random.key(0), len(LOGITS))
-    greedy = sample(keys, jnp.asarray(LOGITS), Sampling(0, repetition_penalty=penalty).rules(len(LOGITS)), jnp.asarray(seen))
+    greedy = sample(
+        keys, jnp.asarray(LOGITS), Sampling(0, repetition_penalty=penalty).rules(len(LOGITS)), jnp.asarray(seen)
+    )
     np.testing.assert_array_equal(greedy, expected.argmax(-1))
 
 
@@ -75,14 +77,23 @@ def test_greedy_by_every_road(sampling: Sampling):
 
 def test_each_row_has_its_own_rules():
     """One call for rows of different rules draws what a call for each of them draws."""
-    rules = [Sampling(0), Sampling(1, 3), Sampling(2, 0, 0.9), Sampling(1, 0, 1, 0.2), Sampling(1, 0), Sampling(5, 9, 0.5)]
+    rules = [
+        Sampling(0),
+        Sampling(1, 3),
+        Sampling(2, 0, 0.9),
+        Sampling(1, 0, 1, 0.2),
+        Sampling(1, 0),
+        Sampling(5, 9, 0.5),
+    ]
     rules += [Sampling(1, 0, repetition_penalty=3.0)]
     seen = jnp.asarray(np.random.default_rng(1).random((len(rules), 50)) < 0.3)
     together = Rules(*map(np.concatenate, zip(*(one.rules(1) for one in rules), strict=True)))
     logits = jnp.asarray(LOGITS)
     for seed in range(20):
         keys = jax.random.split(jax.random.key(seed), len(rules))
-        alone = [sample(keys[b : b + 1], logits[b : b + 1], one.rules(1), seen[b : b + 1])[0] for b, one in enumerate(rules)]
+        alone = [
+            sample(keys[b : b + 1], logits[b : b + 1], one.rules(1), seen[b : b + 1])[0] for b, one in enumerate(rules)
+        ]
         assert sample(keys, logits, together, seen).tolist() == [int(token) for token in alone]
 
 

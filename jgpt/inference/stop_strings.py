@@ -1,6 +1,6 @@
 """End a text at any of some strings, while it comes in pieces.
 
-In the data path: after `TextStream`, before the client.
+In the data path: after `text_stream.py`, before the reader.
 """
 
 from collections.abc import Sequence
