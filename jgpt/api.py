@@ -1,19 +1,11 @@
 """The Python API: load a model and use it, train one. For notebooks and scripts.
 
-    import jgpt
-
     model = jgpt.load("runs/mine")
     model.generate("Once", max_new_tokens=50)
-    for piece in model.stream("Once"):
-        print(piece, end="")
-    model.chat([{"role": "user", "content": "What is the capital of France?"}])
-    model.evaluate("Some text.").bits_per_byte
-
     result = jgpt.train("quickstart", {"optimizer.total_steps": 100})
-    result.best_val_loss
 
-`docs/api.md` describes it. Names that are not there may change. A mistake is a `jgpt.UserError`, whose message says
-what was given, what is allowed, and what to do.
+`docs/api.md` describes it; names that are not there may change. A mistake is a `jgpt.UserError`: its message says what
+was given, what is allowed, and what to do.
 
 Beside the data path: above all rooms; the commands call it.
 """
@@ -31,7 +23,7 @@ from jgpt.data.tokenizer import Tokenizer
 from jgpt.errors import UserError
 from jgpt.hardware.process import set_up_process
 from jgpt.inference.chat_prompt import ChatPrompts, chat_sampling, conversation
-from jgpt.inference.decode import STREAM_STEPS, UNLIMITED
+from jgpt.inference.rounds import STREAM_STEPS, UNLIMITED
 from jgpt.inference.sampling import Sampling
 from jgpt.inference.write import Piece, Prompt, text_prompt, write
 from jgpt.kaggle.session.open import open_session
@@ -292,7 +284,7 @@ def train(
         config: the name of a config of ours, the path of a config file, or what its get_config() returns.
         changes: other values for its keys, such as {"optimizer.total_steps": 100}.
         on_record: called with each record that is written to metrics.jsonl (step, loss, val_loss, ...), in this thread.
-            What it raises ends the training, and nothing is saved then.
+            What it raises ends the training.
         command: what a user would type to go on, for status.json.
 
     Raises:

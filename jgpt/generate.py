@@ -42,7 +42,7 @@ def main() -> None:
     from jgpt.cli.terminal import read_prompt, say, write
     from jgpt.data.unknown import name_unknown, unknown_characters
     from jgpt.hardware.devices import describe, local_devices
-    from jgpt.inference.decode import STREAM_STEPS, UNLIMITED
+    from jgpt.inference.rounds import STREAM_STEPS, UNLIMITED
     from jgpt.inference.sampling import Sampling
     from jgpt.inference.write import text_prompt
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TEXT
+from conftest import TEXT, own_process_state
 
 import jgpt
 from jgpt.config.files import find_config
@@ -16,9 +16,16 @@ from jgpt.run_dir.metrics_file import read_metrics
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def as_a_process_of_its_own():
+    with own_process_state():
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(trained):
-    return jgpt.load(trained)
+    with own_process_state():
+        return jgpt.load(trained)
 
 
 def test_the_package_is_imported_without_jax():

@@ -1,6 +1,6 @@
 """A batch whose rows come and go: each begins as soon as there is a place for it, while the others go on.
 
-In the data path: beside `decode.py`, whose `prefill` and `decode` it calls; `jgpt.serve` is the caller. A row gets the
+In the data path: beside `decode.py`, above `rounds.py`; `jgpt.serve` is the caller. A row gets the
 ids that `generate` would give it alone: the same seed, the same text. (Sums may be rounded differently in a larger
 batch, as everywhere.)
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jgpt.inference.decode import (
+from jgpt.inference.rounds import (
     STREAM_STEPS,
     Rows,
     Task,

@@ -16,7 +16,7 @@ from jgpt.data.chat_template import Message
 from jgpt.data.unknown import name_unknown, unknown_characters
 from jgpt.errors import UserError
 from jgpt.inference.chat_prompt import ChatPrompts
-from jgpt.inference.decode import compilations
+from jgpt.inference.rounds import compilations
 from jgpt.inference.sampling import Sampling
 from jgpt.inference.write import Prompt, write
 from jgpt.model.gpt import GPT

@@ -1,11 +1,11 @@
 """Draw the next token's id from its logits.
 
-In the data path: called by `inference/decode.py` for each new token, inside its compiled loop. Each filter takes fp32
+In the data path: called by `inference/rounds.py` for each new token, inside its compiled loop. Each filter takes fp32
 logits [B, V] and returns them with the excluded ids at finfo.min. Ids with equal logits are kept or excluded together.
 """
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jax import Array
 from jgpt.errors import UserError
 
 EXCLUDED = jnp.finfo(jnp.float32).min
-MOST_IDS = 2**31 - 1  # a larger top_k keeps all ids as well
+MOST_IDS, LARGEST = 2**31 - 1, float(jnp.finfo(jnp.float32).max)  # larger values of rules mean the same
 
 
 class Rules(NamedTuple):
@@ -71,12 +71,17 @@ class Sampling:
 
     def rules(self, n_rows: int) -> Rules:
         """Return the same rules for each of `n_rows` rows."""
-        values = [
-            min(value, MOST_IDS) if name == "top_k" else value
-            for name, value in zip(Rules._fields, astuple(self), strict=True)
-        ]
-        kinds = [np.int32 if name == "top_k" else np.float32 for name in Rules._fields]
-        return Rules(*(np.full(n_rows, value, kind) for value, kind in zip(values, kinds, strict=True)))
+
+        def full(value: float) -> np.ndarray:
+            return np.full(n_rows, min(value, LARGEST), np.float32)
+
+        return Rules(
+            temperature=full(self.temperature),
+            top_k=np.full(n_rows, min(self.top_k, MOST_IDS), np.int32),
+            top_p=full(self.top_p),
+            min_p=full(self.min_p),
+            repetition_penalty=full(self.repetition_penalty),
+        )
 
 
 def keep_top_k(logits: Array, k: Array | int) -> Array:

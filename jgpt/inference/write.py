@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jgpt.data.tokenizer import Tokenizer
-from jgpt.inference.decode import STREAM_STEPS, stream
+from jgpt.inference.decode import stream
+from jgpt.inference.rounds import STREAM_STEPS
 from jgpt.inference.sampling import Sampling
 from jgpt.inference.stop_strings import StopStrings
 from jgpt.inference.text_stream import TextStream

@@ -123,7 +123,8 @@ def check_address(host: str, token: str) -> None:
     if not (is_own or token):
         raise UserError(
             f"--host={host} lets other machines in. Needed: a token, which their requests must have. Set the"
-            f" environment variable {TOKEN}, for example to the output of: openssl rand -hex 16. Or leave --host out: then only this machine can reach it."
+            f" environment variable {TOKEN}, for example to the output of: openssl rand -hex 16. Or leave --host"
+            " out: then only this machine can reach it."
         )
 
 

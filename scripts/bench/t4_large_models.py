@@ -24,8 +24,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
-from jgpt.inference.decode import UNLIMITED, Task, decode, prefill
 from jgpt.inference.placement import needed
+from jgpt.inference.rounds import UNLIMITED, Task, decode, prefill
 from jgpt.inference.sampling import Sampling
 from jgpt.model.columns import for_devices
 from jgpt.model.gpt import GPT

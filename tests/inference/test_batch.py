@@ -9,7 +9,7 @@ from test_decode import GREEDY, LLAMA, MODELS, N_IDS, RANDOM, fast, params_of
 
 from jgpt.inference import batch as batch_module
 from jgpt.inference.batch import Batch, Row
-from jgpt.inference.decode import compilations
+from jgpt.inference.rounds import compilations
 from jgpt.inference.sampling import Sampling
 from jgpt.model.gpt import GPT
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jgpt.errors import UserError
-from jgpt.inference.decode import UNLIMITED, NonFiniteLogits, bucket, compilations, generate, stream
+from jgpt.inference.decode import generate, stream
+from jgpt.inference.rounds import UNLIMITED, NonFiniteLogits, bucket, compilations
 from jgpt.inference.sampling import EXCLUDED, Sampling, sample
 from jgpt.model.gpt import GPT, unembedding
 from jgpt.model.kv_cache import empty_cache
