@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": FOLDER / "prepare.py",
     "generate": FOLDER / "generate.py",
     "chat": FOLDER / "chat.py",
+    "serve": FOLDER / "serve" / "__main__.py",
     "evaluate": FOLDER / "evaluate.py",
     "plan": FOLDER / "plan.py",
     "convert": FOLDER / "convert.py",

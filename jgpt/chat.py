@@ -12,13 +12,11 @@ After training, in the data path: a model in, a conversation out.
 """
 
 import sys
-from dataclasses import replace
 
 from absl import flags
 
 from jgpt.cli import model_flags
 from jgpt.cli.run import run
-from jgpt.errors import UserError
 
 
 def define_flags() -> None:
@@ -37,38 +35,29 @@ def define_flags() -> None:
 
 def main() -> None:
     """Load the model, answer."""
-
+    # Here, as all that loads JAX: --help must not wait for it.
+    from jgpt.api import load
     from jgpt.cli.terminal import read_message, say, write
-    from jgpt.data.chat_template import read_template
     from jgpt.hardware.devices import describe, local_devices
     from jgpt.inference.chat import HELP, Chat, talk
-    from jgpt.inference.sampling import Sampling
-    from jgpt.kaggle.session.secrets import provide_hub_token
+    from jgpt.inference.chat_prompt import chat_sampling
 
     args, name = flags.FLAGS, model_flags.model_name()
     given = model_flags.sampling_given()
-    template = read_template(args.chat_template) if args.chat_template else None
-    provide_hub_token(name)
-    loaded = model_flags.load(args.context_length)
-    template = template or loaded.tokenizer.settings.get("chat_template")
-    if not template:
-        raise UserError(
-            f"{name} has no chat template: nothing says how a conversation is put to it. Needed: a model that was"
-            " trained to answer, or its template by --chat_template=FILE. A base model continues a text instead:"
-            " python -m jgpt.generate."
-        )
-    # Where the model's own advice leaves something out, transformers fills in temperature 1 and top_k 50.
-    unset = Sampling(temperature=1.0, top_k=50) if loaded.sampling else Sampling(temperature=0.7, top_k=50, top_p=0.95)
+    model = load(
+        name,
+        **model_flags.loading(),
+        context_length=args.context_length,
+        chat_template=args.chat_template or "",
+    )
+    loaded = model.loaded
     chat = Chat(
         loaded.model,
         {"params": loaded.params},
-        loaded.tokenizer,
-        template=template,
-        system=args.system,
-        sampling=replace(unset, **loaded.sampling | given),
+        model.chat_prompts([{"role": "system", "content": args.system}] if args.system else []),
+        sampling=chat_sampling(loaded.sampling, given),
         max_new_tokens=args.max_new_tokens,
         context_length=args.context_length,
-        stop_ids=loaded.stop_ids,
         seed=args.seed,
     )
     device, dtype = describe(local_devices()[0]).name, loaded.model.dtype.__name__

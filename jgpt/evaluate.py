@@ -34,19 +34,19 @@ def define_flags() -> None:
 def main() -> None:
     """Load, measure, print."""
     # Here, as all that loads JAX: --help must not wait for it.
+    from jgpt.api import load
     from jgpt.cli.terminal import say, write
     from jgpt.data.unknown import name_unknown
-    from jgpt.kaggle.session.secrets import provide_hub_token
-    from jgpt.loading.measure import LONGEST, block_length, measure_text, measure_validation_split
+    from jgpt.loading.measure import LONGEST, block_length, measure_files
 
     args, name = flags.FLAGS, model_flags.model_name()
-    provide_hub_token(name)
-    loaded = model_flags.load(args.sequence_length or LONGEST)
-    length = block_length(loaded, args.sequence_length)
+    model = load(name, **model_flags.loading(), context_length=args.sequence_length or LONGEST)
+    loaded = model.loaded
     if args.text_glob:
-        found = measure_text(loaded, args.text_glob, args.text_field, args.encoding, args.encoding_errors, length)
+        length = block_length(loaded, args.sequence_length)
+        found = measure_files(loaded, args.text_glob, args.text_field, args.encoding, args.encoding_errors, length)
     else:
-        found = measure_validation_split(loaded, name, length)
+        found = model.evaluate(sequence_length=args.sequence_length)
     at_step = "" if loaded.step is None else f" (step {loaded.step})"
     split = "the run's validation split"
     write(f"text              {args.text_glob or split}\n")

@@ -12,11 +12,14 @@ After training, in the data path: a model in, text out.
 """
 
 import sys
+import time
 
 from absl import flags
 
 from jgpt.cli import model_flags
 from jgpt.cli.run import run
+
+SEPARATOR = "-" * 80
 
 
 def define_flags() -> None:
@@ -34,40 +37,49 @@ def define_flags() -> None:
 
 def main() -> None:
     """Load the model, write the texts."""
-
+    # Here, as all that loads JAX: --help must not wait for it.
+    from jgpt.api import load
     from jgpt.cli.terminal import read_prompt, say, write
     from jgpt.data.unknown import name_unknown, unknown_characters
     from jgpt.hardware.devices import describe, local_devices
+    from jgpt.inference.rounds import STREAM_STEPS, UNLIMITED
     from jgpt.inference.sampling import Sampling
-    from jgpt.inference.write import write_samples
-    from jgpt.kaggle.session.secrets import provide_hub_token
+    from jgpt.inference.write import text_prompt
 
     args, name = flags.FLAGS, model_flags.model_name()
     sampling = Sampling(**model_flags.sampling_given())
-    prompt = read_prompt(args.prompt, args.prompt_file)
-    provide_hub_token(name)
-    longest = len(prompt.encode("utf-8", "replace")) + 2 + args.max_new_tokens  # no token is shorter than a byte
-    loaded = model_flags.load(min(args.context_length or longest, longest), rows=args.num_samples)
+    text = read_prompt(args.prompt, args.prompt_file)
+    longest = len(text.encode("utf-8", "replace")) + 2 + args.max_new_tokens  # no token is shorter than a byte
+    context_length = min(args.context_length or longest, longest)
+    model = load(name, **model_flags.loading(), context_length=context_length, rows=args.num_samples)
+    loaded = model.loaded
     step = "" if loaded.step is None else f", step {loaded.step:,}"
     val_loss = "" if loaded.val_loss is None else f", validation loss {loaded.val_loss:.4f}"
     say(f"{name}{step}{val_loss}, on {describe(local_devices()[0]).name} in {loaded.model.dtype.__name__}")
-    if note := name_unknown(unknown_characters(loaded.tokenizer, prompt), "the prompt"):
+    if note := name_unknown(unknown_characters(model.tokenizer, text), "the prompt"):
         say(f"note: {note}")
-    speed = write_samples(
-        loaded.model,
-        {"params": loaded.params},
-        loaded.tokenizer,
-        prompt,
-        sampling=sampling,
-        num_samples=args.num_samples,
+
+    prompt = text_prompt(model.tokenizer, text)
+    streams = args.num_samples == 1 and (sys.stdout.isatty() if args.stream is None else args.stream)
+    began, n_tokens = time.perf_counter(), 0
+    samples = [model.tokenizer.decode(prompt.text)] * args.num_samples
+    if streams:
+        write(samples[0])
+    for number, piece, n_new in model.pieces(
+        [prompt] * args.num_samples,
+        sampling,
         max_new_tokens=args.max_new_tokens,
-        context_length=args.context_length,
-        stop_ids=loaded.stop_ids,
         seed=args.seed,
-        stream=sys.stdout.isatty() if args.stream is None else args.stream,
-        write=write,
-    )
-    say(speed)
+        context_length=args.context_length,
+        steps=STREAM_STEPS if streams else UNLIMITED,
+    ):
+        samples[number] += piece
+        n_tokens += n_new
+        if streams:
+            write(piece)
+    seconds = time.perf_counter() - began
+    write("\n" if streams else f"\n{SEPARATOR}\n".join(samples) + "\n")
+    say(f"{n_tokens:,} tokens in {seconds:.1f} s ({n_tokens / seconds:,.0f} a second, compilation included)")
 
 
 if __name__ == "__main__":

@@ -12,24 +12,15 @@ import shlex
 import sys
 
 from jgpt.cli.flags import define_config, load_config
-from jgpt.cli.run import run, set_up_logging
-
-
-def train(config, command: str = "") -> None:
-    """Train as the command does; for notebooks. `config` is a config file's get_config()."""
-    # Here, as all that loads JAX: --help must not wait for it.
-    from jgpt.kaggle.session.open import open_session
-    from jgpt.training.start import train as start_training
-
-    set_up_logging()
-    with open_session(config) as (config, on_saved):
-        start_training(config, command or "call train(config) again", on_saved)
+from jgpt.cli.run import run
 
 
 def main() -> None:
     """Train the config of the command line."""
+    from jgpt.api import train  # here: --help must not wait for JAX
+
     arguments = [a for a in sys.argv[1:] if not a.startswith("--config.checkpoint.resume")]
-    train(load_config(), shlex.join(["python", "-m", "jgpt.train", *arguments]))
+    train(load_config(), command=shlex.join(["python", "-m", "jgpt.train", *arguments]))
 
 
 if __name__ == "__main__":

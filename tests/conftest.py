@@ -21,6 +21,7 @@ import pytest
 from absl import flags
 from fake_kaggle import FakeKaggle, reach
 from fake_machine import python_without
+from server import Server, learn_by_heart, serving
 
 jax.config.update("jax_num_cpu_devices", 2)  # before any test touches a device
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -91,7 +92,7 @@ def _run(name: Any, *arguments: str, stdin: str | bytes = "") -> Result:
     module = importlib.import_module(f"jgpt.{name}") if isinstance(name, str) else name
     raw = stdin.encode() if isinstance(stdin, str) else stdin
     out, err = io.StringIO(), io.StringIO()
-    with _own_process_state(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with own_process_state(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with mock.patch.object(sys, "argv", [str(module.__file__), *arguments]):
             with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw))):
                 with pytest.raises(SystemExit) as exit:
@@ -104,7 +105,7 @@ def _run(name: Any, *arguments: str, stdin: str | bytes = "") -> Result:
 
 
 @contextlib.contextmanager
-def _own_process_state() -> Iterator[None]:
+def own_process_state() -> Iterator[None]:
     """Put back what a command changes in its process: flags, the log of jgpt, the environment."""
     from jgpt.cli import run as cli_run
 
@@ -167,6 +168,20 @@ def adapted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = _run("train", *_tiny(root), *FROM_A_MODEL, *LORA, f"--config.init_from={base}")
     assert result.code == 0, result.err
     return root
+
+
+@pytest.fixture(scope="session")
+def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run directory of a chat model that knows three conversations by heart (tests/serve/server.py)."""
+    with own_process_state():
+        return learn_by_heart(tmp_path_factory.mktemp("parrot"))
+
+
+@pytest.fixture(scope="session")
+def server(parrot: Path) -> Iterator[Server]:
+    """Return a server of that model: 4 texts are written at a time, 8 wait."""
+    with serving(parrot, "--rows=4", "--queue=8") as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ def test_a_crash_with_a_traceback(start: Started, tiny: list[str], tmp_path: Pat
         "    files = [open(os.path.expanduser(name)).read() for name in ('~/session', '~/.netrc')]\n"
         "    raise RuntimeError(f'401 for https://a:{secrets[0]}@host/x with {secrets} and {files}')\n"
         "Checkpoints.save = save\n"
-        "from jgpt import train\n"
+        "import importlib\ntrain = importlib.import_module('jgpt.train')\n"
         "from jgpt.cli.flags import define_config\nfrom jgpt.cli.run import run\n"
         "define_config()\n"
         "run(train.main, train.__doc__)\n"

@@ -5,14 +5,11 @@ Beside the data path. A flag is defined when its command runs, not at import: ab
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
 
 from jgpt.errors import UserError
-
-if TYPE_CHECKING:
-    from jgpt.loading.load import LoadedModel
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -74,19 +71,7 @@ def sampling_given() -> dict[str, Any]:
     return given
 
 
-def load(context_length: int, rows: int = 1) -> LoadedModel:
-    """Load the model of the flags onto the devices; see `load_model` for `context_length` and `rows`."""
-    from jgpt.hardware.process import set_up_process  # here: --help must not wait for JAX
-    from jgpt.loading.load import load_model
-
-    args, name = flags.FLAGS, model_name()
-    set_up_process()
-    return load_model(
-        name,
-        step=args.step,
-        compute=args.compute,
-        devices=args.devices,
-        context_length=context_length,
-        rows=rows,
-        base=args.base,
-    )
+def loading() -> dict[str, Any]:
+    """Return which state of the model to load, and where to, for `jgpt.load`."""
+    args = flags.FLAGS
+    return {"step": args.step, "compute": args.compute, "devices": args.devices, "base": args.base}

@@ -9,23 +9,23 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from jgpt.data.batches import Batch
-from jgpt.data.corpus import Corpus
+from jgpt.data.pieces import Piece
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.data.unknown import unknown_characters
 
 
 class TokenStream:
-    """The ids of a corpus: iterate over arrays of uint32, with an end-of-text id after each document.
+    """The ids of a corpus: iterate, once, over arrays of uint32, with an end-of-text id after each document.
 
     `n_bytes` counts the text read so far, as UTF-8, `unknown` its characters that the vocabulary lacks.
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer) -> None:
-        self.corpus, self.tokenizer, self.n_bytes = corpus, tokenizer, 0
+    def __init__(self, pieces: Iterable[Piece], tokenizer: Tokenizer) -> None:
+        self.pieces, self.tokenizer, self.n_bytes = pieces, tokenizer, 0
         self.unknown: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for piece in self.corpus.pieces():
+        for piece in self.pieces:
             self.n_bytes += len(piece.text.encode("utf-8", "surrogatepass"))
             ids = self.tokenizer.encode(piece.text)
             self.unknown += unknown_characters(self.tokenizer, piece.text, ids)

@@ -57,7 +57,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     if role not in ROLES:
         raise UserError(f"{place} has the role {role!r}. Allowed: {', '.join(ROLES)}. {LINE}")
     if isinstance(content, list):
-        content = _join_parts(content, place)
+        content = join_parts(content, place)
         message = message | {"content": content}
     calls = role == "assistant" and bool(message.get("tool_calls"))
     if not isinstance(content, str) and not (content is None and calls):
@@ -75,7 +75,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     return message
 
 
-def _join_parts(parts: list[Any], place: str) -> str:
+def join_parts(parts: list[Any], place: str) -> str:
     """Join a content of parts, {"type": "text", "text": TEXT}, to the text that it is."""
     texts = []
     for part in parts:

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-import jgpt
 from jgpt.atomic_write import atomic_directory, write_file
 from jgpt.config.defaults import KEYS
 from jgpt.config.key import Key
@@ -30,6 +29,7 @@ from jgpt.exchange.tensors import prefix, table
 from jgpt.exchange.weights import Stored, entry_bytes, find_tensors, load_params, main_dtype, match, save_params
 from jgpt.model.precision import DTYPES
 from jgpt.model.shapes import ModelConfig, model_config
+from jgpt.version import __version__
 
 log = logging.getLogger("jgpt")
 
@@ -236,7 +236,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A language model of {n_params:,} parameters, written by jgpt {jgpt.__version__}.
+A language model of {n_params:,} parameters, written by jgpt {__version__}.
 
 | | |
 |---|---|

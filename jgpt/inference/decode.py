@@ -1,11 +1,7 @@
 """Generate text: continue prompts of token ids, with a cache of keys and values.
 
-In the data path: the last step, between a trained model and text; `inference/sampling.py` draws each token.
-
-A round has two compiled calls. `prefill` runs each row's window (the end of its text) through the model at once, and
-draws the row's first new token. `decode` is one `lax.while_loop`: it feeds each row its newest token and draws the
-next, until every row is done or has filled the context. Each row has positions of its own, so prompts of different
-lengths share a batch.
+In the data path: the last step, between a trained model and text. A round is two compiled calls (`rounds.py`): the
+prompts go through the model at once, then a loop draws token after token.
 
 When the context is full, nanoGPT drops one token at each step. That moves all other tokens to other positions, so no
 cached key or value stays valid, and each token costs a full forward pass. Here a full row drops the older half of its
@@ -13,50 +9,29 @@ window, and the next round begins with the newer half: one prefill for each cont
 least half a context in view.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jgpt.errors import UserError
-from jgpt.inference.sampling import EXCLUDED, Sampling, sample
-from jgpt.model.gpt import GPT, unembedding
-from jgpt.model.kv_cache import KVCache, empty_cache
-from jgpt.model.layers import product
-from jgpt.model.precision import Policy, dtype_name
-
-SMALLEST_BUCKET = 16
-STREAM_STEPS = 4  # tokens between two calls of `on_tokens`
-UNLIMITED = 2**31 - 1  # steps of `decode`
-
-
-class NonFiniteLogits(UserError):
-    """The model's logits are inf or NaN, so no token can be drawn."""
-
-
-class Task(NamedTuple):
-    """The inputs of a round that do not change. None of them is a shape, so other values need no compilation."""
-
-    key: Array  # a JAX random key
-    start: Array  # int32 [B]: the place in its whole text at which each row's window begins
-    stop: Array  # int32 [B]: the length of the window at which a row has enough tokens
-    stop_ids: Array  # int32 [a multiple of 4]: the ids that end a text, padded with -1
-    n_ids: Array  # int32: ids from here on are padding of the vocabulary
-
-
-class Rows(NamedTuple):
-    """The state of a round: the windows so far, with a cache of S positions."""
-
-    tokens: Array  # int32 [B, S + 1]: the last one can be drawn, but not fed to the model
-    length: Array  # int32 [B]: tokens so far; the newest is not yet fed to the model
-    done: Array  # bool [B]: the row ended with a stop token, or has enough tokens
-    finite: Array  # bool [B]: all logits of the row were finite while it was not done
-    seen: Array | None  # bool [B, V]: the ids in the whole text so far; None without a repetition penalty
-    cache: KVCache
+from jgpt.inference.rounds import (
+    STREAM_STEPS,
+    UNLIMITED,
+    NonFiniteLogits,
+    Task,
+    bucket,
+    compute_variables,
+    decode,
+    not_finite,
+    prefill,
+    seen_ids,
+    stop_row,
+    without_stop,
+)
+from jgpt.inference.sampling import Sampling
+from jgpt.model.gpt import GPT
 
 
 def generate(
@@ -70,55 +45,107 @@ def generate(
     n_ids: int,
     seed: int,
     context_length: int = 0,
-    on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens; return the new ids, without the stop token.
 
     `variables` holds "params", and "lora" where the model has adapters. Fp32 master parameters are allowed: matrices
     are cast to `model.dtype` once. A text ends at any of `stop_ids`. Ids from `n_ids` on are never drawn. The random
     numbers of row b depend only on the seed, b and the place in the text, not on the other rows. The model sees at most
-    `context_length` tokens at a time (0: its own context length). `on_tokens(b, ids)` is called every few tokens with
-    the new ids of row b, the first time with its first token; together these are the ids that are returned.
+    `context_length` tokens at a time (0: its own context length).
 
     Raises:
         UserError: an id of a prompt, `sampling` or `max_new_tokens` is out of range.
         NonFiniteLogits: the model's logits are inf or NaN.
     """
+    found: list[list[int]] = [[] for _ in prompts]
+    for b, ids in stream(
+        model,
+        variables,
+        prompts,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        n_ids=n_ids,
+        seed=seed,
+        context_length=context_length,
+        steps=UNLIMITED,
+    ):
+        found[b] += ids
+    return found
+
+
+def stream(
+    model: GPT,
+    variables: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    n_ids: int,
+    seed: int,
+    context_length: int = 0,
+    steps: int = STREAM_STEPS,
+) -> Iterator[tuple[int, list[int]]]:
+    """Continue prompts as `generate` does; return an iterator over (b, the next ids of row b) while they are made.
+
+    The first ids of a row are one token, the others up to `steps`. Raises as `generate` does, UserError at once.
+    """
     sampling.validate()
     texts = _checked(prompts, n_ids, max_new_tokens)
+    context = min(context_length or model.config.context_length, model.config.context_length)
+    return _stream(model, variables, texts, sampling, max_new_tokens, stop_row(stop_ids), n_ids, seed, context, steps)
+
+
+def _stream(
+    model: GPT,
+    variables: Mapping[str, Any],
+    texts: list[list[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    stops: np.ndarray,
+    n_ids: int,
+    seed: int,
+    context: int,
+    steps: int,
+) -> Iterator[tuple[int, list[int]]]:
     if not texts:
-        return []
-    variables = jax.device_put(Policy(compute=model.dtype).cast_to_compute(variables))
-    stops = np.array([*stop_ids, *[-1] * (-len(stop_ids) % 4)] or [-1] * 4, np.int32)
-    starts, wanted = [len(text) for text in texts], [len(text) + max_new_tokens for text in texts]
-    done = [max_new_tokens == 0] * len(texts)
-    keep = longest = min(context_length or model.config.context_length, model.config.context_length)
+        return
+    variables = compute_variables(model, variables)
+    n, wanted, keep = len(texts), [len(text) + max_new_tokens for text in texts], context
+    done = [max_new_tokens == 0] * n
     # A shorter cache makes each token cheaper. Where it is shorter than the context, it still holds every row whole.
-    size = bucket(min(max(wanted), keep), keep)
+    size = bucket(min(max(wanted), context), context)
     while not all(done):
         padded, lengths = _windows(texts, done, keep, size)
         start = np.array([len(text) for text in texts], np.int32) - lengths
-        stop = np.where(done, lengths, np.array(wanted, np.int32) - start)
-        task = Task(jax.random.key(seed), *map(jnp.asarray, (start, stop, stops, np.int32(n_ids))))
-        seen = _seen(texts, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-        rows = prefill(model, sampling, size, variables, task, padded, lengths, seen)
-        if on_tokens is None:
-            rows = decode(model, sampling, variables, task, rows, UNLIMITED)
+        task = Task(
+            seed=np.full(n, seed, np.uint32),
+            row=np.arange(n, dtype=np.int32),
+            start=start,
+            stop=np.where(done, lengths, np.array(wanted, np.int32) - start),
+            stop_ids=np.tile(stops, (n, 1)),
+            n_ids=np.full(n, n_ids, np.int32),
+            rules=sampling.rules(n),
+        )
+        seen = seen_ids(texts, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
+        rows = prefill(model, size, variables, task, padded, lengths, seen)
+        if steps == UNLIMITED:
+            rows = decode(model, variables, task, rows, steps)
         while True:
             tokens, ends, now_done, finite = jax.device_get(rows[:4])
             if not finite.all():
-                raise NonFiniteLogits(_advice(model))
+                raise NonFiniteLogits(not_finite(model))
             for b, text in enumerate(texts):
                 new = tokens[b, lengths[b] : ends[b]].tolist()
                 text += new
-                if on_tokens is not None and (new_ids := _without_stop(new, stops)):
-                    on_tokens(b, new_ids)
+                if new_ids := without_stop(new, stops):
+                    yield b, new_ids
             lengths, done = ends, now_done.tolist()
             if np.all(now_done | (ends > size)):
                 break
-            rows = decode(model, sampling, variables, task, rows, STREAM_STEPS)
-        keep = max(1, longest // 2)
-    return [_without_stop(text[start:], stops) for text, start in zip(texts, starts, strict=True)]
+            rows = decode(model, variables, task, rows, steps)
+        keep = max(1, context // 2)
 
 
 def _checked(prompts: Sequence[Sequence[int]], n_ids: int, max_new_tokens: int) -> list[list[int]]:
@@ -146,119 +173,3 @@ def _windows(texts: list[list[int]], done: list[bool], keep: int, size: int) -> 
     for row, window in zip(padded, windows, strict=True):
         row[: len(window)] = window
     return padded, lengths
-
-
-def _without_stop(ids: list[int], stops: np.ndarray) -> list[int]:
-    return ids[:-1] if ids and ids[-1] in stops else ids
-
-
-def _seen(texts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
-    """Mark the ids that each text holds: bool [B, V]."""
-    seen = np.zeros((len(texts), vocab_size), bool)
-    for row, text in zip(seen, texts, strict=True):
-        row[list(text)] = True
-    return seen
-
-
-def bucket(n: int, most: int) -> int:
-    """Round up to a power of two, at most `most`, so that few sizes are compiled.
-
-    >>> bucket(5, 1024), bucket(100, 1024), bucket(900, 1000)
-    (16, 128, 1000)
-    """
-    return min(most, max(SMALLEST_BUCKET, 1 << (n - 1).bit_length()))
-
-
-def compilations() -> int:
-    """Count the programs compiled for decoding so far; a time that includes a compilation says little about speed."""
-    return sum(f._cache_size() for f in (prefill, decode))  # pyright: ignore[reportAttributeAccessIssue] (JAX's is private)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def prefill(
-    model: GPT,
-    sampling: Sampling,
-    size: int,
-    variables: Any,
-    task: Task,
-    tokens: Array,
-    length: Array,
-    seen: Array | None,
-) -> Rows:
-    """Run the windows through the model, and draw one token for each row.
-
-    `tokens` int32 [B, P], padded on the right; `length` int32 [B]; `seen` bool [B, V] or None. The cache has `size`
-    positions. The padding writes to it too, but a row overwrites these positions before it attends to them.
-    """
-    c, (batch, padded) = model.config, tokens.shape
-    rows = Rows(
-        tokens=jnp.pad(tokens, ((0, 0), (0, size + 1 - padded))),
-        length=length,
-        done=length >= task.stop,
-        finite=jnp.ones(batch, bool),
-        seen=seen,
-        cache=empty_cache(c.n_layers, batch, size, c.n_kv_heads, c.d_head, model.dtype),
-    )
-    return _advance(model, sampling, variables, task, rows, tokens, None, length - 1)
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def decode(model: GPT, sampling: Sampling, variables: Any, task: Task, rows: Rows, steps: Array | int) -> Rows:
-    """Draw at most `steps` tokens for each row; stop when all rows are done or full, or any logits are not finite."""
-    size = rows.tokens.shape[1] - 1
-
-    def unfinished(carry: tuple[Rows, Array]) -> Array:
-        rows, left = carry
-        return jnp.any(~rows.done & (rows.length <= size)) & jnp.all(rows.finite) & (left > 0)
-
-    def step(carry: tuple[Rows, Array]) -> tuple[Rows, Array]:
-        rows, left = carry
-        # A row that is done while others go on is fed its last token again, which changes nothing.
-        position = jnp.minimum(rows.length - 1, size - 1)[:, None]
-        newest = jnp.take_along_axis(rows.tokens, position, axis=1)
-        last = jnp.zeros_like(rows.length)
-        return _advance(model, sampling, variables, task, rows, newest, position, last), left - 1
-
-    return jax.lax.while_loop(unfinished, step, (rows, jnp.asarray(steps, jnp.int32)))[0]
-
-
-def _advance(
-    model: GPT,
-    sampling: Sampling,
-    variables: Any,
-    task: Task,
-    rows: Rows,
-    fed: Array,
-    positions: Array | None,
-    last: Array,
-) -> Rows:
-    """Run `fed` int32 [B, T] at `positions` through the model, and draw the token after its column `last` [B]."""
-    hidden, cache = cast(tuple[Array, KVCache], model.apply(variables, fed, positions, rows.cache))
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    matrix = unembedding(variables["params"])
-    logits = product(hidden.astype(matrix.dtype), matrix, transposed=True, output_dtype=jnp.float32)
-    going = ~rows.done & (rows.length < rows.tokens.shape[1])
-    real = (jnp.arange(logits.shape[1]) < task.n_ids)[None, :]
-    finite = rows.finite & (~going | jnp.all(jnp.isfinite(logits) | ~real, axis=1))
-    drawn = sample(_keys(task, rows.length), jnp.where(real, logits, EXCLUDED), sampling, rows.seen)
-
-    here = going[:, None] & (jnp.arange(rows.tokens.shape[1])[None, :] == rows.length[:, None])
-    length = rows.length + going
-    ends = jnp.any(drawn[:, None] == task.stop_ids[None, :], axis=1)
-    done = rows.done | (going & (ends | (length >= task.stop)))
-    seen = None if rows.seen is None else rows.seen.at[jnp.arange(len(drawn)), drawn].set(True)
-    return Rows(jnp.where(here, drawn[:, None], rows.tokens), length, done, finite, seen, cache)
-
-
-def _keys(task: Task, length: Array) -> Array:
-    """Make each row's random key, [B], from the row's number and the place of the next token in its whole text."""
-    by_row = jax.vmap(partial(jax.random.fold_in, task.key))(jnp.arange(length.shape[0]))
-    return jax.vmap(jax.random.fold_in)(by_row, task.start + length)
-
-
-def _advice(model: GPT) -> str:
-    """Return the message for logits that are not finite."""
-    problem = f"the model's logits are inf or NaN (it computes in {dtype_name(model.dtype)}). Allowed: finite logits. "
-    if model.dtype == jnp.float32:
-        return problem + "The parameters are broken, as after a diverged training: take an earlier checkpoint (--step)."
-    return problem + "Compute in fp32: precision.compute=fp32 in a config, --compute=fp32 as a flag."

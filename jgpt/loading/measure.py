@@ -13,6 +13,7 @@ from jgpt.data.batches import Batch, validation_blocks
 from jgpt.data.blocks import TokenStream, blocks
 from jgpt.data.corpus import Corpus
 from jgpt.data.find_files import find_files
+from jgpt.data.pieces import cut
 from jgpt.data.token_directory import token_directory
 from jgpt.data.token_files import TokenData, open_token_data
 from jgpt.errors import UserError
@@ -55,12 +56,20 @@ def block_length(loaded: LoadedModel, given: int) -> int:
     return length
 
 
-def measure_text(
+def measure_string(loaded: LoadedModel, text: str, length: int) -> Measured:
+    """Measure a model on a document, in blocks of `length` tokens. Raises UserError where it is too short."""
+    return _measure(loaded, TokenStream(cut([text]), loaded.tokenizer), length)
+
+
+def measure_files(
     loaded: LoadedModel, text_glob: str, text_field: str, encoding: str, encoding_errors: str, length: int
 ) -> Measured:
     """Measure a model on text files, in blocks of `length` tokens. Raises UserError of the files."""
     corpus = Corpus(find_files(text_glob), text_field, encoding_errors, encoding=encoding)
-    stream = TokenStream(corpus, loaded.tokenizer)
+    return _measure(loaded, TokenStream(corpus.pieces(), loaded.tokenizer), length)
+
+
+def _measure(loaded: LoadedModel, stream: TokenStream, length: int) -> Measured:
     loss, n_tokens = evaluate_loaded(loaded, _some(blocks(stream, length)), _rows(length), length)
     return Measured(loss, n_tokens, stream.n_bytes, bits_per_byte(loss, n_tokens + 1, stream.n_bytes), stream.unknown)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-import jgpt
 from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
 from jgpt.hardware.process import user_cache
@@ -23,6 +22,7 @@ from jgpt.planning.devices import Target, this_machine
 from jgpt.planning.execution import Execution, execution_of
 from jgpt.planning.search import refusal, search
 from jgpt.run_dir.identity import read_config, was_last_here
+from jgpt.version import __version__
 from jgpt.wording import GIB, format_duration
 
 log = logging.getLogger("jgpt")
@@ -87,7 +87,7 @@ def _key(config: ConfigDict, shapes: ModelConfig, target: Target) -> str:
     groups = config.model, config.lora, config.precision, config.batch, config.execution
     settings = [*(group.to_dict() for group in groups), config.data.format, repr(shapes), config.optimizer.kind]
     kinds = [device.device_kind for device in target.devices]
-    machine = [kinds, target.memory_bytes, repr(target.rates), jax.__version__, jgpt.__version__]
+    machine = [kinds, target.memory_bytes, repr(target.rates), jax.__version__, __version__]
     return hashlib.sha256(json.dumps([settings, machine], sort_keys=True).encode()).hexdigest()
 
 

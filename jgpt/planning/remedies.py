@@ -17,7 +17,7 @@ def explain(shortage: str, doing: str, on_host: bool, config: ConfigDict, parts:
     """Return the message: what ran out in which work (`doing`), and the overrides that help, the cheapest first."""
     state = parts.state_bytes
     first, *others = host_remedies(config, state) if on_host else device_remedies(doing, config, parts)
-    plan = command if "jgpt.train" in command else "python -m jgpt.train --config FILE"
+    plan = command if "-m jgpt.train" in command else "python -m jgpt.train --config FILE"
     lines = [f"out of memory in {doing}: {shortage}. Take {first}.", *(f"  or {other}" for other in others)]
     if not on_host and doing != SAMPLING:
         lines += [

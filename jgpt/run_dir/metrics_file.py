@@ -35,11 +35,15 @@ class MetricsLog:
             write_file(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8", newline="")
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append a line: floats to their last bit, NaN and infinity as null, keys whose value is None left out."""
+    def write(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Append a line, and return what it holds.
+
+        Floats are written to their last bit, NaN and infinity as null; keys whose value is None are left out.
+        """
         plain = {key: _plain(value) for key, value in record.items() if value is not None}
         self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
+        return plain
 
     def close(self) -> None:
         self._file.close()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -33,25 +34,36 @@ from jgpt.training.status import Status, failures_explained
 from jgpt.training.stop import Stop
 
 
-def train(config: ConfigDict, command: str = "", on_saved: Callable[[Path, int], None] | None = None) -> None:
+def train(
+    config: ConfigDict,
+    command: str = "",
+    on_saved: Callable[[Path, int], None] | None = None,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
+) -> Status:
     """Train until `optimizer.total_steps`, a signal or the deadline; save; say how it ended in status.json.
 
     A run directory that holds a run goes on from its newest whole checkpoint. `command` is what a user would type to go
     on. `on_saved(run directory, step)` is called in a background thread once a checkpoint is whole; it should be quick,
-    as the next save waits for it, and must not raise.
+    as the next save waits for it, and must not raise. `on_record(record)` is called with each record of metrics.jsonl,
+    between two steps; what it raises ends the run as any error does.
 
-    Raises UserError for what the user can fix, before the first step wherever it can be known, OutOfMemory and
-    TrainingDiverged.
+    Returns the status of the run. Raises UserError for what the user can fix, before the first step wherever it can be
+    known, OutOfMemory and TrainingDiverged.
     """
     try:
-        return _train(config, command, on_saved)
+        return _train(config, command, on_saved, on_record)
     except OutOfMemory as error:
         message = str(error)
     # A new one: the frames of the first hold the arrays on the devices, and a notebook keeps the last error.
     raise OutOfMemory(message)
 
 
-def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], None] | None) -> None:
+def _train(
+    config: ConfigDict,
+    command: str,
+    on_saved: Callable[[Path, int], None] | None,
+    on_record: Callable[[dict[str, Any]], None] | None,
+) -> Status:
     stop, started = Stop(config.deadline_hours), time.monotonic()
     set_up_process(config.execution.deterministic)
     files = find_text(config)
@@ -89,6 +101,7 @@ def _train(config: ConfigDict, command: str, on_saved: Callable[[Path, int], Non
         ):
             run = begin(config, run_dir, setup, source, checkpoints, status)
             drop_samples_after(run_dir / "samples.txt", run.step)
-            with Log(run, peak_flops(setup.parts)) as metrics:
+            with Log(run, peak_flops(setup.parts), on_record) as metrics:
                 health = Health(setup.parts.shapes.vocab_size, run.lowest_loss)
                 loop(run, metrics, Save(run, checkpoints, health), health, stop)
+    return status

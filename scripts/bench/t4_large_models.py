@@ -24,8 +24,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
-from jgpt.inference.decode import UNLIMITED, Task, decode, prefill
 from jgpt.inference.placement import needed
+from jgpt.inference.rounds import UNLIMITED, Task, decode, prefill
 from jgpt.inference.sampling import Sampling
 from jgpt.model.columns import for_devices
 from jgpt.model.gpt import GPT
@@ -84,14 +84,14 @@ class TwoT4s:
 
     def compile_decoding(self, size: int) -> tuple[Any, Any]:
         """Compile the prefill of `size` tokens and the loop that decodes with a cache of as many."""
-        model, sampling, params = GPT(self.shared, jnp.float16), Sampling(), {"params": self.params()}
-        one = jnp.zeros(1, jnp.int32)
-        task = self.copied(jax.eval_shape(lambda: Task(jax.random.key(0), one, one, jnp.zeros(4, jnp.int32), one[0])))
+        model, params, one = GPT(self.shared, jnp.float16), {"params": self.params()}, jnp.zeros(1, jnp.int32)
+        stops = jnp.full((1, 4), -1)
+        task = self.copied(Task(one.astype(jnp.uint32), one, one, one, stops, one, Sampling().rules(1)))
         tokens, length, steps = map(self.copied, (jnp.zeros((1, size), jnp.int32), one, jnp.int32(UNLIMITED)))
-        lowered = prefill.lower(model, sampling, size, params, task, tokens, length, None)
+        lowered = prefill.lower(model, size, params, task, tokens, length, None)
         rows = self.copied(lowered.out_info)
         rows = rows._replace(cache=self.copied(rows.cache, cache_sharding(self.shared, self.mesh)))
-        return lowered.compile(), decode.lower(model, sampling, params, task, rows, steps).compile()
+        return lowered.compile(), decode.lower(model, params, task, rows, steps).compile()
 
     def compile_lora_step(self, length: int) -> Any:
         """Compile a training step on one sequence of `length` tokens."""

@@ -67,13 +67,15 @@ def read_floors() -> list[list[Room]]:
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     floors = [[name.strip() for name in layer.replace(":", "|").split("|")] for layer in layers]
     rooms: list[list[Room]] = []
-    for is_files, group in groupby(floors, lambda floor: all(_path(name).suffix == ".py" for name in floor)):
+    lowest = floors[-1]
+    for is_files, floors_of_kind in groupby(floors, lambda floor: all(_path(name).suffix == ".py" for name in floor)):
+        group = list(floors_of_kind)
         if not is_files:
             rooms += [[_room(name) for name in floor] for floor in group]
             continue
         names = [name for floor in group for name in floor]  # neighbours, such as all commands, are one box
         short = ", ".join(name.removeprefix(f"{PACKAGE}.") for name in names)
-        rooms.append([Room(GROUND if rooms else "commands", names, short)])
+        rooms.append([Room(GROUND if lowest in group else "commands", names, short)])
     for room in (room for floor in rooms for room in floor):
         room.files = sorted(file for name in room.modules for file in _files(name))
         room.lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in room.files)

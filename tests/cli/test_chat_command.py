@@ -23,6 +23,7 @@ from jgpt.data.tokenizer import Tokenizer, train_bpe
 from jgpt.errors import UserError
 from jgpt.exchange.pretrained import export_model
 from jgpt.inference.chat import Answer, Chat, talk
+from jgpt.inference.chat_prompt import ChatPrompts
 from jgpt.inference.decode import generate
 from jgpt.inference.sampling import Sampling
 from jgpt.model.gpt import GPT
@@ -60,10 +61,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(**how: Any) -> Chat:
     model, params, tokenizer = parts()
-    defaults = dict(
-        template=CHATML, system=None, sampling=GREEDY, max_new_tokens=8, context_length=0, stop_ids=[], seed=0
-    )
-    return Chat(model, {"params": params}, tokenizer, **{**defaults, **how})
+    defaults = dict(sampling=GREEDY, max_new_tokens=8, context_length=0, seed=0)
+    given = dict(template=CHATML, stop_ids=[], system=[])
+    given |= {name: how.pop(name) for name in given if name in how}
+    return Chat(model, {"params": params}, ChatPrompts(tokenizer, **given), **{**defaults, **how})
 
 
 def answer_to(messages: list[dict[str, str]], new: int = 8) -> str:
@@ -79,7 +80,7 @@ def said(role: str, content: str) -> dict[str, str]:
 
 
 def test_the_model_is_shown_all_that_was_said():
-    chat, pieces = make(system="one two"), []
+    chat, pieces = make(system=[said("system", "one two")]), []
     shown = [said("system", "one two")]
     for question in ("one", "two", "one two"):
         shown.append(said("user", question))
@@ -88,7 +89,7 @@ def test_the_model_is_shown_all_that_was_said():
         assert len(pieces) > 2 and answer.n_tokens == 8 and "cut at 8" in answer.summary()
         shown.append(said("assistant", answer.text.strip()))
         pieces.clear()
-    assert chat.system + chat.turns == shown
+    assert chat.prompts.system + chat.turns == shown
     chat.reset()
     assert chat.ask("one", pieces.append).text == answer_to(shown[:2])
 
@@ -96,8 +97,8 @@ def test_the_model_is_shown_all_that_was_said():
 def test_an_answer_ends_with_its_turn():
     """Whatever the model says its texts end with, the template's own end of turn is known as well."""
     tokenizer = parts()[2]
-    assert make(stop_ids=[7]).stop_ids == [7, tokenizer.backend.token_to_id("<|im_end|>")]
-    assert make(template="{% for m in messages %}{{ m.content }} {% endfor %}").stop_ids == []
+    assert make(stop_ids=[7]).prompts.stop_ids == (7, tokenizer.backend.token_to_id("<|im_end|>"))
+    assert make(template="{% for m in messages %}{{ m.content }} {% endfor %}").prompts.stop_ids == ()
     endless = answer_to([said("user", "one")])
     stop = tokenizer.encode(endless).tolist()[3]
     answer = make(stop_ids=[stop]).ask("one", lambda _: None)
@@ -105,10 +106,10 @@ def test_an_answer_ends_with_its_turn():
 
 
 def test_the_oldest_turns_make_room():
-    chat = make(system="one", context_length=64)
+    chat = make(system=[said("system", "one")], context_length=64)
     answers = [chat.ask("two", lambda _: None) for _ in range(4)]
     assert "without the first" not in answers[0].summary() and "without the first" in answers[-1].summary()
-    shown = [*chat.system, *chat.turns[chat.forgotten : -2], said("user", "two")]
+    shown = [*chat.prompts.system, *chat.turns[chat.forgotten : -2], said("user", "two")]
     assert chat.forgotten in (2, 4) and answers[-1].text == answer_to(shown)
     assert len(chat.turns) == 8  # they are kept for /save
     with pytest.raises(UserError, match="too long.*Allowed: 56"):

@@ -53,8 +53,7 @@ def interrupted_before_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
         "jgpt.training.start.write_identity",
         "jgpt.planning.summary.estimate",
         "jgpt.planning.summary.search",
-        "jgpt.inference.write.generate",
-        "jgpt.inference.chat.generate",
+        "jgpt.inference.write.stream",
         "jgpt.loading.measure.evaluate_loaded",
     ):
         monkeypatch.setattr(place, interrupt)

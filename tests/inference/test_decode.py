@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jgpt.errors import UserError
-from jgpt.inference.decode import NonFiniteLogits, bucket, compilations, generate
+from jgpt.inference.decode import generate, stream
+from jgpt.inference.rounds import UNLIMITED, NonFiniteLogits, bucket, compilations
 from jgpt.inference.sampling import EXCLUDED, Sampling, sample
 from jgpt.model.gpt import GPT, unembedding
 from jgpt.model.kv_cache import empty_cache
@@ -65,7 +66,7 @@ def slow_token(
     model: GPT, sampling: Sampling, params: Any, window: jax.Array, length: int, key: jax.Array
 ) -> jax.Array:
     logits = slow_logits(model, params, window, length)
-    return sample(key[None], logits.at[:, N_IDS:].set(EXCLUDED), sampling)[0]
+    return sample(key[None], logits.at[:, N_IDS:].set(EXCLUDED), sampling.rules(1))[0]
 
 
 def slow(name: str, prompts: Sequence[Sequence[int]], sampling: Sampling, new: int, seed: int = 0) -> list[list[int]]:
@@ -157,24 +158,14 @@ def test_any_of_many_stop_tokens_ends_a_row():
 @pytest.mark.parametrize("stops", [[], [EOT, 5, 6]])
 def test_tokens_are_reported_while_they_are_made(stops: list[int]):
     """Row by row in order, the first one alone, no more than four at a time; all of them are what is returned."""
-    calls: list[tuple[int, list[int]]] = []
-    got = fast("gpt2", PROMPTS, RANDOM, 60, seed=3, stops=stops, on_tokens=lambda row, ids: calls.append((row, ids)))
-    assert got == fast("gpt2", PROMPTS, RANDOM, 60, seed=3, stops=stops)
+    ask = dict(sampling=RANDOM, max_new_tokens=60, stop_ids=stops, n_ids=N_IDS, seed=3)
+    calls = list(stream(MODELS["gpt2"], {"params": params_of("gpt2")}, PROMPTS, **ask))
+    got = fast("gpt2", PROMPTS, RANDOM, 60, seed=3, stops=stops)
     for row, ids in enumerate(got):
         pieces = [piece for b, piece in calls if b == row]
         assert sum(pieces, []) == ids
         assert not ids or len(pieces[0]) == 1 and max(map(len, pieces)) == 4
     assert stops or [row for row, _ in calls[:4]] == [0, 1, 2, 3]
-
-
-def test_an_error_in_the_callback_ends_decoding():
-    """Ctrl-C raises there, or between two calls."""
-
-    def stop(row: int, ids: list[int]) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fast("gpt2", PROMPTS, RANDOM, 60, on_tokens=stop)
 
 
 def test_repetition_penalty_counts_the_prompt_and_what_was_written():
@@ -255,9 +246,11 @@ def test_new_prompts_compile_nothing():
     fast("gpt2", TENS, RANDOM, 10)
     before = compilations()
     for length in range(1, 11):
-        on_tokens = (lambda row, ids: None) if length % 2 else None
-        stops = range(length % 5)
-        fast("gpt2", [[1] * length] * 4, RANDOM, 20 - length, seed=length, stops=stops, on_tokens=on_tokens)
+        rules = replace(RANDOM, temperature=length / 5, top_k=length, top_p=1 / length, min_p=0.1 / length)
+        more = dict(steps=4) if length % 2 else dict(steps=UNLIMITED)
+        ask = dict(sampling=rules, max_new_tokens=20 - length, stop_ids=range(length % 5), n_ids=N_IDS, seed=length)
+        for _ in stream(MODELS["gpt2"], {"params": params_of("gpt2")}, [[1] * length] * 4, **ask, **more):
+            pass
     assert compilations() == before
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jgpt.errors import UserError
-from jgpt.inference.sampling import EXCLUDED, Sampling, keep_min_p, keep_top_k, keep_top_p, penalize, sample
+from jgpt.inference.sampling import EXCLUDED, Rules, Sampling, keep_min_p, keep_top_k, keep_top_p, penalize, sample
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (7, 50)).astype(np.float32)
 
@@ -25,7 +25,7 @@ def kept(filtered) -> np.ndarray:
 def draw(n: int, logits, sampling: Sampling, seed: int = 0) -> np.ndarray:
     """Draw n ids from one row of logits."""
     keys = jax.random.split(jax.random.key(seed), n)
-    return np.asarray(jax.jit(sample, static_argnums=2)(keys, jnp.tile(jnp.asarray(logits), (n, 1)), sampling))
+    return np.asarray(jax.jit(sample)(keys, jnp.tile(jnp.asarray(logits), (n, 1)), sampling.rules(n)))
 
 
 @pytest.mark.parametrize("k", [1, 2, 17, 50, 1000])
@@ -55,7 +55,9 @@ def test_repetition_penalty(penalty: float):
     expected = np.where(seen, np.where(LOGITS > 0, LOGITS / np.float32(penalty), LOGITS * np.float32(penalty)), LOGITS)
     np.testing.assert_allclose(penalize(jnp.asarray(LOGITS), jnp.asarray(seen), penalty), expected, rtol=1e-6)
     keys = jax.random.split(jax.random.key(0), len(LOGITS))
-    greedy = sample(keys, jnp.asarray(LOGITS), Sampling(0, repetition_penalty=penalty), jnp.asarray(seen))
+    greedy = sample(
+        keys, jnp.asarray(LOGITS), Sampling(0, repetition_penalty=penalty).rules(len(LOGITS)), jnp.asarray(seen)
+    )
     np.testing.assert_array_equal(greedy, expected.argmax(-1))
 
 
@@ -70,7 +72,29 @@ def test_equal_logits_stay_together():
 )
 def test_greedy_by_every_road(sampling: Sampling):
     keys = jax.random.split(jax.random.key(1), len(LOGITS))
-    np.testing.assert_array_equal(sample(keys, jnp.asarray(LOGITS), sampling), LOGITS.argmax(-1))
+    np.testing.assert_array_equal(sample(keys, jnp.asarray(LOGITS), sampling.rules(len(LOGITS))), LOGITS.argmax(-1))
+
+
+def test_each_row_has_its_own_rules():
+    """One call for rows of different rules draws what a call for each of them draws."""
+    rules = [
+        Sampling(0),
+        Sampling(1, 3),
+        Sampling(2, 0, 0.9),
+        Sampling(1, 0, 1, 0.2),
+        Sampling(1, 0),
+        Sampling(5, 9, 0.5),
+    ]
+    rules += [Sampling(1, 0, repetition_penalty=3.0)]
+    seen = jnp.asarray(np.random.default_rng(1).random((len(rules), 50)) < 0.3)
+    together = Rules(*map(np.concatenate, zip(*(one.rules(1) for one in rules), strict=True)))
+    logits = jnp.asarray(LOGITS)
+    for seed in range(20):
+        keys = jax.random.split(jax.random.key(seed), len(rules))
+        alone = [
+            sample(keys[b : b + 1], logits[b : b + 1], one.rules(1), seen[b : b + 1])[0] for b, one in enumerate(rules)
+        ]
+        assert sample(keys, logits, together, seen).tolist() == [int(token) for token in alone]
 
 
 def test_extreme_temperatures_stay_finite():

@@ -121,7 +121,7 @@ def test_the_script_begins_with_what_it_is_and_ends_with_what_it_does(kernel):
     code = code_file(kernel)
     lines = code.splitlines()
     assert lines[0] == "# me/my-run: python -m jgpt.train --config configs/kaggle_t4.py --config.seed=1"
-    assert lines[1].startswith(f"# Written by jgpt {module.jgpt.__version__}")
+    assert lines[1].startswith(f"# Written by jgpt {module.__version__}")
     assert str(REPOSITORY) not in code  # nothing of the machine it was written on
     found = called_with(code)
     assert found["module"] == "jgpt.train" and found["trains"] is True and found["internet"] is False
@@ -218,6 +218,6 @@ def test_what_must_be_carried_must_be_installed(kernel):
 def test_the_version_names_the_commit_of_a_checkout_and_of_nothing_else(tmp_path):
     assert re.fullmatch(r"[\d.]+( \([0-9a-f]{7,}\+?\))?", module.version())
     with mock.patch.object(module, "PROJECT", tmp_path):
-        assert module.version() == module.jgpt.__version__
+        assert module.version() == module.__version__
     with mock.patch.dict(os.environ, {"PATH": ""}):
-        assert module.version() == module.jgpt.__version__
+        assert module.version() == module.__version__

@@ -21,16 +21,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jgpt
 from jgpt.atomic_write import atomic_file
 from jgpt.errors import UserError
 from jgpt.kaggle.session import bootstrap
+from jgpt.version import __version__
 
 CODE_FILE, METADATA_FILE, KERNEL_FILE = "kernel.py", "kernel-metadata.json", "kernel.json"
 MOST_BYTES = 700_000  # of the script: 720,896 were accepted, 2,800,000 answered with HTTP 400
 CARRIED_PACKAGES = ("ml_collections",)  # pure Python. Kaggle's image has all others that jgpt needs
 NOT_CARRIED = {"__pycache__", "tests", "examples", "conftest.py"}
-PROJECT = Path(jgpt.__file__).parents[1]  # a checkout, or site-packages
+PROJECT = Path(__file__).parents[3]  # a checkout, or site-packages
 
 # What `kaggle kernels push --accelerator` accepts and jgpt trains on (kaggle-cli docs/kernels.md, February 2026); some
 # are for certain competitions only. The P100 is gone: asked for one, Kaggle gives a T4 without a message.
@@ -194,7 +194,7 @@ def version() -> str:
     except (OSError, subprocess.CalledProcessError):
         commit = ""
     own = (PROJECT / ".git").exists()  # jgpt may be installed inside another project's checkout
-    return f"{jgpt.__version__} ({commit})" if commit and own else jgpt.__version__
+    return f"{__version__} ({commit})" if commit and own else __version__
 
 
 def _files(kernel: Kernel) -> dict[str, Path]:

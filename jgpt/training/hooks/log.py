@@ -3,7 +3,7 @@
 In the data path: beside the step. The numbers are read one step late, while the devices are busy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -17,8 +17,11 @@ from jgpt.training.run import Run
 class Log:
     """The metrics file, the progress line and the stopwatch of one process."""
 
-    def __init__(self, run: Run, peak_flops: float | None) -> None:
-        """`peak_flops` is that of all devices together, None where it is not known."""
+    def __init__(
+        self, run: Run, peak_flops: float | None, on_record: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        """`peak_flops` is that of all devices together, None where it is not known; `on_record` gets each record."""
+        self._on_record = on_record
         # A run that was killed before its first checkpoint starts from step 0, and its metrics with it.
         self._metrics = MetricsLog(run.run_dir / "metrics.jsonl", run.step if run.resumed else -1)
         self._progress = Progress(run.total_steps, run.step)
@@ -59,9 +62,11 @@ class Log:
 
     def write(self, run: Run, record: Mapping[str, Any], eta_seconds: float | None = None) -> None:
         """Put a record into metrics.jsonl and on the terminal."""
-        self._metrics.write({**record, "elapsed_seconds": run.elapsed_seconds})
+        written = self._metrics.write({**record, "elapsed_seconds": run.elapsed_seconds})
         self._progress.log(record, eta_seconds)
         self._progress.update(run.step)
+        if self._on_record is not None:
+            self._on_record(written)
 
     def __enter__(self) -> "Log":
         return self

@@ -7,7 +7,8 @@ import logging
 
 import jax
 
-from jgpt.inference.decode import NonFiniteLogits, generate
+from jgpt.inference.decode import generate
+from jgpt.inference.rounds import NonFiniteLogits
 from jgpt.inference.sampling import Sampling
 from jgpt.planning.remedies import SAMPLING
 from jgpt.run_dir.samples import append_samples

@@ -1,0 +1,166 @@
+"""The Python API: what a notebook calls, what it returns, and what it shows of a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TEXT, own_process_state
+
+import jgpt
+from jgpt.config.files import find_config
+from jgpt.config.named import config_named
+from jgpt.run_dir.metrics_file import read_metrics
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def as_a_process_of_its_own():
+    with own_process_state():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    with own_process_state():
+        return jgpt.load(trained)
+
+
+def test_the_package_is_imported_without_jax():
+    program = """
+import sys, jgpt
+assert not {"jax", "numpy", "ml_collections"} & sys.modules.keys()
+assert {"load", "train", "Model", "UserError"} <= set(dir(jgpt)) and jgpt.UserError is not None
+assert not {"jax", "numpy", "ml_collections"} & sys.modules.keys()
+try:
+    jgpt.nothing
+except AttributeError as error:
+    assert "no attribute 'nothing'" in str(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_train_is_the_function_also_after_the_command_was_imported():
+    import jgpt.train  # noqa: F401 (the command's module)
+    from jgpt import train
+    from jgpt.api import train as function
+
+    assert jgpt.train is train is function and sys.modules["jgpt.train"].__doc__.startswith("Train a GPT")
+
+
+def test_a_text_goes_on_as_the_command_writes_it(command, trained, model):
+    written = command("generate", f"--model={trained}", "--prompt=7 times ", "--max_new_tokens=12").out
+    text = model.generate("7 times ", max_new_tokens=12)
+    assert f"7 times {text}\n" == written and 1 < len(text) <= 12
+    assert "".join(model.stream("7 times ", max_new_tokens=12)) == text
+    assert model.generate("7 times ", max_new_tokens=12, temperature=0) != text
+    assert model.generate("7 times ", max_new_tokens=12, seed=8) != text
+    assert len(model.generate(max_new_tokens=40, seed=3)) > 16  # past the end of the context of 16, without a text
+
+
+def test_an_answer_is_a_text_after_the_template(trained, tmp_path):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}.{% endfor %}")
+    model = jgpt.load(str(trained), chat_template=tmp_path / "t.jinja")
+    messages = [{"role": "user", "content": "7 times"}]
+    answer = model.chat(messages, max_new_tokens=5, temperature=0)
+    assert answer == model.generate("7 times.", max_new_tokens=5, temperature=0) != ""
+    assert answer == model.chat("7 times", max_new_tokens=5, temperature=0)
+    assert answer == "".join(model.stream(messages, max_new_tokens=5, temperature=0))
+    assert len(model.chat("7 times")) <= 8  # what the context of 16 leaves
+    for wrong, part in (
+        ("7 times 7 is 49", "has 16 tokens. Allowed: 15"),
+        ([], "Allowed: a list of one message"),
+        (["7"], "message 1 is '7'. Allowed: an object"),
+        ([{"role": "me", "content": "7"}], "has the role 'me'. Allowed: system, user"),
+        ([{"role": "user", "content": 7}], "has the content '7'. Allowed: text"),
+    ):
+        with pytest.raises(jgpt.UserError, match=part):
+            model.chat(wrong)
+
+
+def test_a_text_is_measured_as_a_file_is(command, trained, model, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT[-128:])
+    found, printed = model.evaluate(TEXT[-128:]), command("evaluate", f"--model={trained}", f"--text_glob={tmp_path}/*")
+    assert f"loss              {found.loss:.4f} " in printed.out
+    assert f"bits per byte     {found.bits_per_byte:.4f}\n" in printed.out
+    assert model.evaluate().loss == pytest.approx(read_metrics(trained / "metrics.jsonl")[-1]["val_loss"], rel=1e-5)
+    with pytest.raises(jgpt.UserError, match="At least 2 tokens"):
+        model.evaluate("")
+
+
+@pytest.fixture
+def small(tmp_path) -> dict[str, object]:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return {
+        "out_dir": str(tmp_path / "run"), "log_every_steps": 1, "data.text_glob": str(tmp_path / "text.txt"),
+        "tokenizer.kind": "char", "model.n_layers": 1, "model.n_heads": 2, "model.d_model": 16,
+        "model.context_length": 16, "optimizer.total_steps": 4, "optimizer.warmup_steps": 1,
+        "batch.global_batch_size": 4, "execution.micro_batch_size": 2, "eval.every_steps": 2, "sample.num_samples": 0,
+    }  # fmt: skip
+
+
+def test_training_returns_how_it_ended_and_calls_back_with_each_record(small, tmp_path):
+    seen: list[dict] = []
+    result = jgpt.train("base", small, on_record=seen.append)
+    assert seen == read_metrics(tmp_path / "run" / "metrics.jsonl") and [r["step"] for r in seen] == [0, 1, 2, 3, 4]
+    losses = {r["step"]: r["val_loss"] for r in seen if "val_loss" in r}
+    assert (result.run_dir, result.step, result.is_finished) == (tmp_path / "run", 4, True)
+    assert (result.last_loss, result.last_val_loss) == (seen[-1]["loss"], losses[4])
+    assert result.best_val_loss == min(losses.values()) == losses[result.best_val_step]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["resume_command"].startswith("jgpt.train('base', {'out_dir': ")
+
+    config = config_named("base")
+    config.update_from_flattened_dict(small)
+    longer = jgpt.train(config, {"optimizer.total_steps": 6})
+    assert longer.step == 6 and config.optimizer.total_steps == 4  # the given config stays as it is
+    assert jgpt.load(longer.run_dir).step == 6
+
+
+def test_an_error_in_the_callback_ends_the_run(small, tmp_path):
+    def refuse(record: dict) -> None:
+        if record["step"] == 2:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        jgpt.train("base", small, on_record=refuse)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and "enough" in status["reason"]
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "parts"),
+    [
+        ("bsae", {}, ["no config 'bsae'", "base"]),
+        ("{own}", {}, ["own.py has no get_config() that returns a config"]),
+        ("base", {"optimizer.total_step": 5, "seed": "x"}, ["Did you mean optimizer.total_steps?", "seed='x'"]),
+        ("base", {"remat": "block"}, ["config.remat is now config.execution.remat"]),
+        ("base", {"model.d_model": -1}, ["model.d_model"]),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_config(config, changes, parts, tmp_path):
+    (tmp_path / "own.py").write_text("x = 1\n")
+    with pytest.raises(jgpt.UserError) as error:
+        jgpt.train(config.format(own=tmp_path / "own.py"), changes)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_every_config_of_ours_is_found_by_its_name():
+    path = find_config("quickstart")
+    assert path is not None and config_named("quickstart") == config_named(str(path))
+
+
+def test_a_notebook_shows_a_mistake_in_one_line(tmp_path):
+    """IPython itself runs the cell."""
+    pytest.importorskip("IPython")
+    cell = "import jgpt\njgpt.load('runs/none/such')"
+    program = "from IPython.core.interactiveshell import InteractiveShell as Shell\n"
+    program += f"Shell.instance(colors='NoColor').run_cell({cell!r})"
+    where = dict(cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"})
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, **where)
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("UserError: there is no directory 'runs/none/such'"), done
