@@ -38,7 +38,7 @@ class Reply:
             "object": "chat.completion" if is_chat else "text_completion",
             "created": int(time.time()),
             "model": served_name,
-        }
+        } | ({"jgpt": {"note": asked.note}} if asked.note else {})
         worker.submit(self._jobs)
 
     def cancel(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jgpt.api import ANSWER_TOKENS, TEXT_TOKENS, Model
+from jgpt.data.unknown import name_unknown, unknown_characters
 from jgpt.errors import UserError
 from jgpt.inference.batch import Row
 from jgpt.inference.chat_prompt import ChatPrompts, chat_sampling, conversation
@@ -65,6 +66,7 @@ class Asked:
     slides: bool
     stream: bool
     include_usage: bool
+    note: str  # for the client: characters that the model does not know
 
     def jobs(self, model: Model, put: Callable[[Event], None]) -> list[Job]:
         """Return the texts to write, numbered in order; `put` gets their events."""
@@ -86,10 +88,12 @@ class Asked:
 def read_completion(body: Mapping[str, Any], model: Model, limits: Limits) -> Asked:
     """Read a request for texts that go on. A prompt may be longer than the context: its end is in view."""
     given = _known(body, {"prompt"})
-    prompts = [_text(prompt, model) for prompt in _prompts(given.get("prompt", ""))]
+    found = _prompts(given.get("prompt", ""))
+    prompts = [_text(prompt, model) for prompt in found]
+    note = _note(model, "".join(prompt for prompt in found if isinstance(prompt, str)), "the prompt")
     sampling = _valid(lambda: _rules(given, Sampling()))
     most = _whole(given, "max_tokens", min(TEXT_TOKENS, limits.new_tokens), 1, limits.new_tokens)
-    return _asked(given, limits, prompts, sampling, model.loaded.stop_ids, most, slides=True)
+    return _asked(given, limits, prompts, sampling, model.loaded.stop_ids, most, slides=True, note=note)
 
 
 def read_chat(body: Mapping[str, Any], model: Model, prompts: ChatPrompts | None, limits: Limits) -> Asked:
@@ -98,12 +102,13 @@ def read_chat(body: Mapping[str, Any], model: Model, prompts: ChatPrompts | None
     if prompts is None:
         raise Refusal(
             400,
-            f"{model.name} has no chat template: it continues texts. Ask /v1/completions, or start the server with"
+            "this model has no chat template: it continues texts. Ask /v1/completions, or start the server with"
             " --chat_template=FILE.",
             "no_chat_template",
         )
     messages = given.get("messages")
-    ids = _valid(lambda: prompts.ids(prompts.text(conversation(messages if messages is not None else []))), "messages")
+    text = _valid(lambda: prompts.text(conversation(messages if messages is not None else [])), "messages")
+    ids = _valid(lambda: prompts.ids(text), "messages")
     room = limits.context_length - len(ids)
     if room < 1:
         raise Refusal(
@@ -116,7 +121,15 @@ def read_chat(body: Mapping[str, Any], model: Model, prompts: ChatPrompts | None
     name = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
     sampling = _valid(lambda: chat_sampling(model.loaded.sampling, _numbers(given)))
     most = min(_whole(given, name, min(ANSWER_TOKENS, limits.new_tokens), 1, limits.new_tokens), room)
-    return _asked(given, limits, [Prompt(ids, ids)], sampling, prompts.stop_ids, most, slides=False, stop=prompts.stop)
+    note = _note(model, text, "the conversation")
+    shown = [Prompt(ids, ids)]
+    return _asked(
+        given, limits, shown, sampling, prompts.stop_ids, most, slides=False, stop=prompts.stop, note=note
+    )
+
+
+def _note(model: Model, text: str, what: str) -> str:
+    return name_unknown(unknown_characters(model.tokenizer, text), what)
 
 
 def _known(body: Mapping[str, Any], more: set[str]) -> dict[str, Any]:
@@ -145,6 +158,7 @@ def _asked(
     max_new_tokens: int,
     slides: bool,
     stop: tuple[str, ...] = (),
+    note: str = "",
 ) -> Asked:
     n = _whole(given, "n", 1, 1, limits.texts)
     if n * len(prompts) > limits.texts:
@@ -168,6 +182,7 @@ def _asked(
         slides=slides,
         stream=_flag(given, "stream"),
         include_usage=_flag(options, "include_usage"),
+        note=note,
     )
 
 

@@ -8,46 +8,23 @@ import pty
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from jax import tree
-from tokenizers import Tokenizer as Backend
+from small_chat import CHATML, parts
 
 from jgpt.cli.terminal import read_message
 from jgpt.data.chat_template import render
-from jgpt.data.tokenizer import Tokenizer, train_bpe
 from jgpt.errors import UserError
 from jgpt.exchange.pretrained import export_model
 from jgpt.inference.chat import Answer, Chat, talk
 from jgpt.inference.chat_prompt import ChatPrompts
 from jgpt.inference.decode import generate
 from jgpt.inference.sampling import Sampling
-from jgpt.model.gpt import GPT
-from jgpt.model.parameters import abstract_params
-from jgpt.model.shapes import ModelConfig
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 GREEDY = Sampling(0)
 ROOT = Path(__file__).parents[2]
-
-
-@cache
-def parts() -> tuple[GPT, Any, Tokenizer]:
-    backend = Backend.from_str(train_bpe(["user assistant system one two"], 290).tokenizer_json)
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer = Tokenizer(backend.to_str(), {"eos_token": "<|endoftext|>", "chat_template": CHATML})
-    shapes = dict(n_layers=1, n_heads=2, n_kv_heads=1, d_model=32, d_head=16, d_ff=64)
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, context_length=128, **shapes)
-    rng = np.random.default_rng(0)
-    params = tree.map(lambda x: rng.normal(x.ndim == 1, 0.2, x.shape).astype(np.float32), abstract_params(config))
-    return GPT(config), params, tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from small_chat import CHATML
+
 import jgpt
 
 ROOT = Path(__file__).parents[2]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 CHINESE = (
     "你好，请介绍一下自己。",
     "你好！我是一个小小的语言模型，只有几万个参数。\n\n我会写中文，也会写代码：\n```python\nprint('你好，世界')\n```\n"

@@ -13,7 +13,7 @@ from server import ATTACK, CHINESE, COUNT, Server, serving
 
 import jgpt
 
-LONG = dict(model="parrot", prompt="Count.", max_tokens=4096, temperature=2.0)  # takes many seconds
+LONG = dict(model="parrot", prompt="Count.", max_tokens=4096, temperature=0)  # takes seconds, and does not end earlier
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,16 @@ def post(server: Server, path: str, body: bytes, **headers: str) -> tuple[int, d
     connection.request("POST", path, body, sent)
     answer = connection.getresponse()
     return answer.status, json.loads(answer.read())["error"]
+
+
+def post_whole(server: Server, body: str) -> float:
+    """Send a request for a text; return how long all of it takes."""
+    began = time.perf_counter()
+    connection = http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=600)
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    with connection.getresponse() as answer:
+        assert b'"finish_reason": "length"' in answer.read()
+    return time.perf_counter() - began
 
 
 def test_the_model_is_listed(client: openai.OpenAI):
@@ -139,26 +149,36 @@ def test_two_at_once_take_less_than_one_after_the_other(client: openai.OpenAI):
 def test_a_client_that_hangs_up_frees_its_row(server: Server, stream: bool):
     connection = http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=60)
     body = json.dumps({**LONG, "stream": stream})
+    began = time.perf_counter()
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     if stream:
-        assert connection.getresponse().readline().startswith(b"data: ")
-    while server.health()["active"] == 0:
+        with connection.getresponse() as answer:
+            assert answer.readline().startswith(b"data: ")
+    while server.health()["active"] == 0 and not stream:
         time.sleep(0.02)
-    assert connection.sock is not None or stream
     connection.close()
     server.wait_until_idle()
+    left = time.perf_counter() - began
+    whole = post_whole(server, body)
+    print(f"left after {left:.2f} s of {whole:.2f} s")
+    assert left < whole
 
 
-def test_many_requests_are_answered_or_refused(client: openai.OpenAI, server: Server):
-    """50 requests from 8 threads, each for up to 3 texts, while 4 are written and 8 wait."""
+@pytest.mark.parametrize("retries", [0, 30])
+def test_many_requests_are_answered_or_refused(client: openai.OpenAI, server: Server, retries: int):
+    """50 requests from 8 threads, each for up to 3 texts, while 4 are written and 8 wait.
+
+    OpenAI's client asks again where it is told that the queue is full: then all are answered.
+    """
+    patient = client.with_options(max_retries=retries)
 
     def ask(i: int) -> str:
         try:
             if i % 2:
-                found = client.chat.completions.create(**asked(COUNT[0]), n=1 + i % 3)
+                found = patient.chat.completions.create(**asked(COUNT[0]), n=1 + i % 3)
                 assert {choice.message.content for choice in found.choices} == {COUNT[1]}
             else:
-                found = client.completions.create(model="parrot", prompt="one", max_tokens=20, n=1 + i % 3, seed=i)
+                found = patient.completions.create(model="parrot", prompt="one", max_tokens=20, n=1 + i % 3, seed=i)
                 assert len(found.choices) == 1 + i % 3
             return "answered"
         except openai.RateLimitError as error:
@@ -167,7 +187,8 @@ def test_many_requests_are_answered_or_refused(client: openai.OpenAI, server: Se
 
     with ThreadPoolExecutor(8) as pool:
         ends = list(pool.map(ask, range(50)))
-    assert len(ends) == 50 and ends.count("answered") >= 12, ends
+    print(f"{ends.count('answered')} answered, {ends.count('refused')} refused")
+    assert len(ends) == 50 and ends.count("answered") >= (50 if retries else 4)
     server.wait_until_idle()
 
 
@@ -289,6 +310,9 @@ def test_a_token_is_needed(guarded: Server):
     with pytest.raises(openai.BadRequestError, match="has no chat template") as error:
         client.chat.completions.create(model="seven", messages=[{"role": "user", "content": "x"}])
     assert error.value.code == "no_chat_template"
+    noted = client.completions.create(model="seven", prompt="7 \u6f22", max_tokens=1)
+    assert "1 character of the prompt is not in the model's vocabulary" in noted.jgpt["note"]
+    assert not hasattr(found, "jgpt")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_chat_command import CHATML, parts
+from small_chat import CHATML, parts
 
 from jgpt.inference.batch import Batch, Row
 from jgpt.inference.chat_prompt import ChatPrompts
@@ -102,7 +102,7 @@ def test_a_server_that_stops_refuses_and_says_so(worker: Worker):
 
 def test_the_page_needs_nothing_from_elsewhere_and_makes_no_html():
     tracked = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
-    assert set(tracked) == {"chat.html", "chat.css", "chat.js", "words.js"}
+    assert set(tracked) == {"chat.html", "chat.css", "chat.js", "server.js", "words.js"}
     for name, text in tracked.items():
         assert not re.search(r"https?:|//\w+\.|@import|url\(", text), name
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text), name
@@ -114,6 +114,7 @@ def test_both_languages_say_the_same(tmp_path: Path):
     english, chinese = words.split("  zh: {")
     names = [re.findall(r"\b(\w+): (?:\"|\()", part) for part in (english, chinese)]
     assert sorted(names[0]) == sorted(names[1]) and len(names[0]) > 30
-    used = set(re.findall(r"\bT\.(\w+)", (PAGE / "chat.js").read_text(encoding="utf-8")))
+    code = "".join((PAGE / name).read_text(encoding="utf-8") for name in ("chat.js", "server.js"))
+    used = set(re.findall(r"\bT\.(\w+)", code))
     used |= set(re.findall(r'data-t(?:-placeholder)?="(\w+)"', (PAGE / "chat.html").read_text(encoding="utf-8")))
     assert used == set(names[0])

@@ -28,52 +28,7 @@ function recall() {
   at("text").value = sessionStorage.getItem("jgpt.text") ?? "";
 }
 
-// --- the server
-
-function headers() {
-  const token = at("token").value.trim();
-  return { "Content-Type": "application/json", ...(token ? { Authorization: `Bearer ${token}` } : {}) };
-}
-
-function rules() {
-  return Object.fromEntries(RULES.filter((id) => at(id).value !== "").map((id) => [id, Number(at(id).value)]));
-}
-
-class ServerError extends Error {
-  constructor(error, status) {
-    super(status === 401 ? T.need_token : error.message);
-    this.code = error.code;
-  }
-}
-
-// Ask for a streamed answer; `onPiece(text)` gets it. Returns {end, usage}.
-async function ask(path, body, onPiece, signal) {
-  const request = { ...rules(), ...body, stream: true, stream_options: { include_usage: true } };
-  const options = { method: "POST", headers: headers(), body: JSON.stringify(request), signal };
-  const response = await fetch(path, options);
-  if (!response.ok) {
-    const answer = await response.json().catch(() => ({ error: { message: `HTTP ${response.status}` } }));
-    throw new ServerError(answer.error, response.status);
-  }
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "", end = "", usage = null;
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return { end, usage };
-    const events = (rest + value).split("\n\n");
-    rest = events.pop();
-    for (const event of events) {
-      if (!event.startsWith("data: ") || event === "data: [DONE]") continue;
-      const part = JSON.parse(event.slice(6));
-      if (part.error) throw new ServerError(part.error, 500);
-      usage = part.usage ?? usage;
-      const choice = part.choices[0];
-      if (!choice) continue;
-      end = choice.finish_reason ?? end;
-      onPiece(choice.delta ? choice.delta.content ?? "" : choice.text);
-    }
-  }
-}
+// --- requests
 
 // Run one request at a time, with the Stop button; returns what is said about it.
 async function run(work) {
@@ -119,7 +74,11 @@ async function answer() {
   };
   message.meta = await run((signal) => askWithRoom(state.messages.slice(0, -1), onPiece, signal));
   message.content = message.content.trim();
-  if (!message.content) state.messages.pop();
+  if (!message.content) { // refused, or stopped before the first word: the question goes back to where it was typed
+    const [asked] = state.messages.splice(-2);
+    at("question").value = at("question").value || asked.content;
+    grow(at("question"));
+  }
   draw();
   remember();
 }
@@ -279,7 +238,7 @@ function save() {
   link.href = URL.createObjectURL(new Blob([`${JSON.stringify(line)}\n`], { type: "application/jsonl" }));
   link.download = `${state.model.jgpt.chat ? "chat" : "text"}-${new Date().toISOString().slice(0, 19).replaceAll(":", "")}.jsonl`;
   link.click();
-  URL.revokeObjectURL(link.href);
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
   notice((state.model.jgpt.chat ? T.saved : T.saved_text) + link.download);
 }
 
