@@ -291,10 +291,9 @@ def train(
         UserError: what the user can fix, before the first step wherever it can be known.
         OutOfMemory, TrainingDiverged: see jgpt.errors.
     """
-    shown = config if isinstance(config, ConfigDict) else str(config)
-    again = "config" if isinstance(shown, ConfigDict) else repr(shown)
+    again = "config" if isinstance(config, ConfigDict) else repr(str(config))
     again += f", {dict(changes)!r}" if changes else ""
-    config = changed(shown if isinstance(shown, ConfigDict) else config_named(shown), changes or {})
+    config = changed(config if isinstance(config, ConfigDict) else config_named(str(config)), changes or {})
     set_up_logging()
     with open_session(config) as (config, on_saved):
         status = start_training(config, command or f"jgpt.train({again})", on_saved, on_record)

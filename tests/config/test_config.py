@@ -51,7 +51,9 @@ def test_each_config_file_is_whole(path):
 
 
 def test_config_files_write_in_directories_of_their_own():
-    where = [runpy.run_path(str(path))["get_config"]().out_dir for path in CONFIGS]
+    """Those for Kaggle write where Kaggle keeps what a session leaves; each notebook has a machine of its own."""
+    at_home = [path for path in CONFIGS if not path.stem.startswith("kaggle")]
+    where = [runpy.run_path(str(path))["get_config"]().out_dir for path in at_home]
     assert len(set(where)) == len(where)
 
 
