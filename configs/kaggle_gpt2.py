@@ -4,10 +4,10 @@ Hardware: two T4s (accelerator "GPU T4 x2"). It runs on any GPU with 12 GB: the 
 Data:     add a dataset with .parquet files of FineWeb-Edu (two of its 2 GB files are enough for one session), or set
           --config.data.text_glob to your own text. Give it 1 B tokens or more.
 Offline:  add a dataset with GPT-2's tokenizer files, and set --config.tokenizer.pretrained to its directory.
-Time:     11 hours; the steps that fit are measured at the start (total_steps=auto). Predicted (jgpt.plan), not measured on
-          a T4: 36,500 tokens a second, 1.4 B tokens, 8.3 of 13.4 GiB on each card.
-Expect:   not measured. Others report a loss of 3.28 on FineWeb after 0.7 to 0.9 B tokens with Muon and such a block, on one
-          card of another kind (modded-nanogpt's class), where GPT-2's own recipe takes 10 B tokens.
+Time:     11 hours; the steps that fit are measured at the start (total_steps=auto). Predicted (jgpt.plan), not measured
+          on a T4: 36,500 tokens a second, 1.4 B tokens, 8.3 of 13.4 GiB on each card.
+Expect:   not measured. Others report a loss of 3.28 on FineWeb after 0.7 to 0.9 B tokens with Muon and such a block, on
+          one card of another kind (modded-nanogpt's class), where GPT-2's own recipe takes 10 B tokens.
 Command:  python -m jgpt.train --config configs/kaggle_gpt2.py
 """
 

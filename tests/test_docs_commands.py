@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from jgpt.__main__ import COMMANDS
-from jgpt.config.defaults import default_config
 from jgpt.kaggle.__main__ import VERBS
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +29,7 @@ NOT_RUN = {
     r"python scripts/docs/": "writes into docs/; tests/test_docs.py compares what it would write",
     r"ps |nvidia-smi|sha256sum ": "is a tool of the system",
     r"jgpt plan .*--device|jgpt plan --device": "needs the extra `plan`; tests/planning/test_plan.py runs it",
+    r"(jgpt|python -m jgpt\.)\s?serve ": "runs until it is stopped; tests/serve starts it",
     r"jgpt train .*budget_hours": "takes the hours that it names; tests/training/test_length.py trains so",
 }
 
@@ -148,6 +148,7 @@ def test_the_commands_of_a_section_work(commands, command, chat_model, tmp_path,
     write_texts(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("JGPT_KAGGLE_ROOT", str(tmp_path / "kaggle"))
     for place in (HUB_MODEL, "kaggle/input/qwen2.5"):
         shutil.copytree(chat_model / "exported", place)
     for line in commands:
@@ -208,13 +209,7 @@ def test_the_cell_that_trains_in_a_notebook(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     monkeypatch.setenv("JGPT_KAGGLE_ROOT", str(tmp_path))
-    *imports, last = cell.splitlines()
-    assert last == "train(get_config())"
-    names: dict = {"sizes": MODEL | SMALL | SHORT}
-    exec(
-        "\n".join([*imports, "config = get_config()", "config.update_from_flattened_dict(sizes)", "train(config)"]),
-        names,
-    )
+    assert cell == 'import jgpt\njgpt.train("kaggle_t4")\n'
+    exec(cell.replace(")", ", sizes)"), {"sizes": MODEL | SMALL | SHORT})
     run = tmp_path / "working" / "outputs"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
-    assert names["config"].keys() == default_config().keys()

@@ -151,7 +151,7 @@ def test_the_form_of_attention_that_suits_the_device_is_tried_first(
     assert attentions_of(config, shapes, target) == list(ATTENTIONS)
     assert ("pip install nvidia-cudnn-cu12" in caplog.text) == (first == "flash")
     config.precision.compute = "fp32"
-    assert attentions_of(config, shapes, this_machine(training_devices(config))) == ["chunked"]
+    assert attentions_of(config, shapes, this_machine(training_devices(config))) == ["chunked_vjp"]
 
 
 def test_nothing_is_tried_twice():
@@ -183,5 +183,5 @@ def test_only_what_the_config_leaves_open_is_searched():
     assert space(**{"execution.remat": "auto", "execution.loss_chunk_tokens": 0}) == Space(
         [4], [(remat, "auto") for remat in REMATS], [0], 256, 32
     )
-    all_ways = [(remat, "chunked") for remat in REMATS]  # on a CPU
+    all_ways = [(remat, "chunked_vjp") for remat in REMATS]  # on a CPU
     assert space(everything=True) == Space([1, 2, 3, 4, 6, 12], all_ways, [2048, 4096, 8192], 256, 32)
