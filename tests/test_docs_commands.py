@@ -178,7 +178,7 @@ def asks_for_a_name_alone(words: list[str]) -> bool:
 
 
 def module_of(words: list[str]) -> list[str]:
-    return ["kaggle.__main__", *words[1:]] if words[0] == "kaggle" else words
+    return [f"{words[0]}.__main__", *words[1:]] if words[0] in ("kaggle", "serve") else words
 
 
 def additions(words: list[str]) -> list[str]:
@@ -209,7 +209,7 @@ def test_the_cell_that_trains_in_a_notebook(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     monkeypatch.setenv("JGPT_KAGGLE_ROOT", str(tmp_path))
-    assert cell == 'import jgpt\njgpt.train("kaggle_t4")\n'
+    assert cell.split() == ["import", "jgpt", 'jgpt.train("kaggle_t4")']
     exec(cell.replace(")", ", sizes)"), {"sizes": MODEL | SMALL | SHORT})
     run = tmp_path / "working" / "outputs"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
