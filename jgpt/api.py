@@ -291,11 +291,11 @@ def train(
         UserError: what the user can fix, before the first step wherever it can be known.
         OutOfMemory, TrainingDiverged: see jgpt.errors.
     """
-    shown = config if isinstance(config, ConfigDict) else str(config)
-    again = "config" if isinstance(shown, ConfigDict) else repr(shown)
-    again += f", {dict(changes)!r}" if changes else ""
-    config = changed(shown if isinstance(shown, ConfigDict) else config_named(shown), changes or {})
+    given = "config" if isinstance(config, ConfigDict) else repr(str(config))
+    again = f"jgpt.train({given}, {dict(changes)!r})" if changes else f"jgpt.train({given})"
+    config = config if isinstance(config, ConfigDict) else config_named(str(config))
+    config = changed(config, changes or {})
     set_up_logging()
     with open_session(config) as (config, on_saved):
-        status = start_training(config, command or f"jgpt.train({again})", on_saved, on_record)
+        status = start_training(config, command or again, on_saved, on_record)
     return train_result(status)

@@ -172,7 +172,7 @@ def adapted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the run directory of a chat model that knows three conversations by heart (tests/serve/server.py)."""
+    """Return the run directory of a chat model that knows a few conversations by heart (tests/serve/server.py)."""
     with own_process_state():
         return learn_by_heart(tmp_path_factory.mktemp("parrot"))
 

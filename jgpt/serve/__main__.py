@@ -47,21 +47,28 @@ def main() -> None:
     check_address(args.host, token)
     try:
         import starlette  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"the package {error.name} is missing. Needed: starlette and uvicorn. Install them: pip install"
             " 'jgpt[serve]', or in a checkout: pip install -e '.[serve]'"
         ) from None
-    listener = listen(args.host, args.port)  # before the model is loaded, which takes a while
+    with listen(args.host, args.port) as listener:  # before the model is loaded, which takes a while
+        serve(name, listener, token)
 
+
+def serve(name: str, listener: socket.socket, token: str) -> None:
+    """Load the model, and answer what comes to `listener` until the server is interrupted."""
     # Here, as all that loads JAX: --help must not wait for it.
+    import uvicorn
+
     from jgpt.api import load
     from jgpt.cli.terminal import say
     from jgpt.hardware.devices import describe, local_devices
     from jgpt.serve.app import make_app
     from jgpt.serve.start import make_endpoints
 
+    args = flags.FLAGS
     model = load(
         name,
         **model_flags.loading(),

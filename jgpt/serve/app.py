@@ -159,7 +159,13 @@ def make_app(endpoints: Endpoints, token: str, host: str) -> ASGIApp:
         yield
         await run_in_threadpool(endpoints.worker.close)
 
-    files = {"/": "chat.html", "/chat.css": "chat.css", "/words.js": "words.js", "/server.js": "server.js", "/chat.js": "chat.js"}
+    files = {
+        "/": "chat.html",
+        "/chat.css": "chat.css",
+        "/words.js": "words.js",
+        "/server.js": "server.js",
+        "/chat.js": "chat.js",
+    }
     app = Starlette(
         routes=[
             *(Route(path, _file(name)) for path, name in files.items()),

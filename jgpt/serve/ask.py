@@ -123,9 +123,7 @@ def read_chat(body: Mapping[str, Any], model: Model, prompts: ChatPrompts | None
     most = min(_whole(given, name, min(ANSWER_TOKENS, limits.new_tokens), 1, limits.new_tokens), room)
     note = _note(model, text, "the conversation")
     shown = [Prompt(ids, ids)]
-    return _asked(
-        given, limits, shown, sampling, prompts.stop_ids, most, slides=False, stop=prompts.stop, note=note
-    )
+    return _asked(given, limits, shown, sampling, prompts.stop_ids, most, slides=False, stop=prompts.stop, note=note)
 
 
 def _note(model: Model, text: str, what: str) -> str:

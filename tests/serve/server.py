@@ -1,4 +1,4 @@
-"""A small model that has learned three conversations by heart, and `jgpt serve` as a process of its own."""
+"""A small model that has learned a few conversations by heart, and `jgpt serve` as a process of its own."""
 
 import contextlib
 import json
@@ -32,8 +32,12 @@ COUNT = ("Count.", "one two three four five six seven eight nine ten")
 
 
 def learn_by_heart(root: Path) -> Path:
-    """Train a model on the three conversations until it knows them; return its run directory."""
-    said = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in (CHINESE, ATTACK, COUNT)]
+    """Train a model on a few conversations until it knows them; return its run directory."""
+    known = [[CHINESE], [ATTACK], [COUNT], [CHINESE, ATTACK]]
+    said = [
+        [message for q, a in turns for message in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+        for turns in known
+    ]
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in said * 30]
     (root / "chats.jsonl").write_text("".join(lines), encoding="utf-8")
     (root / "template.jinja").write_text(CHATML)

@@ -4,6 +4,7 @@ import http.client
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from urllib.parse import urlsplit
 
 import openai
@@ -27,20 +28,20 @@ def asked(question: str) -> dict:
 
 def post(server: Server, path: str, body: bytes, **headers: str) -> tuple[int, dict]:
     """Send a request without a client's checks; return the status and the error."""
-    connection = http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=60)
     sent = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    connection.request("POST", path, body, sent)
-    answer = connection.getresponse()
-    return answer.status, json.loads(answer.read())["error"]
+    with closing(http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=60)) as connection:
+        connection.request("POST", path, body, sent)
+        with connection.getresponse() as answer:
+            return answer.status, json.loads(answer.read())["error"]
 
 
 def post_whole(server: Server, body: str) -> float:
     """Send a request for a text; return how long all of it takes."""
     began = time.perf_counter()
-    connection = http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=600)
-    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-    with connection.getresponse() as answer:
-        assert b'"finish_reason": "length"' in answer.read()
+    with closing(http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=600)) as connection:
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        with connection.getresponse() as answer:
+            assert b'"finish_reason": "length"' in answer.read()
     return time.perf_counter() - began
 
 

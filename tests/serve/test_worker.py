@@ -112,7 +112,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_makes_no_html():
 def test_both_languages_say_the_same(tmp_path: Path):
     words = (PAGE / "words.js").read_text(encoding="utf-8")
     english, chinese = words.split("  zh: {")
-    names = [re.findall(r"\b(\w+): (?:\"|\()", part) for part in (english, chinese)]
+    names = [re.findall(r"(?:^ +|[\"`], )(\w+): (?:\"|\()", part, re.MULTILINE) for part in (english, chinese)]
     assert sorted(names[0]) == sorted(names[1]) and len(names[0]) > 30
     code = "".join((PAGE / name).read_text(encoding="utf-8") for name in ("chat.js", "server.js"))
     used = set(re.findall(r"\bT\.(\w+)", code))
