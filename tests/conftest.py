@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +23,11 @@ from absl import flags
 from fake_kaggle import FakeKaggle, reach
 from fake_machine import python_without
 from server import Server, learn_by_heart, serving
+
+# A shell starts what runs in the background (nohup, &) with these ignored, and so would be what the tests start.
+for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 jax.config.update("jax_num_cpu_devices", 2)  # before any test touches a device
 jax.config.update("jax_numpy_rank_promotion", "raise")
