@@ -283,7 +283,7 @@ def train(
     Args:
         config: the name of a config of ours, the path of a config file, or what its get_config() returns.
         changes: other values for its keys, such as {"optimizer.total_steps": 100}.
-        on_record: called in this thread with each record of metrics.jsonl (step, loss, ...); what it raises ends the run.
+        on_record: called in this thread with each record of metrics.jsonl (step, loss, ...); its errors end the run.
         command: what a user would type to go on, for status.json.
 
     Raises:
