@@ -283,8 +283,7 @@ def train(
     Args:
         config: the name of a config of ours, the path of a config file, or what its get_config() returns.
         changes: other values for its keys, such as {"optimizer.total_steps": 100}.
-        on_record: called with each record that is written to metrics.jsonl (step, loss, val_loss, ...), in this thread.
-            What it raises ends the training.
+        on_record: called in this thread with each record of metrics.jsonl (step, loss, ...); its errors end the run.
         command: what a user would type to go on, for status.json.
 
     Raises:
