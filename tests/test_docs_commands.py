@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import own_process_state
 
 from jgpt.__main__ import COMMANDS
 from jgpt.kaggle.__main__ import VERBS
@@ -210,6 +211,7 @@ def test_the_cell_that_trains_in_a_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     monkeypatch.setenv("JGPT_KAGGLE_ROOT", str(tmp_path))
     assert cell.split() == ["import", "jgpt", 'jgpt.train("kaggle_t4")']
-    exec(cell.replace(")", ", sizes)"), {"sizes": MODEL | SMALL | SHORT})
+    with own_process_state():
+        exec(cell.replace(")", ", sizes)"), {"sizes": MODEL | SMALL | SHORT})
     run = tmp_path / "working" / "outputs"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
