@@ -65,8 +65,8 @@ class Attention(nn.Module):
     """
 
     config: ModelConfig
-    dtype: Any
-    activations: Any
+    dtype: Any  # of the products' operands
+    activations: Any  # the dtype from product to product
     lora: LoRA | None = None
     form: str = "chunked"  # see `attend_causally`
 
@@ -139,8 +139,8 @@ class MLP(nn.Module):
     """GPT-2's two layers with a GELU between, or SwiGLU (Shazeer, arXiv 2002.05202); [B, T, D] in, fp32 out."""
 
     config: ModelConfig
-    dtype: Any
-    activations: Any
+    dtype: Any  # of the products' operands
+    activations: Any  # the dtype from product to product
     lora: LoRA | None = None
 
     @nn.compact
@@ -179,8 +179,8 @@ class Block(nn.Module):
     """One pre-norm layer: x + attention(norm(x)), then x + MLP(norm(x)). `x` is the fp32 residual stream [B, T, D]."""
 
     config: ModelConfig
-    dtype: Any
-    activations: Any
+    dtype: Any  # of the products' operands
+    activations: Any  # the dtype from product to product
     lora: LoRA | None = None
     attention: str = "chunked"
 

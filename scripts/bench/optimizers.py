@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -34,7 +35,6 @@ from side_by_side import cores, machine
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "GPT-2's block": {"model.position": "learned", "model.norm": "layernorm", "model.mlp": "gelu"},
-    "no QK-norm": {"model.qk_norm": False},
     "QK-norm": {"model.qk_norm": True},
     "untied head": {"model.tie_embeddings": False},
     "decay to zero": {"optimizer.min_learning_rate": 0.0},
@@ -68,12 +68,15 @@ class Runs:
         self.settings["execution.micro_batch_size"] = 2  # the fastest on a CPU
         self._jgpt("jgpt.prepare", self.settings | {"out_dir": folder / "none"}, None)
 
+    def results(self, steps: int, variants: Iterable[dict[str, Any]], seeds: Iterable[int]) -> list[list[Any]]:
+        """Return what each variant reached with each seed: val_loss, bits_per_byte, seconds."""
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            found = [[pool.submit(self._run, steps, variant, seed) for seed in seeds] for variant in variants]
+            return [[future.result() for future in of_variant] for of_variant in found]
+
     def losses(self, steps: int, variants: Iterable[dict[str, Any]], seeds: Iterable[int]) -> list[list[float]]:
         """Return the final validation loss of each variant with each seed."""
-        wanted = [[(steps, variant, seed) for seed in seeds] for variant in variants]
-        with ThreadPoolExecutor(self.options.jobs) as pool:
-            found = [[pool.submit(self._run, *run) for run in of_variant] for of_variant in wanted]
-            return [[future.result()["val_loss"] for future in of_variant] for of_variant in found]
+        return [[run["val_loss"] for run in of_variant] for of_variant in self.results(steps, variants, seeds)]
 
     def _run(self, steps: int, variant: dict[str, Any], seed: int) -> dict[str, Any]:
         key = json.dumps([self.options.size, self.settings["batch.global_batch_size"], steps, seed, variant])
@@ -127,12 +130,10 @@ def compare_muon(runs: Runs, options: argparse.Namespace) -> dict[str, Any]:
     """Tune both, then find in which share of the steps Muon reaches AdamW's loss, for each seed."""
     tuned = [losses[0] for losses in runs.losses(options.steps, map(adamw, options.rates), options.seeds[:1])]
     best_rate = options.rates[tuned.index(min(tuned))]
-
-    middle = round(sorted(options.shares)[-1] * options.steps)
-    tried = [losses[0] for losses in runs.losses(middle, map(muon, options.muon_rates), options.seeds[:1])]
+    steps = [round(share * options.steps) for share in sorted(options.shares)]
+    tried = [losses[0] for losses in runs.losses(steps[-1], map(muon, options.muon_rates), options.seeds[:1])]
     best_muon = options.muon_rates[tried.index(min(tried))]
     goals = runs.losses(options.steps, [adamw(best_rate)], options.seeds)[0]
-    steps = [round(share * options.steps) for share in sorted(options.shares)]
     by_steps = [runs.losses(n, [muon(best_muon)], options.seeds)[0] for n in steps]
     shares = [reached(steps, [losses[i] for losses in by_steps], goal) for i, goal in enumerate(goals)]
     return {
@@ -145,12 +146,13 @@ def compare_muon(runs: Runs, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def reached(steps: list[int], losses: list[float], goal: float) -> float | None:
-    """Return the steps at which a line through (steps, losses) is at the goal; None above the most steps."""
+    """Return the steps at which a line through (steps, losses) is at the goal.
+
+    None where the most steps do not reach it; the fewest steps where these reach it, and fewer might.
+    """
     if goal >= losses[0]:
-        return steps[0]  # or fewer
-    for (n, high), (m, low) in zip(
-        zip(steps, losses, strict=True), zip(steps[1:], losses[1:], strict=True), strict=False
-    ):
+        return steps[0]
+    for (n, high), (m, low) in pairwise(zip(steps, losses, strict=True)):
         if low <= goal < high:
             return n + (high - goal) / (high - low) * (m - n)
     return None
@@ -160,10 +162,8 @@ def compare_block(runs: Runs, options: argparse.Namespace) -> dict[str, Any]:
     """Train each change with every seed."""
     base = dict(pair.split("=", 1) for pair in options.base)
     names = options.changes or list(CHANGES)
-    losses = runs.losses(options.steps, [base | CHANGES[name] for name in names], options.seeds)
-    seconds = [
-        [runs._run(options.steps, base | CHANGES[name], seed)["seconds"] for seed in options.seeds] for name in names
-    ]
+    results = runs.results(options.steps, [base | CHANGES[name] for name in names], options.seeds)
+    losses, seconds = ([[run[key] for run in of_change] for of_change in results] for key in ("val_loss", "seconds"))
     for name, of_change, times in zip(names, losses, seconds, strict=True):
         spread = statistics.stdev(of_change) if len(of_change) > 1 else 0.0
         print(f"{name:20} {statistics.mean(of_change):.4f} +- {spread:.4f}   {statistics.mean(times):.0f} s")
