@@ -12,7 +12,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from jgpt.cli.text import columns, did_you_mean, first_line
+from jgpt.cli.text import columns, first_line
+from jgpt.wording import did_you_mean
 
 FOLDER = Path(__file__).parent
 COMMANDS = {

@@ -1,8 +1,9 @@
-"""Format numbers, bytes, durations and ranges for people.
+"""Format numbers, bytes, durations, ranges and guesses of names for people.
 
 Beside the data path: logs, reports and errors use these.
 """
 
+import difflib
 import math
 from collections.abc import Iterable
 
@@ -66,3 +67,17 @@ def either(names: Iterable[str]) -> str:
     """
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Name what `name` may stand for: a known name in another group, or one spelled almost like it; "" without one.
+
+    >>> did_you_mean("n_layers", ["seed", "model.n_layers"]), did_you_mean("model.n_layer", ["seed", "model.n_layers"])
+    (' Did you mean model.n_layers?', ' Did you mean model.n_layers?')
+    >>> did_you_mean("zzz", ["seed", "model.n_layers"])
+    ''
+    """
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1)
+    elsewhere = [other for other in known if other.split(".")[-1] == name.split(".")[-1]]
+    return f" Did you mean {' or '.join(elsewhere or close)}?" if close or elsewhere else ""

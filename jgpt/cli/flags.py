@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from jgpt.cli.text import did_you_mean
 from jgpt.config.defaults import GROUPS, KEYS, flatten
 from jgpt.config.files import config_files, find_config
 from jgpt.config.moved import new_key
 from jgpt.errors import UserError
+from jgpt.wording import did_you_mean
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

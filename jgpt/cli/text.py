@@ -1,10 +1,9 @@
-"""How the commands lay out and name things: two columns, "did you mean", the first line of a docstring.
+"""How the commands lay out and name things: two columns, the first line of a docstring.
 
 Beside the data path. Only the standard library is imported, so that `jgpt --help` runs where a package is missing.
 """
 
 import ast
-import difflib
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,20 +32,6 @@ def columns(rows: Iterable[tuple[str, str]]) -> str:
         else f"  {name}"
         for name, text in rows
     )
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Name what `name` may stand for: a known name in another group, or one spelled almost like it; "" without one.
-
-    >>> did_you_mean("n_layers", ["seed", "model.n_layers"]), did_you_mean("model.n_layer", ["seed", "model.n_layers"])
-    (' Did you mean model.n_layers?', ' Did you mean model.n_layers?')
-    >>> did_you_mean("zzz", ["seed", "model.n_layers"])
-    ''
-    """
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1)
-    elsewhere = [other for other in known if other.split(".")[-1] == name.split(".")[-1]]
-    return f" Did you mean {' or '.join(elsewhere or close)}?" if close or elsewhere else ""
 
 
 def first_line(path: Path) -> str:

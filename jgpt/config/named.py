@@ -3,7 +3,6 @@
 Beside the data path: what `--config NAME --config.KEY=VALUE` is on the command line (`cli/flags.py`).
 """
 
-import difflib
 import runpy
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from jgpt.config.defaults import KEYS
 from jgpt.config.files import config_files, find_config
 from jgpt.config.moved import new_key
 from jgpt.errors import UserError
+from jgpt.wording import did_you_mean
 
 
 def config_named(name: str) -> ConfigDict:
@@ -36,9 +36,8 @@ def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     config, problems = config.copy_and_resolve_references(), []
     for key, value in changes.items():
         if key not in KEYS:
-            close = difflib.get_close_matches(key, KEYS, 1)
-            hint = new_key(key) or (f"Did you mean {close[0]}?" if close else "")
-            problems.append(f"unknown config key {key!r}. {hint}".rstrip())
+            moved = new_key(key)
+            problems.append(f"unknown config key {key!r}.{f' {moved}' if moved else did_you_mean(key, KEYS)}")
             continue
         try:
             config.update_from_flattened_dict({key: value})

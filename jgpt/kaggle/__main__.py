@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jgpt.cli.flags import did_you_mean
 from jgpt.cli.help import columns
 from jgpt.cli.run import run
 from jgpt.errors import UserError
 from jgpt.kaggle.laptop import verbs, verbs_look, verbs_run
+from jgpt.wording import did_you_mean
 
 
 class Verb(NamedTuple):

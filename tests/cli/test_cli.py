@@ -13,10 +13,10 @@ import jax
 import pytest
 
 from jgpt.cli.help import config_keys
-from jgpt.cli.text import did_you_mean
 from jgpt.config.defaults import KEYS, default_config, flatten
 from jgpt.config.files import config_files, find_config
 from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
+from jgpt.wording import did_you_mean
 
 ROOT = Path(__file__).parents[2]
 BASE = f"--config={ROOT / 'configs' / 'base.py'}"
