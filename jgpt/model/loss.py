@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jgpt.model.layers import product_of_transposed
+
 SCALE = 1024.0  # of the logits' gradients while they are in the compute dtype: fp16 then holds the small ones too
 
 
@@ -71,9 +73,7 @@ def _summed_forward(hidden: Array, unembedding: Array, targets: Array, weights: 
         # Scaled to at most SCALE, so that fp16 holds the small ones too. The backward pass divides by the scale.
         d_logits = (d_logits * (weights * scale)[:, None]).astype(unembedding.dtype)
         d_hidden = jnp.einsum("nV,VD->nD", d_logits, unembedding, preferred_element_type=jnp.float32)
-        d_unembedding += jnp.einsum(
-            "nV,nD->VD", d_logits, hidden.astype(unembedding.dtype), preferred_element_type=jnp.float32
-        )
+        d_unembedding += product_of_transposed(d_logits, hidden.astype(unembedding.dtype), jnp.float32)
         return (total + jnp.sum(losses * weights), d_unembedding), (d_hidden, losses)
 
     start = jnp.zeros((), jnp.float32), jnp.zeros(unembedding.shape, jnp.float32)

@@ -123,7 +123,7 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
     attention = _attention(config, shapes, policy, devices[0])
     plain = GPT(shapes, policy.compute, execution.remat, lora)  # makes the parameters, so it needs no fused attention
     model = GPT(shared, policy.compute, execution.remat, lora, attention, policy.activations)
-    optimizer = make_optimizer(config.optimizer, policy.compute)
+    optimizer = make_optimizer(config.optimizer, policy)
     stepped = model
     if isinstance(strategy, FullySharded) and strategy.by_layer:
         stepped = model.clone(gather=strategy.gather_block(abstract_params(shapes)["h_0"]))

@@ -14,7 +14,10 @@ from ml_collections import ConfigDict
 from jgpt.config.key import LARGEST_INT
 from jgpt.model.columns import path_names
 from jgpt.model.matrices import is_matrix
+from jgpt.model.precision import Policy
 from jgpt.step.muon import scale_by_muon
+
+FP32 = Policy()
 
 
 def learning_rate_schedule(optimizer: ConfigDict) -> optax.Schedule:
@@ -60,11 +63,11 @@ def decay_begins(optimizer: ConfigDict) -> int:
     return total - max(1, round(optimizer.decay_fraction * total))
 
 
-def make_optimizer(optimizer: ConfigDict, compute: Any = jnp.float32) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(optimizer: ConfigDict, policy: Policy = FP32) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer, behind a clip of the gradient's global norm. `update` takes `share`: see `step/muon.py`.
 
     AdamW (Loshchilov and Hutter, arXiv 1711.05101) updates all parameters, or with "muon" those that are no matrices of
-    the blocks; Muon computes its matrix products in the dtype `compute`. Weight decay falls on matrices and embeddings
+    the blocks; Muon's matrix products are in the dtypes of `policy`. Weight decay falls on matrices and embeddings
     only, as in GPT-2: norms and biases are kept free.
     """
     schedule = learning_rate_schedule(optimizer)
@@ -79,7 +82,7 @@ def make_optimizer(optimizer: ConfigDict, compute: Any = jnp.float32) -> optax.G
     if optimizer.kind == "muon":
         ratio = optimizer.muon_learning_rate / optimizer.learning_rate
         muon = optax.chain(
-            scale_by_muon(optimizer.muon_momentum, compute),
+            scale_by_muon(optimizer.muon_momentum, policy),
             optax.add_decayed_weights(optimizer.weight_decay),
             optax.scale_by_learning_rate(lambda updates_made: ratio * schedule(updates_made)),
         )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt.model.layers import Embedding, product
+from jgpt.model.layers import Embedding, product, product_of_transposed
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -45,3 +45,15 @@ def test_one_id_is_looked_up_as_among_others():
     rows = params["params"]["embedding"]
     assert np.array_equal(table.apply(params, ids)[0], rows[jnp.array([4, 0, 3])])
     assert np.array_equal(table.apply(params, ids[:, 2:]), rows[3][None, None])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 12, 64])  # whether or not they can be split
+def test_a_product_of_bf16_is_computed_in_the_order_that_a_cpu_has_in_bf16(rows: int):
+    """Its value is that of any order, and XLA converts no operand to fp32."""
+    random = np.random.default_rng(0)
+    left, right = (jnp.asarray(random.normal(size=(rows, n)), jnp.bfloat16) for n in (24, 40))
+    multiply = jax.jit(partial(product_of_transposed, output_dtype=jnp.float32))
+    exact = np.asarray(left, np.float64).T @ np.asarray(right, np.float64)
+    np.testing.assert_allclose(multiply(left, right), exact, atol=1e-4, rtol=1e-4)
+    program = multiply.lower(left, right).as_text()
+    assert "tensor<24x" in program.split("dot_general")[1].split("->")[0], program  # [K, ...], not [M, K]

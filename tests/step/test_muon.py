@@ -11,6 +11,7 @@ import pytest
 from jgpt.config.defaults import default_config
 from jgpt.model.matrices import join_kernel, split_kernel
 from jgpt.model.parameters import abstract_params
+from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
 from jgpt.step.muon import POLAR_EXPRESS, SAFETY, UPDATE_RMS, orthogonalize
 from jgpt.step.optimizer import make_optimizer
@@ -88,7 +89,7 @@ def test_half_precision_is_near_fp32_at_every_scale(scale: float, compute: Any, 
     random = np.random.default_rng(0)
     steep = random.normal(size=(48, 96)) * np.geomspace(1, 1e-4, 48)[:, None]
     stack = jnp.asarray(np.stack([random.normal(size=(48, 96)), steep, np.zeros((48, 96))]) * scale, jnp.float32)
-    exact, half = orthogonalize(stack, jnp.float32), orthogonalize(stack, compute)
+    exact, half = orthogonalize(stack, Policy()), orthogonalize(stack, Policy(compute=compute))
     assert half.dtype == compute
     singular = np.linalg.svd(np.asarray(exact[0], np.float64), compute_uv=False)
     assert 0.8 < singular.min() and singular.max() < 1.2

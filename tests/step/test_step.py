@@ -70,7 +70,7 @@ def parts(
     # A large eps keeps Adam from blowing rounding up: its first update is otherwise the sign of the gradient.
     o.update({"eps": 1e-2, "warmup_steps": 2, "total_steps": 20, "learning_rate": 0.05, "clip_norm": 0.5})
     o.update(kind=kind, muon_learning_rate=0.05)
-    optimizer = make_optimizer(o, policy.compute)
+    optimizer = make_optimizer(o, policy)
     schedule = learning_rate_schedule(o)
 
     def with_seed(seed: Any) -> Any:
