@@ -227,10 +227,13 @@ def steps_for(options: argparse.Namespace, folder: Path) -> tuple[int, int]:
     found = []
     steps_of_an_evaluation = options.eval_batches / 3  # that take as long: a step has a backward pass too
     for racer, seconds in zip(contestants, (options.share * options.seconds, options.seconds), strict=True):
-        first, last = racer.seen[0], racer.seen[-1]
-        done = trial + steps_of_an_evaluation * (len(racer.seen) - 1)
-        pace = (last["seconds"] - first["seconds"]) / done
-        fit = (seconds - first["seconds"]) / pace - steps_of_an_evaluation * EVALUATIONS
+        begun, last = racer.seen[1], racer.seen[-1]  # by the first evaluation while training, all is compiled
+        evaluations = len(racer.seen) - 2
+        pace = (last["seconds"] - begun["seconds"]) / (
+            last["step"] - begun["step"] + evaluations * steps_of_an_evaluation
+        )
+        start_up = begun["seconds"] - pace * (begun["step"] + steps_of_an_evaluation)
+        fit = (seconds - start_up) / pace - steps_of_an_evaluation * EVALUATIONS
         found.append(max(EVALUATIONS, int(fit)))
     return found[0], found[1]
 
