@@ -90,7 +90,8 @@ def evaluate_loaded(
 ) -> tuple[float, int]:
     """Evaluate a loaded model on `blocks`, on every device that is here; returns as `evaluate` does.
 
-    In several processes these are the devices of all of them. A model that one device holds is copied to all of them. `context_length` is the blocks' (0: the model's).
+    In several processes these are the devices of all of them. A model that one device holds is copied to all of them.
+    `context_length` is the blocks' (0: the model's).
     """
     strategy: Strategy
     if len(loaded.placement.devices) > 1:

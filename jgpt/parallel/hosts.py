@@ -80,10 +80,9 @@ def first_decides(decide: Callable[[], T]) -> T:
 
 def first_before_others(work: Callable[[], T]) -> T:
     """Do `work` in process 0, and then in all others: what it leaves on a disk that they share is there for them."""
-    if n_processes() == 1 or is_first():
-        result = work()
+    done = [work()] if is_first() else []
     first_decides(lambda: None)
-    return result if n_processes() == 1 or is_first() else work()
+    return done[0] if done else work()
 
 
 def announce(key: str) -> None:
@@ -246,21 +245,32 @@ class _Watch:
     def stop(self) -> None:
         """Watch no longer: the block is over."""
         self._over.set()
+        if self._handler is not None:
+            _libc_signal(signal.SIGABRT, None)
 
     def _catch_abort(self) -> None:
         """Say what has happened where JAX aborts this process, which it does at once when process 0 has gone.
 
         JAX prints a page from C++, and calls abort(). Python's own handlers run too late for that: this one is C's.
         """
+        self._handler = None
         if sys.platform == "win32":
             return
 
         def on_abort(_: int) -> None:
-            self._lost(*((0,) if not is_first() else (1,)), EXIT_LOST, "JAX has lost the connection (see above)")
+            self._lost(0, EXIT_LOST, "JAX has lost the connection to it (see above)")
             os._exit(128 + signal.SIGABRT)
 
-        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)  # kept: C has only its address
-        ctypes.CDLL(None).signal(int(signal.SIGABRT), self._handler)
+        self._handler = HANDLER(on_abort)  # kept: C has only its address
+        _libc_signal(signal.SIGABRT, self._handler)
+
+
+HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
+def _libc_signal(number: signal.Signals, handler: Any) -> None:
+    """Call C's signal(); None is the default, which Python itself has for this signal."""
+    ctypes.CDLL(None).signal(ctypes.c_int(number), handler)
 
 
 def _put(key: str, text: str) -> None:

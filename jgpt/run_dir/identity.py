@@ -216,7 +216,8 @@ def comparable(config: ConfigDict) -> tuple[dict[str, str], str, str]:
     """
     facts = {key: repr(value) for key, value in flatten(json.loads(config.to_json())).items() if key not in PATHS}
     advice = "Start all of them with the same command, in the same environment, with packages of the same versions."
-    return facts | _versions(), "their config or their packages", advice
+    packages = {name: version for name, version in _versions().items() if name not in ("python", "machine")}
+    return facts | packages, "their config or their packages", advice
 
 
 def write_identity(run_dir: Path, config: ConfigDict) -> None:

@@ -44,10 +44,10 @@ def train(
     """Train until `optimizer.total_steps`, a signal or the deadline; save; say how it ended in status.json.
 
     A run directory that holds a run goes on from its newest whole checkpoint. Several processes that JAX has connected
-    (see `hardware/cluster.py`) train one model: each calls this with the same config. `command` is what a user would type
-    to go on. `on_saved(run directory, step)` is called in a background thread once a checkpoint is whole; it should be
-    quick, as the next save waits for it, and must not raise. `on_record(record)` is called with each record of metrics.jsonl,
-    between two steps; what it raises ends the run as any error does.
+    (see `hardware/cluster.py`) train one model: each calls this with the same config. `command` is what a user would
+    type to go on. `on_saved(run directory, step)` is called in a background thread once a checkpoint is whole; it
+    should be quick, as the next save waits for it, and must not raise. `on_record(record)` is called with each record
+    of metrics.jsonl, between two steps; what it raises ends the run as any error does. Both are called in process 0.
 
     Returns the status of the run. Raises UserError for what the user can fix, before the first step wherever it can be
     known, OutOfMemory and TrainingDiverged.
