@@ -41,7 +41,8 @@ def main() -> None:
     from jgpt.cli.terminal import say, write
     from jgpt.data.unknown import name_unknown
     from jgpt.loading.measure import LONGEST, block_length, measure_files
-    from jgpt.parallel.hosts import is_first, together
+    from jgpt.parallel.hosts import is_first
+    from jgpt.parallel.watch import together
 
     args, name = flags.FLAGS, model_flags.model_name()
     with together():

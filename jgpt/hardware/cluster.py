@@ -26,7 +26,7 @@ from jgpt.wording import format_duration
 
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # what JAX reads
 TPU_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
-HEARTBEAT_SECONDS = 100  # after which JAX itself ends the processes; `parallel/hosts.py` is faster, and says why
+HEARTBEAT_SECONDS = 100  # after which JAX itself ends the processes; `parallel/watch.py` is faster, and says why
 log = logging.getLogger("jgpt")
 
 

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
-from jgpt.parallel.hosts import announce, first_decides, is_first, share, wait_for
+from jgpt.parallel.hosts import first_decides, get_text, is_first, n_processes, put_text, share
 from jgpt.run_dir.disk import cannot_write, check_room, remove_unfinished, room, silence_orbax
 from jgpt.run_dir.manifest import digest, read_meta, steps_without_manifest, val_loss_of, verify, whole_steps
 from jgpt.step.state import TrainState, tree_bytes
@@ -118,9 +118,10 @@ class Checkpoints:
             if is_first():
                 write_file(self.manifest(step), digest(self.directory / str(step)))
                 self._prune()
-                announce(name)
+                if n_processes() > 1:
+                    put_text(name, "")
             else:
-                wait_for(name)
+                get_text(name)
             self.save_seconds = max(self.save_seconds, time.monotonic() - started)
         except Exception as error:  # `wait` raises it, in the thread that saves or waits next
             self._error = error
