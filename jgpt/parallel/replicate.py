@@ -140,10 +140,10 @@ class Replicate:
             return saved_from(self.for_decoding(state), self.devices[0])
 
         def of_all_devices(x: Array) -> Array:
-            copies = [shard.data for shard in x.addressable_shards]
+            copies = saved_from([shard.data for shard in x.addressable_shards], self.devices[0])
             return jax.make_array_from_single_device_arrays(x.shape, self._copied_to_all, copies)
 
-        return jax.tree.map(of_all_devices, saved_from(state, self.devices[0]))
+        return jax.tree.map(of_all_devices, state)
 
     def on_host(self, tree: Any) -> Any:
         """Fetch a tree that is the same on every device as numpy arrays (views of the device's memory on CPU)."""
