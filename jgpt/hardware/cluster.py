@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
@@ -134,6 +133,8 @@ def _is_one_of_tpu_hosts(environment: Mapping[str, str]) -> bool:
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
     if not chips or "TPU_SKIP_MDS_QUERY" in environment or not importlib.util.find_spec("libtpu"):
         return False
+    import urllib.request  # here, where alone it is needed
+
     request = urllib.request.Request(TPU_METADATA, headers={"Metadata-Flavor": "Google"})
     with suppress(OSError):  # no such server: another cloud's machine
         with urllib.request.urlopen(request, timeout=2) as answer:
