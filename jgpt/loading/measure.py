@@ -20,6 +20,7 @@ from jgpt.errors import UserError
 from jgpt.hardware.devices import all_devices
 from jgpt.loading.load import LoadedModel
 from jgpt.parallel.evaluation import bits_per_byte, evaluate
+from jgpt.parallel.hosts import connect
 from jgpt.parallel.mesh import Sharded
 from jgpt.parallel.replicate import Replicate
 from jgpt.parallel.strategy import Strategy
@@ -97,6 +98,7 @@ def evaluate_loaded(
     if len(loaded.placement.devices) > 1:
         strategy, params = Sharded(loaded.placement.devices, loaded.placement.config), loaded.params
     else:
+        connect(all_devices())
         strategy = Replicate(all_devices())
         params = strategy.place_state(loaded.params)
     step = strategy.eval_step(make_eval_step(loaded.model, loaded.policy, loaded.config.execution.loss_chunk_tokens))

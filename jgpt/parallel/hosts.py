@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import distributed  # JAX has no public name for its key-value store; Orbax takes it from here, too
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -86,6 +87,27 @@ def check_same(facts: Mapping[str, str], what: str, advice: str) -> None:
             )
 
 
+def connect(devices: list[jax.Device]) -> None:
+    """Let the devices of all processes find each other, now that no process is behind.
+
+    They do so at the first collective, and XLA gives up where one of them comes late: gloo after 30 seconds. The first
+    collective of training comes after a long compile, which takes as long in no two processes.
+    """
+    if n_processes() == 1:
+        return
+    share("")
+    for group in (devices, _firsts(devices)):
+        mesh = Mesh(np.array(group), ("devices",))
+        each, same = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["devices"], []))
+        ones = jax.make_array_from_callback((len(group),), each, np.ones(len(group), np.int32).__getitem__)
+        assert int(jax.jit(jnp.sum, out_shardings=same)(ones)) == len(group)
+
+
+def _firsts(devices: list[jax.Device]) -> list[jax.Device]:
+    """Return the first device of each process."""
+    return [next(d for d in devices if d.process_index == i) for i in range(n_processes())]
+
+
 class Agreement:
     """What any process asks for, known to all at the same step.
 
@@ -100,8 +122,7 @@ class Agreement:
         self._unread: jax.Array | None = None
         if n_processes() == 1:
             return
-        firsts = [next(d for d in devices if d.process_index == i) for i in range(n_processes())]
-        mesh = Mesh(np.array(firsts), ("processes",))
+        mesh = Mesh(np.array(_firsts(devices)), ("processes",))
         self._each = NamedSharding(mesh, PartitionSpec("processes"))
         self._gather = jax.jit(lambda wishes: wishes, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

@@ -18,7 +18,7 @@ from jgpt.hardware.process import keep_compiled_programs, set_up_process
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import model_config
 from jgpt.parallel.build import training_devices
-from jgpt.parallel.hosts import check_same, first_before_others, is_first, share
+from jgpt.parallel.hosts import check_same, connect, first_before_others, is_first, share
 from jgpt.parallel.watch import together
 from jgpt.planning.auto import choose_execution, with_execution_of_run
 from jgpt.run_dir.checkpoint import Checkpoints
@@ -91,6 +91,7 @@ def _train_together(
         resuming = look_for_run(run_dir, config)
         share("")  # XLA itself does not wait long for the devices of the others, and loading may take longer
         devices = training_devices(config)
+        connect(devices)
         check_devices(config, devices)
         keep_compiled_programs()
 
