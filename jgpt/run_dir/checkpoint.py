@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
-from jgpt.parallel.hosts import first_decides, get_text, is_first, n_processes, put_text, share
+from jgpt.parallel.hosts import first_decides, get_text, is_first, n_processes, put_text
 from jgpt.run_dir.disk import cannot_write, check_room, remove_unfinished, room, silence_orbax
 from jgpt.run_dir.manifest import digest, read_meta, steps_without_manifest, val_loss_of, verify, whole_steps
 from jgpt.step.state import TrainState, tree_bytes
@@ -61,10 +61,8 @@ class Checkpoints:
         self._damaged: set[int] = set()  # steps that restore passed over: in the way of what is saved from now on
         silence_orbax()
         if is_first():
-            self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob(f"{DELETED}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        share("")  # the directory is there for all
         options = ocp.CheckpointManagerOptions(
             create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
