@@ -39,7 +39,8 @@ def together(on_lost: Callable[[str], None] = lambda reason: None) -> Iterator[N
     """Watch the other processes while the block runs, and end this one when one of them has ended before its time.
 
     What ends the block by an error is told to the others, which end with the same exit code; one that vanishes is
-    missed after SILENT_SECONDS. Before this process ends, `on_lost` gets the reason.
+    missed after SILENT_SECONDS. An error of a collective mostly means that one has vanished, so that it is not told
+    before. Before this process ends, `on_lost` gets the reason.
     """
     if n_processes() == 1:
         yield
@@ -50,6 +51,8 @@ def together(on_lost: Callable[[str], None] = lambda reason: None) -> Iterator[N
         yield
         share("")  # nobody leaves while others still work
     except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):  # such as "Gloo AllGather failed"
+            time.sleep(SILENT_SECONDS + 3 * POLL_SECONDS)  # until the watch has found who is gone, which ends this
         watch.leave(error)
         raise
     finally:
