@@ -13,6 +13,7 @@ import math
 from absl import flags
 
 from jgpt.cli import model_flags
+from jgpt.cli.process_flags import define_processes, join_processes
 from jgpt.cli.run import run
 from jgpt.config.check import is_encoding
 from jgpt.config.defaults import KEYS
@@ -29,24 +30,31 @@ def define_flags() -> None:
     flags.register_validator("encoding", is_encoding, "Python knows no such text encoding; for example: gb18030")
     flags.DEFINE_enum("encoding_errors", "strict", list(data[1].choices), data[1].explained())
     model_flags.define_device()
+    define_processes()
 
 
 def main() -> None:
     """Load, measure, print."""
+    join_processes()
     # Here, as all that loads JAX: --help must not wait for it.
     from jgpt.api import load
     from jgpt.cli.terminal import say, write
     from jgpt.data.unknown import name_unknown
     from jgpt.loading.measure import LONGEST, block_length, measure_files
+    from jgpt.parallel.hosts import is_first
+    from jgpt.parallel.watch import together
 
     args, name = flags.FLAGS, model_flags.model_name()
-    model = load(name, **model_flags.loading(), context_length=args.sequence_length or LONGEST)
-    loaded = model.loaded
-    if args.text_glob:
-        length = block_length(loaded, args.sequence_length)
-        found = measure_files(loaded, args.text_glob, args.text_field, args.encoding, args.encoding_errors, length)
-    else:
-        found = model.evaluate(sequence_length=args.sequence_length)
+    with together():
+        model = load(name, **model_flags.loading(), context_length=args.sequence_length or LONGEST)
+        loaded = model.loaded
+        if args.text_glob:
+            length = block_length(loaded, args.sequence_length)
+            found = measure_files(loaded, args.text_glob, args.text_field, args.encoding, args.encoding_errors, length)
+        else:
+            found = model.evaluate(sequence_length=args.sequence_length)
+    if not is_first():
+        return
     at_step = "" if loaded.step is None else f" (step {loaded.step})"
     split = "the run's validation split"
     write(f"text              {args.text_glob or split}\n")

@@ -12,11 +12,19 @@ import shlex
 import sys
 
 from jgpt.cli.flags import define_config, load_config
+from jgpt.cli.process_flags import define_processes, join_processes
 from jgpt.cli.run import run
+
+
+def define_flags() -> None:
+    """Define the flags."""
+    define_config()
+    define_processes()
 
 
 def main() -> None:
     """Train the config of the command line."""
+    join_processes()
     from jgpt.api import train  # here: --help must not wait for JAX
 
     arguments = [a for a in sys.argv[1:] if not a.startswith("--config.checkpoint.resume")]
@@ -24,5 +32,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    define_config()
+    define_flags()
     run(main, __doc__)

@@ -17,6 +17,7 @@ EXIT_CODES = (
     ("2", "a mistake in the flags, the config, the text or the directories: the message says what to do"),
     ("3", "the device ran out of memory"),
     ("4", "training diverged"),
+    ("5", "another process of the run has ended; the same commands go on from the newest checkpoint"),
     ("130", "interrupted at once, by a second Ctrl-C"),
 )
 

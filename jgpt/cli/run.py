@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from absl import flags
 
@@ -58,7 +59,7 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             _print_error(traceback.format_exc())
-            sys.exit(EXIT_BUG)
+            _leave(EXIT_BUG)
         code, message = (
             EXIT_USER,
             f"the disk is full: {error}. Free some space, then run the same command again: it continues.",
@@ -69,20 +70,29 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
         code, message = EXIT_MEMORY, shortage(error)
         if not message:
             _print_error(traceback.format_exc())
-            sys.exit(EXIT_BUG)
+            _leave(EXIT_BUG)
         message += ". Take fewer or shorter sequences at a time, or a smaller model; the flags are in --help."
     _print_error(f"error: {message}\n")
-    if code == EXIT_INTERRUPTED:
-        atexit.register(exit_at_once)  # runs before what was registered earlier, by JAX
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit with `code`. Where a computation or another process of the run may be waiting, nothing is cleaned up."""
+    jax = sys.modules.get("jax")
+    if code == EXIT_INTERRUPTED or (jax is not None and jax.distributed.is_initialized()):
+        atexit.register(exit_at_once, code)  # runs before what was registered earlier, by JAX
     sys.exit(code)
 
 
-def exit_at_once() -> None:
-    """End the process here: a computation may still run, and its memory must not be freed under it."""
+def exit_at_once(code: int) -> None:
+    """End the process here: a computation may still run, and its memory must not be freed under it.
+
+    JAX would also wait for the other processes of a run, which wait for this one.
+    """
     with contextlib.suppress(OSError):  # nobody may be reading any more
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(code)
 
 
 def _with_flags(message: str) -> str:
@@ -103,6 +113,11 @@ def _with_flags(message: str) -> str:
 def _print_error(text: str) -> None:
     """Print on stderr, without the secrets that an exception of a library may quote."""
     print(shown(redact(text), sys.stderr), file=sys.stderr, end="")
+
+
+def only_errors() -> None:
+    """Log nothing but errors from now on: another process of the run says the rest."""
+    logging.getLogger("jgpt").setLevel(logging.ERROR)
 
 
 def set_up_logging(to_stderr: bool = False) -> None:

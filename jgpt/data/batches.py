@@ -69,13 +69,13 @@ class Batches:
         """Tokens that an epoch predicts."""
         return self.n_blocks * self.sequence_length
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of a step: tokens int32 [G, T+1].
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Return the batch of a step: tokens int32 [G, T+1]; or some of its rows, which alone are read.
 
         Raises UserError when an id is not in the vocabulary.
         """
         first = step * self.global_batch_size
-        batch = np.stack([self._block(index) for index in range(first, first + self.global_batch_size)])
+        batch = np.stack([self._block(index) for index in range(first, first + self.global_batch_size)[rows]])
         _check_ids(batch, self.vocab_size)
         return Batch(batch.astype(np.int32))
 
@@ -105,18 +105,19 @@ class ChatBatches:
         """Targets in an epoch's rows, with those that are not learned."""
         return self.n_blocks * (self.rows.capacity - 1)
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of a step: tokens int32 [G, T+1], weights fp32 [G, T], segments int32 [G, T].
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Return the batch of a step: tokens int32 [G, T+1], weights fp32 [G, T], segments int32 [G, T]; or some rows.
 
-        The weights have mean 1. So the mean of the weighted losses is the mean over the learned targets, however the
-        batch is divided among devices and micro-batches. Raises UserError when an id is not in the vocabulary.
+        The weights of the whole batch have mean 1. So the mean of the weighted losses is the mean over the learned
+        targets, however the batch is divided among devices and micro-batches. Raises UserError when an id is not in the
+        vocabulary.
         """
         first = step * self.global_batch_size
-        rows = [self._row(index) for index in range(first, first + self.global_batch_size)]
-        tokens, weights, segments = (np.stack(arrays) for arrays in zip(*rows, strict=True))
+        everything = [self._row(index) for index in range(first, first + self.global_batch_size)]
+        tokens, weights, segments = (np.stack(arrays) for arrays in zip(*everything, strict=True))
         _check_ids(tokens, self.vocab_size)
         mean = max(float(weights.mean(dtype=np.float64)), 1e-9)
-        return Batch(tokens, weights / np.float32(mean), segments)
+        return Batch(tokens[rows], (weights / np.float32(mean))[rows], segments[rows])
 
     def _row(self, index: int) -> Batch:
         epoch, position = divmod(index, self.n_blocks)

@@ -19,6 +19,11 @@ def local_devices() -> list[jax.Device]:
     return jax.local_devices()
 
 
+def all_devices() -> list[jax.Device]:
+    """Return the devices of all processes of the run, those of a process side by side; of one, its own."""
+    return sorted(jax.devices(), key=lambda device: device.process_index)
+
+
 def describe(device: jax.Device) -> Chip:
     """Return the record of a device's kind; that of a CPU or an unknown GPU has little more than a name."""
     kind, capability = device.device_kind, compute_capability(device)

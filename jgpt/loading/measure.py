@@ -17,9 +17,10 @@ from jgpt.data.pieces import cut
 from jgpt.data.token_directory import token_directory
 from jgpt.data.token_files import TokenData, open_token_data
 from jgpt.errors import UserError
-from jgpt.hardware.devices import local_devices
+from jgpt.hardware.devices import all_devices
 from jgpt.loading.load import LoadedModel
 from jgpt.parallel.evaluation import bits_per_byte, evaluate
+from jgpt.parallel.hosts import connect
 from jgpt.parallel.mesh import Sharded
 from jgpt.parallel.replicate import Replicate
 from jgpt.parallel.strategy import Strategy
@@ -88,15 +89,17 @@ def measure_validation_split(loaded: LoadedModel, run_dir: str, length: int) -> 
 def evaluate_loaded(
     loaded: LoadedModel, blocks: Iterable[Batch], rows: int = 8, context_length: int = 0
 ) -> tuple[float, int]:
-    """Evaluate a loaded model on `blocks`, on every device of this machine; returns as `evaluate` does.
+    """Evaluate a loaded model on `blocks`, on every device that is here; returns as `evaluate` does.
 
-    A model that one device holds is copied to all of them. `context_length` is the blocks' (0: the model's).
+    In several processes these are the devices of all of them. A model that one device holds is copied to all of them.
+    `context_length` is the blocks' (0: the model's).
     """
     strategy: Strategy
     if len(loaded.placement.devices) > 1:
         strategy, params = Sharded(loaded.placement.devices, loaded.placement.config), loaded.params
     else:
-        strategy = Replicate(local_devices())
+        connect(all_devices())
+        strategy = Replicate(all_devices())
         params = strategy.place_state(loaded.params)
     step = strategy.eval_step(make_eval_step(loaded.model, loaded.policy, loaded.config.execution.loss_chunk_tokens))
     return evaluate(strategy, step, params, {}, blocks, rows, context_length or loaded.model.config.context_length)

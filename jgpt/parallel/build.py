@@ -7,15 +7,16 @@ so that what it compiles is what training runs.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jgpt.data.batches import Batch
+from jgpt.data.batches import Batch, Batches, ChatBatches
 from jgpt.errors import UserError
-from jgpt.hardware.devices import compute_capability, local_devices
+from jgpt.hardware.devices import all_devices, compute_capability
 from jgpt.model.attention.choose import choose_attention
 from jgpt.model.columns import for_devices
 from jgpt.model.gpt import GPT
@@ -60,6 +61,11 @@ class Parts:
     def flops_per_token(self) -> float:
         """The model's floating-point operations for one token of training."""
         return flops_per_token(replace(self.shapes, context_length=self.sequence_length), self.adapters)
+
+    def own_batch(self, batches: Batches | ChatBatches, step: int) -> Batch:
+        """Return the batch that follows `step` steps, on its way to the devices of this process."""
+        rows = self.strategy.own_rows(batches.global_batch_size)
+        return self.strategy.place_batch(batches.batch(step, rows), self.accumulation)
 
     def abstract_frozen(self) -> Any:
         """Return LoRA's base parameters as shapes; {} without it."""
@@ -188,15 +194,24 @@ def batch_shares(config: ConfigDict, n_devices: int) -> int:
 
 
 def training_devices(config: ConfigDict) -> list[jax.Device]:
-    """Choose the devices of this process for a run: they share its batch, or split its model.
+    """Choose the devices of a run, in all its processes: they share its batch, or split its model.
 
-    All of them, but on CPU, where a device is a share of the same cores: there the largest number that divides the
-    batch. Raises UserError where accelerators cannot share the batch equally.
+    All of them, but on CPU, where a device is a share of the same cores: there the largest number in each process so
+    that all divide the batch. Raises UserError where the devices cannot share the batch equally.
     """
-    devices = local_devices()
+    devices = all_devices()
+    each = [list(group) for _, group in groupby(devices, key=lambda device: device.process_index)]
+    if len({len(own) for own in each}) > 1:
+        raise UserError(
+            f"the processes of this run have {', '.join(str(len(own)) for own in each)} devices. Allowed: the same"
+            " number in each. Start them on machines of one kind, or set CUDA_VISIBLE_DEVICES (on CPUs"
+            " JAX_NUM_CPU_DEVICES) to as many in each."
+        )
     if devices[0].platform == "cpu" and not _splits_model(config):
         size = config.batch.global_batch_size
-        return devices[: max(n for n in range(1, len(devices) + 1) if size % n == 0)]
+        fitting = [n for n in range(1, len(each[0]) + 1) if size % (n * len(each)) == 0]
+        if fitting:
+            return [device for own in each for device in own[: fitting[-1]]]
     batch_shares(config, len(devices))
     return devices
 

@@ -5,8 +5,10 @@ In the data path: beside the step, on the same devices; training calls it now an
 
 import math
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
+import jax
 import numpy as np
 
 from jgpt.data.batches import Batch
@@ -25,6 +27,8 @@ def evaluate(
 ) -> tuple[float, int]:
     """Return the mean loss in nats per target token, and the number of targets.
 
+    Of several processes each has all blocks, and brings its part of them to its devices.
+
     `blocks` are single sequences of at most context_length + 1 tokens, each predicting all but its first, or those that
     have the weight 1 and not 0; `rows` of them go to each device at a time. `eval_step` is the strategy's; `params` and
     `frozen` are where its step has them. Short blocks and missing rows are filled up with targets of weight zero.
@@ -34,7 +38,8 @@ def evaluate(
         whole = _fill(batch, strategy.shares * rows, context_length)
         assert whole.weights is not None
         n_targets += int(whole.weights.sum(dtype=np.float64))
-        total += float(strategy.on_host(eval_step(params, frozen, strategy.place_sequences(whole))))
+        own = jax.tree.map(itemgetter(strategy.own_rows(len(whole.tokens))), whole)
+        total += float(strategy.on_host(eval_step(params, frozen, strategy.place_sequences(own))))
     return total / n_targets, n_targets
 
 

@@ -25,8 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
 from jgpt.model.gpt import GATHERED
+from jgpt.parallel.hosts import n_processes
 from jgpt.parallel.rules import split_axis, split_bytes
-from jgpt.parallel.strategy import laid_out, saved_from
+from jgpt.parallel.strategy import laid_out, own_rows, put, put_rows, saved_from
 from jgpt.step.eval_step import EvalStep
 from jgpt.step.gradients import Exchange
 from jgpt.step.muon import alone
@@ -46,11 +47,14 @@ class FullySharded:
     model of the step then has `gather_block`.
     """
 
+    decodes_alone = True
+
     def __init__(self, devices: Sequence[jax.Device], group: int, by_layer: bool = False) -> None:
         self.devices = list(devices)
         self.shares = len(self.devices)
         self._group, self.by_layer = group, by_layer
         self._mesh = Mesh(np.array(self.devices).reshape(-1, group), (COPIES, PARTS))
+        self._whole = jax.jit(lambda x: x, out_shardings=NamedSharding(self._mesh, SAME))
 
     def _axes(self, tree: Any) -> Any:
         """Return the axis along which each array is split; -1 where each device has all of it."""
@@ -147,27 +151,37 @@ class FullySharded:
 
     def place_state(self, state: Any) -> Any:
         """Give each device its part of a state, laid out as the step returns it (else it compiles twice)."""
-        return jax.device_put(state, self.shardings(state))
+        return jax.tree.map(put, state, self.shardings(state))
 
     def place_param(self, path: tuple[str, ...], array: np.ndarray) -> Array:
         """Split one parameter over the devices; `path` is its keys in the tree."""
-        return jax.device_put(array, self.shardings(array))
+        return put(array, self.shardings(array))
+
+    def own_rows(self, n: int) -> slice:
+        """Return which sequences of a batch of `n` this process brings."""
+        return own_rows(self.devices, n)
 
     def place_batch(self, batch: Batch, accumulation: int) -> Batch:
-        """Put a host batch [G, ...] on the devices as [shares, A, B, ...], a share on each."""
-        return jax.device_put(laid_out(batch, self.shares, accumulation), NamedSharding(self._mesh, EACH))
+        """Put the own rows of a batch on the devices as [shares, A, B, ...], a share on each."""
+        return self._put_shares(batch, accumulation)
 
     def place_sequences(self, batch: Batch) -> Batch:
-        """Put a host batch [G, ...] on the devices as [shares, B, ...], a share on each."""
-        return jax.device_put(laid_out(batch, self.shares), NamedSharding(self._mesh, EACH))
+        """Put the own rows of a batch on the devices as [shares, B, ...], a share on each."""
+        return self._put_shares(batch)
+
+    def _put_shares(self, batch: Batch, *lead: int) -> Batch:
+        own, each = own_rows(self.devices, self.shares), NamedSharding(self._mesh, EACH)
+        return jax.tree.map(lambda x: put_rows(x, each, self.shares), laid_out(batch, own.stop - own.start, *lead))
 
     def bytes_per_device(self, state: Any, frozen: Any) -> int:
         """Return the bytes that a device holds: its part of the state."""
         return split_bytes((state, frozen), self.shardings((state, frozen)))
 
     def for_decoding(self, tree: Any) -> Any:
-        """Return all of a tree on the first device, which decodes alone."""
-        return jax.device_put(tree, self.devices[0])
+        """Return all of a tree on the first device, which decodes alone; in each process on its own first one."""
+        if n_processes() == 1:
+            return jax.device_put(tree, self.devices[0])
+        return jax.tree.map(lambda x: self._whole(x).addressable_shards[0].data, tree)  # one array after the other
 
     def where_it_lies(self, tree: Any) -> Any:
         """Return the tree as it is."""
@@ -179,7 +193,7 @@ class FullySharded:
 
     def on_host(self, tree: Any) -> Any:
         """Fetch a tree as numpy arrays, each of them complete."""
-        return jax.tree.map(np.asarray, tree)
+        return jax.tree.map(lambda x: np.asarray(x if x.is_fully_replicated else self._whole(x)), tree)
 
 
 def _own(batch: Batch) -> Batch:

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jgpt.data.batches import Batch
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.rules import device_mesh, param_shardings, place, split_bytes
-from jgpt.parallel.strategy import laid_out, saved_from
+from jgpt.parallel.strategy import laid_out, put, saved_from
 from jgpt.step.eval_step import EvalStep
 from jgpt.step.gradients import Exchange
 from jgpt.step.state import TrainState, tree_bytes
@@ -29,6 +29,7 @@ class Sharded:
     """
 
     shares = 1  # the devices work on the same sequences together
+    decodes_alone = False
 
     def __init__(self, devices: Sequence[jax.Device], config: ModelConfig) -> None:
         self.devices, self._config = list(devices), config
@@ -61,7 +62,7 @@ class Sharded:
 
     def place_state(self, state: Any) -> Any:
         """Copy a state (or adapters) to every device, laid out as the step returns it (else it compiles twice)."""
-        return jax.device_put(state, self._copied)
+        return jax.tree.map(lambda x: put(x, self._copied), state)
 
     def shardings(self, state: Any) -> Any:
         """Return where each array of a state lies: a copy on every device."""
@@ -71,13 +72,17 @@ class Sharded:
         """Split one frozen parameter of the plain model over the devices; `path` is its keys in the tree."""
         return place(path, array, self._config, self._mesh)
 
+    def own_rows(self, n: int) -> slice:
+        """Return all of a batch: the devices work on the same sequences together."""
+        return slice(0, n)
+
     def place_batch(self, batch: Batch, accumulation: int) -> Batch:
         """Put a host batch [G, ...] on the devices as [A, B, ...], all of it on each."""
-        return jax.device_put(laid_out(batch, accumulation), self._copied)
+        return jax.tree.map(lambda x: put(x, self._copied), laid_out(batch, accumulation))
 
     def place_sequences(self, batch: Batch) -> Batch:
         """Put a host batch [B, ...] on every device."""
-        return jax.device_put(batch, self._copied)
+        return jax.tree.map(lambda x: put(x, self._copied), batch)
 
     def bytes_per_device(self, state: Any, frozen: Any) -> int:
         """Return the bytes that a device holds: all of the state, its part of the frozen parameters."""

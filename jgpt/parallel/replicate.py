@@ -13,7 +13,8 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
-from jgpt.parallel.strategy import laid_out, saved_from
+from jgpt.parallel.hosts import n_processes, own_devices
+from jgpt.parallel.strategy import laid_out, own_rows, saved_from
 from jgpt.step.eval_step import EvalStep
 from jgpt.step.gradients import Exchange
 from jgpt.step.state import TrainState, tree_bytes
@@ -21,16 +22,23 @@ from jgpt.step.train_step import Numbers, Step, TrainStep
 
 
 class Replicate:
-    """Run a step on several devices: the state copied to each, a share of the batch on each. A `Strategy`."""
+    """Run a step on several devices: the state copied to each, a share of the batch on each. A `Strategy`.
+
+    Of several processes each has arrays of its own devices alone, which is what pmap takes and returns; only what a
+    checkpoint is written from are arrays of all devices.
+    """
 
     AXIS = "devices"
+    decodes_alone = True
 
     def __init__(self, devices: Sequence[jax.Device]) -> None:
         self.devices = list(devices)
         self.shares = len(self.devices)
-        mesh = Mesh(np.array(self.devices), (self.AXIS,))
+        self._own = own_devices(self.devices) if n_processes() > 1 else self.devices
+        mesh = Mesh(np.array(self._own), (self.AXIS,))
         self._copied = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(self.AXIS))
+        self._copied_to_all = NamedSharding(Mesh(np.array(self.devices), (self.AXIS,)), PartitionSpec())
 
     def train_step(self, step: Step) -> TrainStep:
         """Compile (state, frozen, batch [shares, A, B, ...]) -> (state, metrics); the state's memory is reused."""
@@ -86,7 +94,9 @@ class Replicate:
 
     def lower(self, step: TrainStep, state: Any, frozen: Any, batch: Batch, accumulation: int) -> jax.stages.Lowered:
         """Trace a train step from shapes alone; `batch` is that of all devices, [G, ...]."""
-        return step.lower(state, frozen, laid_out(batch, self.shares, accumulation))  # type: ignore[attr-defined]
+        own = len(self._own) * batch.tokens.shape[0] // self.shares
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((own, *x.shape[1:]), x.dtype), batch)
+        return step.lower(state, frozen, laid_out(batch, len(self._own), accumulation))  # type: ignore[attr-defined]
 
     def place_state(self, state: Any) -> Any:
         """Copy a state (or a part of one) to every device, laid out as the step returns it (else it compiles twice)."""
@@ -100,13 +110,17 @@ class Replicate:
         """Copy one frozen parameter to every device; `path` is its keys in the tree."""
         return jax.device_put(array, self._copied)
 
+    def own_rows(self, n: int) -> slice:
+        """Return which sequences of a batch of `n` this process brings."""
+        return own_rows(self.devices, n)
+
     def place_batch(self, batch: Batch, accumulation: int) -> Batch:
-        """Put a host batch [G, ...] on the devices as [shares, A, B, ...], a share on each."""
-        return jax.device_put(laid_out(batch, self.shares, accumulation), self._split)
+        """Put the own rows of a batch on the devices as [own shares, A, B, ...], a share on each."""
+        return jax.device_put(laid_out(batch, len(self._own), accumulation), self._split)
 
     def place_sequences(self, batch: Batch) -> Batch:
-        """Put a host batch [G, ...] on the devices as [shares, B, ...], a share on each."""
-        return jax.device_put(laid_out(batch, self.shares), self._split)
+        """Put the own rows of a batch on the devices as [own shares, B, ...], a share on each."""
+        return jax.device_put(laid_out(batch, len(self._own)), self._split)
 
     def bytes_per_device(self, state: Any, frozen: Any) -> int:
         """Return the bytes that a device holds: all of the state and of the frozen parameters."""
@@ -122,7 +136,14 @@ class Replicate:
 
     def to_save(self, state: Any) -> Any:
         """Return what a checkpoint is written from: arrays that the next step does not overwrite."""
-        return saved_from(self.for_decoding(state), self.devices[0])
+        if n_processes() == 1:
+            return saved_from(self.for_decoding(state), self.devices[0])
+
+        def of_all_devices(x: Array) -> Array:
+            copies = saved_from([shard.data for shard in x.addressable_shards], self.devices[0])
+            return jax.make_array_from_single_device_arrays(x.shape, self._copied_to_all, copies)
+
+        return jax.tree.map(of_all_devices, state)
 
     def on_host(self, tree: Any) -> Any:
         """Fetch a tree that is the same on every device as numpy arrays (views of the device's memory on CPU)."""

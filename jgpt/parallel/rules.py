@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jgpt.errors import UserError
 from jgpt.model.columns import path_names, regroup
 from jgpt.model.shapes import ModelConfig
+from jgpt.parallel.strategy import put
 
 AXIS = "model"
 
@@ -60,7 +61,7 @@ def param_shardings(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
 def place(path: tuple[str, ...], array: Any, config: ModelConfig, mesh: Mesh) -> Array:
     """Put one parameter of the plain model on the devices of `mesh`, which share it; each is sent its own part only."""
     array = regroup(path, array, config)
-    return jax.device_put(array, NamedSharding(mesh, partition_spec(path, array.shape, config, mesh.size)))
+    return put(array, NamedSharding(mesh, partition_spec(path, array.shape, config, mesh.size)))
 
 
 def cache_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:

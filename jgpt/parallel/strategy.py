@@ -4,14 +4,18 @@ In the data path: between the pure step of `step/` and the devices. Nobody else 
 evaluates, restores or plans asks the strategy.
 """
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from jgpt.data.batches import Batch
+from jgpt.parallel.hosts import n_processes
 from jgpt.step.eval_step import EvalStep
 from jgpt.step.train_step import Step, TrainStep
 
@@ -21,7 +25,12 @@ class Strategy(Protocol):
 
     @property
     def devices(self) -> list[jax.Device]:
-        """The devices, in the order of the batch's shares."""
+        """The devices of all processes, in the order of the batch's shares."""
+        ...
+
+    @property
+    def decodes_alone(self) -> bool:
+        """Whether one device decodes with what `for_decoding` returns; else all of them do, in all processes."""
         ...
 
     @property
@@ -56,12 +65,16 @@ class Strategy(Protocol):
         """Put one frozen parameter of the plain model on the devices; `path` is its keys in the tree."""
         ...
 
+    def own_rows(self, n: int) -> slice:
+        """Return which sequences of a batch of `n` this process brings: all of them, where it is the only one."""
+        ...
+
     def place_batch(self, batch: Batch, accumulation: int) -> Batch:
-        """Put a host batch [G, ...] on the devices: each gets its share, cut into `accumulation` micro-batches."""
+        """Put `own_rows` of a batch on the devices: each gets its share, cut into `accumulation` micro-batches."""
         ...
 
     def place_sequences(self, batch: Batch) -> Batch:
-        """Put a host batch [G, ...] on the devices for an evaluation step: each gets its share, in one piece."""
+        """Put `own_rows` of a batch on the devices for an evaluation step: each gets its share, in one piece."""
         ...
 
     def bytes_per_device(self, state: Any, frozen: Any) -> int:
@@ -69,7 +82,7 @@ class Strategy(Protocol):
         ...
 
     def for_decoding(self, tree: Any) -> Any:
-        """Return parameters as decoding takes them."""
+        """Return parameters as decoding takes them. All processes call it, as it may gather them."""
         ...
 
     def where_it_lies(self, tree: Any) -> Any:
@@ -95,10 +108,39 @@ def laid_out(batch: Batch, *lead: int) -> Batch:
     return jax.tree.map(cut, batch)
 
 
+def own_rows(devices: Sequence[jax.Device], n: int) -> slice:
+    """Return which rows of a batch of `n` go to the devices of this process, which are neighbors in `devices`."""
+    if n_processes() == 1:
+        return slice(0, n)
+    own = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+    each = n // len(devices)
+    return slice(own[0] * each, (own[-1] + 1) * each)
+
+
+def put(array: Any, sharding: NamedSharding) -> Array:
+    """Put an array, of which every process has all, on the devices; no process waits for another.
+
+    `jax.device_put` would compare the processes' arrays, in a collective of its own.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+
+def put_rows(array: Any, sharding: NamedSharding, shares: int) -> Array:
+    """Put this process's part [own shares, ...] of an array [shares, ...] on its devices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_process_local_data(sharding, array, (shares, *array.shape[1:]))
+
+
 def saved_from(tree: Any, device: jax.Device) -> Any:
     """Return arrays that Orbax may write in the background while the next step reuses the memory of `tree`.
 
     On CPU Orbax would write from that very memory, so this copies it; elsewhere Orbax itself copies it to the host
-    before its `save` returns.
+    before its `save` returns. Of several processes each writes its part, so that the arrays stay on the devices.
     """
-    return jax.tree.map(np.array, tree) if device.platform == "cpu" else tree
+    if device.platform != "cpu":
+        return tree
+    return jax.tree.map(np.array if n_processes() == 1 else jnp.copy, tree)

@@ -18,6 +18,7 @@ from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
 from jgpt.hardware.process import user_cache
 from jgpt.model.shapes import ModelConfig
+from jgpt.parallel.hosts import first_decides, is_first
 from jgpt.planning.devices import Target, this_machine
 from jgpt.planning.execution import Execution, execution_of
 from jgpt.planning.search import refusal, search
@@ -49,12 +50,15 @@ def choose_execution(config: ConfigDict, shapes: ModelConfig, devices: list[jax.
         return config
     target = this_machine(devices)
     cache, key = _read_cache(), _key(config, shapes, target)
-    if key in cache:
-        chosen, how = cache[key], "as found before"
+    known = first_decides(lambda: cache.get(key))
+    if known:
+        chosen, how = Execution(*known), "as found before"
     else:
         log.info("searching for the fastest micro-batch and remat that fit: some compiles, once")
-        chosen, how = _search(config, shapes, target)
-        _write_cache(cache | {key: chosen})
+        chosen, how = _search(config, shapes, target)  # in all processes: XLA may let them share the work of a compile
+        chosen = Execution(*first_decides(lambda: chosen))
+        if is_first():
+            _write_cache(cache | {key: chosen})
     config = _fill_in(config, chosen)
     log.info("chosen for %s: %s (%s)", target.kind, execution_of(config).flags(), how)
     return config

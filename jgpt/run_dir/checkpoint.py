@@ -3,6 +3,9 @@
 In the data path: from the step to the run directory, and back. Orbax writes the arrays to checkpoints/STEP/; when it is
 done, a sha256 manifest STEP.sha256 is written beside it (`sha256sum -c` reads it). Orbax does not notice a flipped bit
 and lists half-written steps, so a step counts as whole only when its manifest is there and every file in it agrees.
+
+Of several processes each writes its part of the arrays. Process 0 does all the rest: it judges, makes room, deletes,
+and writes the manifest of all parts.
 """
 
 import logging
@@ -19,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
+from jgpt.parallel.hosts import first_decides, get_text, is_first, n_processes, put_text
 from jgpt.run_dir.disk import cannot_write, check_room, remove_unfinished, room, silence_orbax
 from jgpt.run_dir.manifest import digest, read_meta, steps_without_manifest, val_loss_of, verify, whole_steps
 from jgpt.step.state import TrainState, tree_bytes
@@ -56,8 +60,9 @@ class Checkpoints:
         self._failed = False  # a save failed, and it was said
         self._damaged: set[int] = set()  # steps that restore passed over: in the way of what is saved from now on
         silence_orbax()
-        for leftover in self.directory.glob(f"{DELETED}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if is_first():
+            for leftover in self.directory.glob(f"{DELETED}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
             create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
@@ -73,11 +78,13 @@ class Checkpoints:
         """
         self.wait()
         step, started = int(state.step), time.monotonic()
-        if step in self.steps() and step not in self._damaged:
-            return
         try:
-            self._make_room(tree_bytes(state))
-            self._delete(step)  # a save that was cut off before its manifest, or a damaged one
+            name = first_decides(lambda: self._make_ready(step, tree_bytes(state)))
+            if not name:
+                return
+            if not is_first():
+                self._damaged.discard(step)
+                self._manager.reload()  # process 0 may have deleted some
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -92,19 +99,32 @@ class Checkpoints:
         except Exception as error:  # a disk can be full before the background has begun
             self._error = error
             self.wait()
-        self._finishing = threading.Thread(target=self._finish, args=(step, started), name=f"save {step}")
+        self._finishing = threading.Thread(target=self._finish, args=(step, started, name), name=f"save {step}")
         self._finishing.start()
 
-    def _finish(self, step: int, started: float) -> None:
+    def _make_ready(self, step: int, n_bytes: int) -> str:
+        """Make room for a step of so many bytes; return a name for this save, "" where the step is saved already."""
+        if step in self.steps() and step not in self._damaged:
+            return ""
+        self._make_room(n_bytes)
+        self._delete(step)  # a save that was cut off before its manifest, or a damaged one
+        return f"saved-{step}-{time.time_ns()}"
+
+    def _finish(self, step: int, started: float, name: str) -> None:
         try:
-            self._manager.wait_until_finished()
-            write_file(self.manifest(step), digest(self.directory / str(step)))
-            self._prune()
+            self._manager.wait_until_finished()  # until the parts of all processes are written
+            if is_first():
+                write_file(self.manifest(step), digest(self.directory / str(step)))
+                self._prune()
+                if n_processes() > 1:
+                    put_text(name, "")
+            else:
+                get_text(name)
             self.save_seconds = max(self.save_seconds, time.monotonic() - started)
         except Exception as error:  # `wait` raises it, in the thread that saves or waits next
             self._error = error
             return
-        if self._on_saved is not None:
+        if self._on_saved is not None and is_first():
             self._on_saved(self.directory.parent, step)
 
     def expected_seconds(self, n_bytes: int) -> float:
@@ -208,29 +228,35 @@ class Checkpoints:
         placed = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
         )
+        step = first_decides(self._newest_whole)
+        if step is None:
+            return None
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(placed.params),  # pyright: ignore[reportCallIssue]
+            training=ocp.args.StandardRestore(placed._replace(params={})._asdict()),  # pyright: ignore[reportCallIssue]
+        )
+        try:
+            restored = self._manager.restore(step, args=args)
+        except ValueError as error:  # its files are what was saved, so they were saved for other shapes
+            raise UserError(
+                f"checkpoint {step} in {self.directory} does not fit the model that config.json and the tokenizer"
+                f" of its run describe: {str(error).splitlines()[0][:200]} Put back the files that the run wrote,"
+                " or set another --config.out_dir. Its checkpoints were not changed."
+            ) from error
+        state = TrainState(**restored.training)._replace(params=restored.params)
+        return state, read_meta(self.directory, step)
+
+    def _newest_whole(self) -> int | None:
+        """Return the newest step whose files are those of its manifest; None where there is no checkpoint at all."""
         for step in self._cut_off():
             log.warning("checkpoint %d has no manifest: it was cut off while it was saved, and is passed over", step)
-        steps = self.steps()[::-1]
-        for step in [step for step in steps if step not in self._damaged]:
+        steps = self.steps()
+        for step in [step for step in reversed(steps) if step not in self._damaged]:
             damage = verify(self.directory, step)
-            if damage:
-                log.warning("checkpoint %d is damaged and passed over: %s", step, damage)
-                self._damaged.add(step)
-                continue
-            args = ocp.args.Composite(
-                params=ocp.args.StandardRestore(placed.params),  # pyright: ignore[reportCallIssue]
-                training=ocp.args.StandardRestore(placed._replace(params={})._asdict()),  # pyright: ignore[reportCallIssue]
-            )
-            try:
-                restored = self._manager.restore(step, args=args)
-            except ValueError as error:  # its files are what was saved, so they were saved for other shapes
-                raise UserError(
-                    f"checkpoint {step} in {self.directory} does not fit the model that config.json and the tokenizer"
-                    f" of its run describe: {str(error).splitlines()[0][:200]} Put back the files that the run wrote,"
-                    " or set another --config.out_dir. Its checkpoints were not changed."
-                ) from error
-            state = TrainState(**restored.training)._replace(params=restored.params)
-            return state, read_meta(self.directory, step)
+            if not damage:
+                return step
+            log.warning("checkpoint %d is damaged and passed over: %s", step, damage)
+            self._damaged.add(step)
         if steps:
             raise UserError(
                 f"{self.directory} holds checkpoints, and none is whole. Nothing was changed. Allowed: a run directory "

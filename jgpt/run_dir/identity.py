@@ -23,7 +23,8 @@ from jgpt.config.defaults import default_config, flatten
 from jgpt.config.files import user_path
 from jgpt.errors import UserError
 from jgpt.file_lock import HeldElsewhere, hold
-from jgpt.hardware.devices import local_devices
+from jgpt.hardware.devices import all_devices
+from jgpt.parallel.hosts import first_decides, is_first, share
 from jgpt.redaction import redact_values
 from jgpt.run_dir.manifest import is_imported, newest_meta, steps_without_manifest, whole_steps
 from jgpt.run_dir.metrics_file import read_metrics
@@ -33,18 +34,22 @@ log = logging.getLogger("jgpt")
 # What a run cannot change and still be the same run; anything else may be changed when it goes on.
 FIXED = ("model.", "tokenizer.", "lora.", "precision.params", "optimizer.kind")
 FREE = ("model.dropout", "lora.dropout")
+PATHS = ("out_dir", "data.cache_dir", "data.text_glob")  # of a process's own machine
+SHARED_SECONDS = 30  # until a file that another machine has written is seen on a disk that both share
 
 
 @contextmanager
 def open_run_dir(out_dir: str) -> Iterator[Path]:
     """Make the run directory, and hold it against other processes while the block runs.
 
-    Raises UserError when it cannot be written, or when another run is writing in it.
+    Of several processes of one run the first holds it; the others must find it on a disk that they share. Raises
+    UserError when it cannot be written, when another run is writing in it, or when it is not shared.
     """
     run_dir = user_path(out_dir).absolute()
     with ExitStack() as lock:
         try:
-            lock.enter_context(hold(run_dir))
+            if is_first():
+                lock.enter_context(hold(run_dir))
         except OSError as error:
             raise UserError(
                 f"out_dir={out_dir!r} cannot be written: {error.strerror}. It must be a directory that you may write in"
@@ -55,7 +60,31 @@ def open_run_dir(out_dir: str) -> Iterator[Path]:
                 f"{holder} is training in {run_dir}. One run writes in a directory at a time. Wait for it, stop it, or"
                 " set another --config.out_dir."
             ) from None
+        _check_shared(run_dir)
         yield run_dir
+
+
+def _check_shared(run_dir: Path) -> None:
+    """Raise UserError, in all processes of a run, where one of them does not see what the first one writes here."""
+    name = first_decides(lambda: f".seen-{os.getpid()}-{time.time_ns()}")
+    mark = run_dir / name
+    if is_first():
+        write_file(mark, "")
+    share("")
+    for _ in range(SHARED_SECONDS):
+        if mark.exists():
+            break
+        time.sleep(1)
+    seen = share("yes" if mark.exists() else str(run_dir))
+    if is_first():
+        mark.unlink(missing_ok=True)
+    for i, answer in enumerate(seen):
+        if answer != "yes":
+            raise UserError(
+                f"out_dir is {answer} in process {i}, and is not the directory where process 0 writes, {run_dir}. Each"
+                " process writes its part of a checkpoint there, so it must be on a disk that all share (NFS, Lustre, a"
+                " mounted volume). Set --config.out_dir=DIR to such a directory."
+            )
 
 
 def look_for_run(run_dir: Path, config: ConfigDict) -> bool:
@@ -180,9 +209,24 @@ def read_config(run_dir: Path) -> ConfigDict:
     return config
 
 
+def comparable(config: ConfigDict) -> tuple[dict[str, str], str, str]:
+    """Return what must be the same in all processes of a run, as `check_same` takes it: the config and the packages.
+
+    Paths may differ: the machines may have disks of their own.
+    """
+    facts = {key: repr(value) for key, value in flatten(json.loads(config.to_json())).items() if key not in PATHS}
+    advice = "Start all of them with the same command, in the same environment, with packages of the same versions."
+    packages = {name: version for name, version in _versions().items() if name not in ("python", "machine")}
+    return facts | packages, "their config or their packages", advice
+
+
 def write_identity(run_dir: Path, config: ConfigDict) -> None:
     """Write config.json and versions.json."""
     write_json(run_dir / "config.json", json.loads(config.to_json()))
+    write_json(run_dir / "versions.json", _versions() | {"devices": _devices_here()})
+
+
+def _versions() -> dict[str, str]:
     packages = ("jgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "transformers", "numpy")
     versions = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
     for package in packages:
@@ -190,8 +234,7 @@ def write_identity(run_dir: Path, config: ConfigDict) -> None:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"  # a checkout on the path
-    versions["devices"] = _devices_here()
-    write_json(run_dir / "versions.json", versions)
+    return versions
 
 
 def was_last_here(run_dir: Path) -> bool:
@@ -203,7 +246,7 @@ def was_last_here(run_dir: Path) -> bool:
 
 
 def _devices_here() -> str:
-    devices = local_devices()
+    devices = all_devices()
     return f"{len(devices)} x {devices[0].device_kind}"
 
 
@@ -213,6 +256,14 @@ def write_status(run_dir: Path, state: str, step: int, total_steps: int, reason:
     status = {"state": state, "step": step, "total_steps": total_steps, "reason": reason, "resume_command": command}
     status |= {"time": now, "pid": os.getpid()}
     write_json(run_dir / "status.json", redact_values(status))  # an error may quote a secret
+
+
+def write_lost(out_dir: str, reason: str, command: str) -> None:
+    """Write into status.json, in process 0, that the run ends because another of its processes has ended."""
+    run_dir = user_path(out_dir).absolute()
+    if is_first() and (run_dir / "status.json").is_file():
+        status = json.loads((run_dir / "status.json").read_text())
+        write_status(run_dir, "failed", status["step"], status["total_steps"], reason, command)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,6 +9,7 @@ import time
 import jax
 
 from jgpt.data.prefetch import Prefetcher
+from jgpt.parallel.hosts import Agreement, is_first
 from jgpt.report.curves import write_curves
 from jgpt.report.page import write_report
 from jgpt.run_dir.checkpoint import SAVE_BYTES_PER_SECOND
@@ -22,6 +23,7 @@ from jgpt.training.run import Run
 from jgpt.training.stop import Stop
 from jgpt.wording import format_duration
 
+SAVE = "save"  # what process 0 asks for when its clock says so
 EXIT_SECONDS = 10.0  # what leaving takes beside the save: samples, plots, the interpreter's end
 
 log = logging.getLogger("jgpt")
@@ -40,6 +42,7 @@ def loop(run: Run, metrics: Log, save: Save, health: Health, stop: Stop) -> None
     log.info("compiling the step")
     reason, unread = "", None  # the step whose numbers are not read yet
     first_step, longest, began = run.step + 1, 0.0, time.monotonic()
+    agree = Agreement(run.parts.strategy.devices)
     with Prefetcher(run.batch, run.step) as batches:
         while not run.is_done and not reason:
             numbers = run.advance(batches.next(run.step))
@@ -52,9 +55,11 @@ def loop(run: Run, metrics: Log, save: Save, health: Health, stop: Stop) -> None
             else:
                 longest = max(longest, time.monotonic() - began)  # of a step and what was done before it
             began = time.monotonic()
-            reason = stop.reason(2 * longest + save.seconds() + EXIT_SECONDS)
+            wish = stop.reason(agree.steps * longest + save.seconds() + EXIT_SECONDS)
+            asked = agree(wish or (SAVE if save.due_by_clock(run) else ""))
+            reason = "" if asked == SAVE else asked
 
-            reports, saves = metrics.due(run) or evaluation_due(run), bool(reason) or save.due(run)
+            reports, saves = metrics.due(run) or evaluation_due(run), bool(asked) or save.due(run)
             if reports or saves:
                 _check_health(run, save, health, *unread)
                 unread = None
@@ -65,6 +70,7 @@ def loop(run: Run, metrics: Log, save: Save, health: Health, stop: Stop) -> None
                     sample(run)
                 if saves:
                     save(run, leaving=bool(reason))
+                    agree.forget()
     finish(run, save, "" if run.is_done else reason)
 
 
@@ -85,7 +91,8 @@ def _report(run: Run, metrics: Log, numbers: Numbers) -> None:
     metrics.write(run, record, eta_seconds)
     if evaluates:
         with metrics.paused():
-            write_curves(run.run_dir)
+            if is_first():
+                write_curves(run.run_dir)
 
 
 def finish(run: Run, save: Save, reason: str = "") -> None:
@@ -98,8 +105,9 @@ def finish(run: Run, save: Save, reason: str = "") -> None:
     if not reason and not save.saved(run):
         raise save.diverged(f"training has diverged at the last step, {run.step}, which is not saved.")
     run.status.write("stopped" if reason else "finished", reason or "all steps are done")
-    write_curves(run.run_dir)
-    write_report(run.run_dir)
+    if is_first():
+        write_curves(run.run_dir)
+        write_report(run.run_dir)
     if reason:
         command = run.status.command
         log.info("stopped at step %d of %d: %s. To go on:\n  %s", run.step, run.total_steps, reason, command)

@@ -72,7 +72,7 @@ class Run:
 
     def batch(self, step: int) -> Batch:
         """Return the batch that follows `step` steps, on its way to the devices."""
-        return self.parts.strategy.place_batch(self.batches.batch(step), self.parts.accumulation)
+        return self.parts.own_batch(self.batches, step)
 
     def advance(self, batch: Batch) -> Numbers:
         """Dispatch a train step, and return its numbers, which the devices are still computing."""

@@ -20,6 +20,7 @@ from jgpt.model.columns import path_names
 from jgpt.model.parameters import abstract_stored
 from jgpt.parallel.build import Parts, make_parts
 from jgpt.parallel.evaluation import evaluate
+from jgpt.parallel.hosts import first_decides
 from jgpt.planning.budget import USED, steps_that_fit
 from jgpt.run_dir.checkpoint import SAVE_BYTES_PER_SECOND
 from jgpt.run_dir.identity import read_config
@@ -59,13 +60,15 @@ def settle_steps(config: ConfigDict, setup: Setup, started: float) -> tuple[Conf
     log.info("optimizer.total_steps=auto: measuring the first steps")
     measured = _measure(config, setup)
     save_seconds = 2 * parts.state_bytes / SAVE_BYTES_PER_SECOND
-    steps = steps_that_fit(
-        hours,
-        measured.step,
-        evaluation_seconds=measured.evaluation,
-        evaluate_every=config.eval.every_steps,
-        start_seconds=clock() - started + measured.compiling + save_seconds,
-        session_hours=config.deadline_hours,
+    steps = first_decides(
+        lambda: steps_that_fit(
+            hours,
+            measured.step,
+            evaluation_seconds=measured.evaluation,
+            evaluate_every=config.eval.every_steps,
+            start_seconds=clock() - started + measured.compiling + save_seconds,
+            session_hours=config.deadline_hours,
+        )
     )
     if steps <= config.optimizer.warmup_steps:
         raise UserError(
@@ -96,17 +99,16 @@ class _Measured:
 
 def _measure(config: ConfigDict, setup: Setup) -> _Measured:
     """Run some steps and a part of an evaluation on a new state, which is thrown away."""
-    parts, place = setup.parts, setup.parts.strategy.place_batch
+    parts = setup.parts
     state, frozen = parts.first_state(), _stand_in(parts)
     began = clock()
-    state, numbers = parts.train_step(state, frozen, place(setup.batches.batch(0), parts.accumulation))
+    state, numbers = parts.train_step(state, frozen, parts.own_batch(setup.batches, 0))
     jax.block_until_ready(numbers)
     compiled = clock()
     steps = 0
-    while steps < PROBE_STEPS or clock() - compiled < PROBE_SECONDS:
+    while steps < PROBE_STEPS or first_decides(lambda: clock() - compiled < PROBE_SECONDS):
         steps += 1
-        batch = place(setup.batches.batch(steps), parts.accumulation)
-        state, numbers = parts.train_step(state, frozen, batch)
+        state, numbers = parts.train_step(state, frozen, parts.own_batch(setup.batches, steps))
         jax.block_until_ready(numbers)
     step = (clock() - compiled) / steps
 

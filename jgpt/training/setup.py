@@ -23,6 +23,7 @@ from jgpt.model.parameters import count_parameters
 from jgpt.model.precision import dtype_name
 from jgpt.model.shapes import model_config
 from jgpt.parallel.build import Parts, choose_device_policy, make_parts
+from jgpt.parallel.hosts import check_same, n_processes
 from jgpt.planning.devices import this_machine
 from jgpt.planning.search import check_parameters_fit
 from jgpt.run_dir.disk import bytes_below, room
@@ -44,6 +45,17 @@ def check_devices(config: ConfigDict, devices: list[jax.Device]) -> None:
     target = this_machine(devices)
     if target.chip.memory_bytes:  # accelerators only: how much of a CPU's memory is free cannot be known
         check_parameters_fit(config, model_config(config.model, 1), target)
+
+
+def check_same_tokens(data: TokenData) -> None:
+    """Refuse processes of one run whose tokens differ: each may have made its own, on a disk of its own."""
+    meta = data.meta
+    check_same(
+        {key: str(meta[key]) for key in ("train_sha256", "val_sha256", "tokenizer_sha256") if key in meta},
+        "the tokens of their text",
+        "All must have the same text (data.text_glob) and the same tokenizer. Copy the text, or data.cache_dir, from"
+        " one machine to the others, or put it on a disk that all share.",
+    )
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,11 @@ def log_choices(config: ConfigDict, parts: Parts, batches: Batches | ChatBatches
     )  # fmt: skip
     split = f", the model split over {len(devices)}" if parts.strategy.shares < len(devices) else ""
     scaling = " with loss scaling" if policy.scales_loss else ""
-    log.info("device: %s%s, computing in %s%s", describe(devices[0]).name, split, dtype_name(policy.compute), scaling)
+    together = f", in {n_processes()} processes" if n_processes() > 1 else ""
+    log.info(
+        "device: %s%s, computing in %s%s%s",
+        describe(devices[0]).name, split, dtype_name(policy.compute), scaling, together,
+    )  # fmt: skip
     if policy.param != np.float32 and not parts.adapters:
         log.warning(
             "precision.params=%s: updates smaller than a parameter's last bit are lost, and late in training most are. "

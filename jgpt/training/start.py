@@ -18,9 +18,11 @@ from jgpt.hardware.process import keep_compiled_programs, set_up_process
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import model_config
 from jgpt.parallel.build import training_devices
+from jgpt.parallel.hosts import check_same, connect, first_before_others, is_first, share
+from jgpt.parallel.watch import together
 from jgpt.planning.auto import choose_execution, with_execution_of_run
 from jgpt.run_dir.checkpoint import Checkpoints
-from jgpt.run_dir.identity import look_for_run, open_run_dir, write_identity
+from jgpt.run_dir.identity import comparable, look_for_run, open_run_dir, write_identity, write_lost
 from jgpt.run_dir.samples import drop_samples_after
 from jgpt.training.extend import decay_step
 from jgpt.training.hooks.health import Health
@@ -29,7 +31,7 @@ from jgpt.training.hooks.save import Save
 from jgpt.training.loop import loop
 from jgpt.training.run import begin
 from jgpt.training.settle import settle_steps, with_steps_of_run
-from jgpt.training.setup import check_devices, check_disk, peak_flops, set_up, text_bytes
+from jgpt.training.setup import check_devices, check_disk, check_same_tokens, peak_flops, set_up, text_bytes
 from jgpt.training.status import Status, failures_explained
 from jgpt.training.stop import Stop
 
@@ -42,10 +44,11 @@ def train(
 ) -> Status:
     """Train until `optimizer.total_steps`, a signal or the deadline; save; say how it ended in status.json.
 
-    A run directory that holds a run goes on from its newest whole checkpoint. `command` is what a user would type to go
-    on. `on_saved(run directory, step)` is called in a background thread once a checkpoint is whole; it should be quick,
-    as the next save waits for it, and must not raise. `on_record(record)` is called with each record of metrics.jsonl,
-    between two steps; what it raises ends the run as any error does.
+    A run directory that holds a run goes on from its newest whole checkpoint. Several processes that JAX has connected
+    (see `hardware/cluster.py`) train one model: each calls this with the same config. `command` is what a user would
+    type to go on. `on_saved(run directory, step)` is called in a background thread once a checkpoint is whole; it
+    should be quick, as the next save waits for it, and must not raise. `on_record(record)` is called with each record
+    of metrics.jsonl, between two steps; what it raises ends the run as any error does. Both are called in process 0.
 
     Returns the status of the run. Raises UserError for what the user can fix, before the first step wherever it can be
     known, OutOfMemory and TrainingDiverged.
@@ -66,6 +69,19 @@ def _train(
 ) -> Status:
     stop, started = Stop(config.deadline_hours), time.monotonic()
     set_up_process(config.execution.deterministic)
+    with together(lambda reason: write_lost(config.out_dir, reason, command)):
+        return _train_together(config, command, on_saved, on_record, stop, started)
+
+
+def _train_together(
+    config: ConfigDict,
+    command: str,
+    on_saved: Callable[[Path, int], None] | None,
+    on_record: Callable[[dict[str, Any]], None] | None,
+    stop: Stop,
+    started: float,
+) -> Status:
+    check_same(*comparable(config))
     files = find_text(config)
     check(config, text_bytes(files))
     with open_run_dir(config.out_dir) as run_dir:
@@ -73,24 +89,28 @@ def _train(
         config, source = adopt_source(config, run_dir)
         config = with_execution_of_run(with_steps_of_run(config, run_dir), run_dir)
         resuming = look_for_run(run_dir, config)
+        share("")  # XLA itself does not wait long for the devices of the others, and loading may take longer
         devices = training_devices(config)
+        connect(devices)
         check_devices(config, devices)
         keep_compiled_programs()
 
         # The text, as tokens; then the model and its steps, which need the vocabulary.
-        data = prepare(config, run_dir / "tokenizer" if resuming else None, files)
+        data = first_before_others(lambda: prepare(config, run_dir / "tokenizer" if resuming else None, files))
+        check_same_tokens(data)
         config = choose_execution(config, model_config(config.model, data.tokenizer.vocab_size), devices)
         setup = set_up(config, data, devices)
         check_disk(run_dir, setup.parts.state_bytes, config.checkpoint, others=config.optimizer.schedule == "wsd")
 
         # From here on the run directory is this run's.
-        if not resuming:
+        if not resuming and is_first():
             data.tokenizer.save(run_dir / "tokenizer", config.model.context_length)
         status = Status(run_dir, config.optimizer.total_steps, command)
         with failures_explained(status, config, setup.parts):
             config, setup = settle_steps(config, setup, started)
         status.total_steps = config.optimizer.total_steps
-        write_identity(run_dir, config)
+        if is_first():
+            write_identity(run_dir, config)
         c, kept = config.checkpoint, decay_step(config.optimizer)
         with (
             closing(
@@ -100,7 +120,8 @@ def _train(
             stop,  # not before: preparing the text may be interrupted at any time
         ):
             run = begin(config, run_dir, setup, source, checkpoints, status)
-            drop_samples_after(run_dir / "samples.txt", run.step)
+            if is_first():
+                drop_samples_after(run_dir / "samples.txt", run.step)
             with Log(run, peak_flops(setup.parts), on_record) as metrics:
                 health = Health(setup.parts.shapes.vocab_size, run.lowest_loss)
                 loop(run, metrics, Save(run, checkpoints, health), health, stop)

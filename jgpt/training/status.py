@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from jgpt.errors import OutOfMemory
 from jgpt.hardware.memory import shortage
 from jgpt.parallel.build import Parts
+from jgpt.parallel.hosts import is_first, own_devices
 from jgpt.planning.remedies import PLACING, TRAINING, explain
 from jgpt.run_dir.identity import write_status
 
@@ -25,7 +26,9 @@ class Status:
         self.activity = PLACING  # for the message when memory runs out
 
     def write(self, state: str, reason: str = "") -> None:
-        """Write status.json; `state` is running, finished, stopped or failed."""
+        """Write status.json, in process 0; `state` is running, finished, stopped or failed."""
+        if not is_first():
+            return
         write_status(self.run_dir, state, self.step, self.total_steps, reason, self.command)
 
     @contextmanager
@@ -38,7 +41,7 @@ class Status:
 
 def explain_shortage(error: BaseException, status: Status, activity: str, config: ConfigDict, parts: Parts) -> str:
     """Say what did not fit in memory, and what would; "" where an error has another reason."""
-    lacking = shortage(error, parts.strategy.devices[0])
+    lacking = shortage(error, own_devices(parts.strategy.devices)[0])
     on_host = isinstance(error, MemoryError)
     return lacking and explain(lacking, activity, on_host, config, parts, status.command)
 

@@ -38,9 +38,9 @@ def test_no_help_waits_for_jax():
     assert done.returncode == 0, done.stderr
     for name in names:
         assert f"python -m jgpt.{name}" in done.stdout
-    for code in ("0", "1", "2", "3", "4", "130"):
+    for code in ("0", "1", "2", "3", "4", "5", "130"):
         assert done.stdout.count(f"\n  {code} ") == len(names), code
-    assert [code for code, _ in EXIT_CODES] == ["0", "1", "2", "3", "4", "130"]
+    assert [code for code, _ in EXIT_CODES] == ["0", "1", "2", "3", "4", "5", "130"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])

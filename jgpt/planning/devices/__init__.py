@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jgpt.errors import UserError
 from jgpt.hardware.chips import CHIPS, Chip, Rates
 from jgpt.hardware.devices import MEMORY_SHARE, describe
+from jgpt.parallel.hosts import own_devices
 
 OLDEST_JAX = (0, 10)  # that compiles a pmap for devices that are not there, and shows the program
 # The name on the command line: its device file, how many. Kaggle lends T4s in pairs.
@@ -56,11 +57,12 @@ class Target:
 
 def this_machine(devices: list[jax.Device]) -> Target:
     """Return the devices that are here as a target."""
-    chip = describe(devices[0])
-    stats = devices[0].memory_stats() or {} if devices[0].platform != "cpu" else {}
+    own = own_devices(devices)
+    chip = describe(own[0])
+    stats = own[0].memory_stats() or {} if own[0].platform != "cpu" else {}
     memory = stats.get("bytes_limit", _for_jax(chip))
-    if devices[0].platform == "cpu":
-        memory = int(_CPU_MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices))
+    if own[0].platform == "cpu":
+        memory = int(_CPU_MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(own))
     return Target(THIS, devices, chip, memory, chip.rates)
 
 

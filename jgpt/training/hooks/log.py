@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
+from jgpt.parallel.hosts import is_first
 from jgpt.run_dir.metrics_file import MetricsLog
 from jgpt.step.train_step import Numbers
 from jgpt.training.progress import Progress, Throughput
@@ -23,8 +24,10 @@ class Log:
         """`peak_flops` is that of all devices together, None where it is not known; `on_record` gets each record."""
         self._on_record = on_record
         # A run that was killed before its first checkpoint starts from step 0, and its metrics with it.
-        self._metrics = MetricsLog(run.run_dir / "metrics.jsonl", run.step if run.resumed else -1)
-        self._progress = Progress(run.total_steps, run.step)
+        self._metrics = self._progress = None
+        if is_first():
+            self._metrics = MetricsLog(run.run_dir / "metrics.jsonl", run.step if run.resumed else -1)
+            self._progress = Progress(run.total_steps, run.step)
         parts = run.parts
         self._throughput = Throughput(
             run.total_steps, run.step, parts.tokens_per_step, parts.flops_per_token, peak_flops
@@ -61,7 +64,9 @@ class Log:
         return record, speed.eta_seconds
 
     def write(self, run: Run, record: Mapping[str, Any], eta_seconds: float | None = None) -> None:
-        """Put a record into metrics.jsonl and on the terminal."""
+        """Put a record into metrics.jsonl and on the terminal, in process 0."""
+        if self._metrics is None or self._progress is None:
+            return
         written = self._metrics.write({**record, "elapsed_seconds": run.elapsed_seconds})
         self._progress.log(record, eta_seconds)
         self._progress.update(run.step)
@@ -74,5 +79,6 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.close()
-        self._metrics.close()
+        if self._metrics is not None and self._progress is not None:
+            self._progress.close()
+            self._metrics.close()

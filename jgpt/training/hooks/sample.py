@@ -10,6 +10,7 @@ import jax
 from jgpt.inference.decode import generate
 from jgpt.inference.rounds import NonFiniteLogits
 from jgpt.inference.sampling import Sampling
+from jgpt.parallel.hosts import is_first
 from jgpt.planning.remedies import SAMPLING
 from jgpt.run_dir.samples import append_samples
 from jgpt.step.train_step import variables
@@ -32,9 +33,12 @@ def sample(run: Run) -> None:
     text = sample_prompt(run.config, run.data)
     prompt = tokenizer.encode(text).tolist() if text else [tokenizer.eot_id]
     try:
+        given = variables(parts.model, *parts.strategy.for_decoding((run.state.params, run.frozen)))
+        if not is_first() and parts.strategy.decodes_alone:
+            return
         texts = generate(
             parts.model,
-            variables(parts.model, *parts.strategy.for_decoding((run.state.params, run.frozen))),
+            given,
             [prompt] * c.num_samples,
             sampling=Sampling(c.temperature, c.top_k, c.top_p, c.min_p),
             max_new_tokens=c.max_new_tokens,
@@ -48,6 +52,8 @@ def sample(run: Run) -> None:
         if not reason:
             raise
         log.warning("no samples at step %d: %s", run.step, reason)
+        return
+    if not is_first():
         return
     decoded = [text + tokenizer.decode(ids) for ids in texts]
     append_samples(run.run_dir / "samples.txt", run.step, run.val_loss, decoded)

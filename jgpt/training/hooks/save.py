@@ -13,6 +13,7 @@ import numpy as np
 
 from jgpt.data.batches import Batch
 from jgpt.errors import TrainingDiverged, UserError
+from jgpt.parallel.hosts import is_first
 from jgpt.planning.remedies import SAVING
 from jgpt.run_dir.checkpoint import Checkpoints
 from jgpt.run_dir.manifest import read_meta
@@ -40,11 +41,14 @@ class Save:
         self._tried = -1, ""  # the step whose parameters were tried last, and what was wrong with their loss
 
     def due(self, run: Run) -> bool:
-        """Tell whether a checkpoint is due, by steps or by the clock."""
-        c = run.config.checkpoint
-        by_clock = c.every_minutes > 0 and time.monotonic() - self._last_time >= c.every_minutes * 60
-        planned = run.is_done or run.step % c.every_steps == 0 or run.step == self._decay_step
-        return self._postponed or planned or by_clock
+        """Tell whether a checkpoint is due by the number of steps, or because one before was not good."""
+        planned = run.is_done or run.step % run.config.checkpoint.every_steps == 0 or run.step == self._decay_step
+        return self._postponed or planned
+
+    def due_by_clock(self, run: Run) -> bool:
+        """Tell whether a checkpoint is due by the clock of process 0."""
+        minutes = run.config.checkpoint.every_minutes
+        return is_first() and minutes > 0 and time.monotonic() - self._last_time >= minutes * 60
 
     def seconds(self) -> float:
         """Return what stopping takes: the save that may be under way, and the last one."""

@@ -1,0 +1,144 @@
+"""Several processes of one run, as real processes that gloo connects, against the same run in one process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from conftest import Command
+from training.runs import assert_close, metrics, status
+
+from jgpt.errors import UserError
+from jgpt.parallel.hosts import Agreement, check_same, first_before_others, first_decides, share
+from jgpt.run_dir.manifest import verify
+
+LAUNCHER = Path(__file__).parents[2] / "scripts" / "launch_local.sh"
+ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "JAX_NUM_CPU_DEVICES": "1"}
+Start = Callable[..., list[subprocess.Popen[str]]]
+
+
+def test_one_process_waits_for_nobody_and_asks_itself():
+    assert share("text") == ["text"] and first_decides(lambda: {"a": [1]}) == {"a": [1]}
+    assert first_before_others(lambda: 7) == 7
+    check_same({"a": "1"}, "something", "advice")
+    agree = Agreement(jax.local_devices())
+    assert [agree(wish) for wish in ("", "SIGTERM", "")] == ["", "SIGTERM", ""]
+
+
+def test_processes_that_differ_are_named(monkeypatch: pytest.MonkeyPatch):
+    said = [json.dumps({"seed": "1", "same": "x"}), json.dumps({"seed": "2", "same": "x"})]
+    monkeypatch.setattr("jgpt.parallel.hosts.share", lambda text: said)
+    with pytest.raises(UserError, match="seed: 2 in process 1, 1 in process 0") as error:
+        check_same({}, "their config", "Start them with the same.")
+    assert "same: x" not in str(error.value) and str(error.value).endswith("Start them with the same.")
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start processes of a run, each with its own further arguments; what is left of them is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: str, own: tuple[list[str], ...] = ([], [])) -> list[subprocess.Popen[str]]:
+        for i, further in enumerate(own):
+            place = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={len(own)}", f"--process_id={i}"]
+            line = [sys.executable, "-m", "jgpt.train", *arguments, *place, *further]
+            started.append(
+                subprocess.Popen(line, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            )
+        return started
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def until(condition: Callable[[], bool], processes: list[subprocess.Popen[str]]) -> None:
+    """Wait for something that running processes do."""
+    while not condition():
+        assert all(process.poll() is None for process in processes), [process.communicate()[0] for process in processes]
+        time.sleep(0.05)
+
+
+def test_two_processes_train_as_one_with_two_devices(trained: Path, tiny: list[str], tmp_path: Path, command: Command):
+    """The same numbers, written once; the checkpoint is of both, and one process reads it."""
+    done = subprocess.run(
+        [LAUNCHER, "2", "--", *tiny, "--config.execution.parallel=fsdp"],
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[0] finished" in done.stdout and "[1] finished" not in done.stdout
+    run = tmp_path / "run"
+    assert_close(run, trained, rtol=1e-5)
+    assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(trained)]
+    assert status(run)["state"] == "finished"
+    listed = (run / "checkpoints" / "4.sha256").read_text()
+    assert "ocdbt.process_0" in listed and "ocdbt.process_1" in listed and not verify(run / "checkpoints", 4)
+    found = command("evaluate", f"--model={run}", f"--text_glob={tmp_path / 'text.txt'}")
+    assert found.code == 0, found.err
+    again = command("train", *tiny, "--config.optimizer.total_steps=5")  # by a copy on each device
+    assert again.code == 0 and "resuming from step 4" in again.out, again.err
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_saved_and_both_go_on(start: Start, tiny: list[str], tmp_path: Path):
+    """Process 1 gets it; the run is saved at a step that both agree on."""
+    run = tmp_path / "run"
+    processes = start(*tiny, "--config.optimizer.total_steps=100000")
+    until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = (process.communicate()[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], first + second
+    assert status(run)["state"] == "stopped" and status(run)["reason"] == "SIGTERM"
+    assert not verify(run / "checkpoints", status(run)["step"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_ends_the_other_with_a_message(
+    start: Start, tiny: list[str], tmp_path: Path, victim: int
+):
+    run = tmp_path / "run"
+    processes = start(*tiny, "--config.optimizer.total_steps=100000")
+    until(lambda: (run / "checkpoints" / "2.sha256").exists(), processes)
+    processes[victim].kill()
+    said, _ = processes[1 - victim].communicate(timeout=300)
+    if victim == 1 or jax.__version_info__ > (0, 7, 2):  # older ones end their process by themselves, with a page
+        assert processes[1 - victim].returncode == 5
+        assert f"error: process {victim} of this run (" in said and "the same command" in said
+    assert processes[1 - victim].returncode not in (0, None)
+    if victim == 1:
+        assert status(run)["state"] == "failed" and "process 1" in status(run)["reason"]
+
+
+@pytest.mark.slow
+def test_processes_with_other_configs_are_refused_by_all(start: Start, tiny: list[str]):
+    processes = start(*tiny, own=([], ["--config.seed=2"]))
+    for process in processes:
+        said, _ = process.communicate()
+        assert process.returncode == 2 and "seed: 2 in process 1, 1337 in process 0" in said, said
+
+
+@pytest.mark.slow
+def test_process_0_that_does_not_answer_is_named(tiny: list[str]):
+    """Its port is held by a socket that does not listen, so that nobody else can take it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        place = [f"--coordinator_address={address}", "--num_processes=2", "--process_id=1"]
+        line = [sys.executable, "-m", "jgpt.train", *tiny, *place, "--coordinator_timeout_seconds=2"]
+        done = subprocess.run(line, env=ENVIRONMENT, text=True, capture_output=True)
+    assert done.returncode == 2, done.stderr
+    assert f"error: process 0 of this run, at {address}, does not answer for 2s (Connection refused)" in done.stderr
