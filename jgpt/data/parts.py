@@ -21,7 +21,7 @@ import numpy as np
 from jgpt.atomic_write import atomic_file, remove_leftovers
 from jgpt.data.token_directory import read_signed, write_signed, write_token_meta
 from jgpt.data.tokenizer import Tokenizer
-from jgpt.data.write_shards import hashes_of, shard_name
+from jgpt.data.write_shards import hash_stream, hashes_of, shard_name
 from jgpt.errors import UserError
 
 COPY_BYTES = 1 << 20
@@ -108,6 +108,11 @@ def plan_difference(plan: dict[str, Any], mine: dict[str, Any]) -> str:
     return ""
 
 
+def all_parts(plan: dict[str, Any]) -> list[Part]:
+    """Return the parts of a plan, in their order."""
+    return [Part(index, plan["n_parts"]) for index in range(plan["n_parts"])]
+
+
 def complete_part(directory: Path, plan: dict[str, Any], part: Part, entries: dict[str, Any]) -> None:
     """Note that the files of a part are written; `entries` say what is in them."""
     write_signed(part_directory(directory, part) / COMPLETE, {"plan": plan["meta_sha256"]} | entries)
@@ -129,47 +134,47 @@ def join_parts(directory: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> l
     A part whose files are not what was written is missing. Whoever calls holds the directory. Raises UserError when all
     parts together hold no text.
     """
-    parts = [Part(index, plan["n_parts"]) for index in range(plan["n_parts"])]
-    found = {part: _read_part(directory, plan, part) for part in parts}
-    if missing := [part for part in parts if not found[part]]:
+    found = {part: _read_part(directory, plan, part) for part in all_parts(plan)}
+    if missing := [part for part in found if not found[part]]:
         return missing
-    dtype = np.dtype(found[parts[0]]["dtype"])
     streams = {
-        split: [_Piece(part, shard, 0, shard["bytes"]) for part in parts for shard in found[part][f"{split}_shards"]]
+        split: [_Piece(part, shard, 0, shard["bytes"]) for part in found for shard in found[part][f"{split}_shards"]]
         for split in ("train", "val")
     }
-    n_bytes = [sum(piece.end for piece in stream) for stream in streams.values()]
-    total, fraction = sum(n_bytes), plan["settings"]["data.val_fraction"]
-    if total == 0:
+    n_train, n_val = (sum(piece.end for piece in stream) for stream in streams.values())
+    if not n_train + n_val:
         remove_parts(directory)
         raise UserError(
             f"the {plan['meta']['n_files']} files that data.text_glob matches hold no text. Training needs some. "
             "Set data.text_glob to files that are not empty."
         )
-    meta = dict(found[ALL]) if plan["n_parts"] == 1 else {key: found[parts[0]][key] for key in ("format", "dtype")}
-    meta |= {key: sum(part[key] for part in found.values()) for key in SUMS}
-    by_position = meta["format"] == "text" and not fraction / 2 <= n_bytes[1] / total <= fraction * 2
+    first, fraction = found[Part(0, plan["n_parts"])], plan["settings"]["data.val_fraction"]
+    is_text, itemsize = first["format"] == "text", np.dtype(first["dtype"]).itemsize
+    by_position = is_text and not fraction / 2 <= n_val / (n_train + n_val) <= fraction * 2
     if by_position:  # few documents of unequal size
-        n_val = round(total // dtype.itemsize * fraction)
-        streams = _cut([*streams["train"], *streams["val"]], total - n_val * dtype.itemsize)
-    moves = [
-        (piece, directory / shard_name(split, place)) for split in streams for place, piece in enumerate(streams[split])
-    ]
+        n_tokens = (n_train + n_val) // itemsize
+        streams = _cut([*streams["train"], *streams["val"]], (n_tokens - round(n_tokens * fraction)) * itemsize)
+    targets = {split: [directory / shard_name(split, i) for i in range(len(streams[split]))] for split in streams}
+    moves = [move for split in streams for move in zip(streams[split], targets[split], strict=True)]
     if damaged := {piece.part for piece, target in moves if not piece.is_there(directory, target)}:
         for part in damaged:
             (part_directory(directory, part) / COMPLETE).unlink(missing_ok=True)
         return sorted(damaged)
-    shards = [piece.move(directory, target) for piece, target in moves]
-    for split in ("train", "val"):
-        mine = meta[f"{split}_shards"] = [shard for shard in shards if shard["file"].startswith(split)]
-        meta[f"{split}_tokens"] = sum(shard["bytes"] for shard in mine) // dtype.itemsize
+
+    entries = {key: value for key, value in first.items() if key not in ("plan", "meta_sha256")}
+    entries |= {key: sum(part[key] for part in found.values()) for key in SUMS}
+    for split, pieces in streams.items():
+        shards = [piece.move(directory, target) for piece, target in zip(pieces, targets[split], strict=True)]
+        entries |= {f"{split}_shards": shards, f"{split}_tokens": sum(shard["bytes"] for shard in shards) // itemsize}
+    # What a run remembers its text by: whatever the shards are, it is the same.
+    one = entries["train_shards"][0]["sha256"] if len(targets["train"]) == 1 else ""
+    entries["train_sha256"] = one or hash_stream(targets["train"])
+    if is_text:
+        entries["split"] = "position" if by_position else "document"
     if by_position:
-        val_bytes = sum(_text_bytes(directory / shard["file"], dtype, tokenizer) for shard in meta["val_shards"])
-        meta |= {"train_bytes": meta["train_bytes"] + meta["val_bytes"] - val_bytes, "val_bytes": val_bytes}
-    if meta["format"] == "text":
-        meta["split"] = "position" if by_position else "document"
-    meta.pop("plan", None)
-    write_token_meta(directory, plan["meta"] | {key: value for key, value in meta.items() if key != "meta_sha256"})
+        val_bytes = sum(_text_bytes(path, np.dtype(first["dtype"]), tokenizer) for path in targets["val"])
+        entries |= {"train_bytes": entries["train_bytes"] + entries["val_bytes"] - val_bytes, "val_bytes": val_bytes}
+    write_token_meta(directory, plan["meta"] | entries)
     remove_parts(directory)
     return []
 

@@ -107,7 +107,7 @@ def read_token_meta(directory: Path) -> dict[str, Any]:
             {
                 "file": f"{split}.bin",
                 "bytes": meta[f"{split}_tokens"] * itemsize,
-                "sha256": meta.pop(f"{split}_sha256"),
+                "sha256": meta[f"{split}_sha256"],
                 "chunk_bytes": meta["chunk_bytes"],
                 "chunks_sha256": meta.pop(f"{split}_chunks_sha256"),
             }

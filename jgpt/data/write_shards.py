@@ -79,6 +79,16 @@ def hashes_of(file: BinaryIO) -> dict[str, Any]:
     return {"bytes": n_bytes, "sha256": whole.hexdigest(), "chunk_bytes": CHUNK_BYTES, "chunks_sha256": chunks}
 
 
+def hash_stream(paths: list[Path]) -> str:
+    """Return the sha256 of the content of files, one after the other."""
+    whole = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                whole.update(block)
+    return whole.hexdigest()
+
+
 def hash_part(file: BinaryIO, start: int, n_bytes: int, whole: Any = None) -> str:
     """Return the sha256 of a part of a file, read in small blocks; add them to the hash of the whole as well."""
     part = hashlib.sha256()

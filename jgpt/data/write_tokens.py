@@ -26,6 +26,7 @@ from jgpt.data.parts import (
     ALL,
     PARTS,
     Part,
+    all_parts,
     complete_part,
     is_complete,
     join_parts,
@@ -221,8 +222,7 @@ def _refuse_parts(directory: Path) -> None:
     """Raise UserError where several processes prepare the tokens of a directory, and not all of them are done."""
     plan = read_plan(directory)
     if plan and plan["n_parts"] > 1:
-        n = plan["n_parts"]
-        missing = [str(part) for part in (Part(i, n) for i in range(n)) if not is_complete(directory, plan, part)]
+        n, missing = plan["n_parts"], [str(part) for part in all_parts(plan) if not is_complete(directory, plan, part)]
         raise UserError(
             f"the tokens in {directory} are prepared in {n} shards, and not all are complete "
             f"(missing: {', '.join(missing[:20]) or 'none, but they are not joined'}). Run jgpt prepare with "

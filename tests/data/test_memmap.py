@@ -78,6 +78,7 @@ def test_documents_are_all_there_and_every_tenth_is_held_out(tmp_path: Path, kin
     assert (meta["train_tokens"], meta["val_tokens"]) == (len(data.train), len(data.val))
     assert (meta["n_documents"], meta["split"], meta["tokenizer_kind"]) == (40, "document", kind)
     assert (meta["vocab_size"], meta["eot_id"]) == (data.tokenizer.vocab_size, data.tokenizer.eot_id)
+    assert meta["train_sha256"] == hashlib.sha256((directory / "train_00000.bin").read_bytes()).hexdigest()
     for split in ("train", "val"):
         [shard], path = meta[f"{split}_shards"], directory / f"{split}_00000.bin"
         assert (shard["file"], shard["bytes"]) == (path.name, path.stat().st_size)

@@ -71,6 +71,7 @@ def test_small_shards_hold_the_stream_of_one_file(tmp_path: Path, monkeypatch: p
         assert max(map(len, content)) <= LIMIT
         assert [shard["file"] for shard in shards] == [f"{split}_{i:05}.bin" for i in range(len(shards))]
     assert len(sharded.meta["train_shards"]) > 3 and sharded.meta["split"] == ("document" if lines else "position")
+    assert sharded.meta["train_sha256"] == hashlib.sha256(one.train.tobytes()).hexdigest()
     for key in one.meta.keys() - {"train_shards", "val_shards", "meta_sha256"}:
         assert sharded.meta[key] == one.meta[key], key
     assert np.array_equal(sharded.train[:], one.train) and np.array_equal(sharded.val[:], one.val)
@@ -162,6 +163,7 @@ def test_tokens_of_an_earlier_version_are_read_and_not_made_again(tmp_path: Path
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").glob("[!.]*.*")}
     again = prepare(config)
     assert np.array_equal(again.train, first.train) and np.array_equal(again.val, first.val)
+    assert again.meta["train_sha256"] == first.meta["train_sha256"]  # by which a run knows its text
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").glob("[!.]*.*")} == before
     content = bytearray((tmp_path / "tokens" / "val.bin").read_bytes())
     content[7] ^= 1
