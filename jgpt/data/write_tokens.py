@@ -131,6 +131,8 @@ def prepare_part(config: ConfigDict, part: Part, files: Sequence[TextFile] | Non
                     "have the same text and settings. Run this command again."
                 )
             with storage_errors(directory):
+                if held:
+                    remove_leftovers(directory)  # of a process that was killed while it joined
                 missing = join_parts(directory, plan, tokenizer)
             if missing:
                 log.info(

@@ -247,15 +247,15 @@ def content():
 
 assert sorted(ends(start(0), start(1), start(2)))[-1] == 7  # 7: all are there
 whole, killed_at, codes = content(), 0, [0, -9]
-while -9 in codes:  # at every fifth event of the file system, until there are no more
+while -9 in codes:  # at every seventh event of the file system, until there are no more
     shutil.rmtree(directory)
-    killed_at += 5
+    killed_at += 7
     codes = ends(start(0), start(1, killed_at), start(2))
     assert codes[0] in (0, 7) and codes[1] in (-9, 0, 7) and codes[2] in (0, 7), (killed_at, codes)
     if -9 in codes:
         assert ends(start(1)) == [7], killed_at  # the same command again
     assert content() == whole, (killed_at, set(content()) ^ set(whole))
-print("killed", killed_at // 5 - 1, "times")
+print("killed", killed_at // 7 - 1, "times")
 """
 
 
