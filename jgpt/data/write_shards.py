@@ -38,15 +38,18 @@ class ShardWriter:
         """Write whole tokens."""
         rest = memoryview(data)
         while rest:
-            if self._file is None:
-                path = self.directory / shard_name(self.split, len(self.shards))
-                self._file = self._closing.enter_context(atomic_file(path, "w+b"))
-            room = SHARD_BYTES - self._file.tell()
-            self._file.write(rest[:room])
+            file = self._file or self._begin()
+            room = SHARD_BYTES - file.tell()
+            file.write(rest[:room])
             self.n_bytes += len(rest[:room])
             rest = rest[room:]
             if rest:
-                self._complete(self._file)
+                self._complete(file)
+
+    def _begin(self) -> BinaryIO:
+        path = self.directory / shard_name(self.split, len(self.shards))
+        self._file = file = self._closing.enter_context(atomic_file(path, "w+b"))
+        return file
 
     def _complete(self, file: BinaryIO) -> None:
         with self._closing:

@@ -1,9 +1,11 @@
 """Token files in shards: they read as one stream, each is checked, and those of earlier versions are read."""
 
+import errno
 import hashlib
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,6 +129,21 @@ def test_a_flipped_byte_in_any_shard_is_caught_and_a_missing_one(tmp_path: Path)
     (tmp_path / "tokens" / "train_00001.bin.old").rename(tmp_path / "tokens" / "train_00002.bin")
     (tmp_path / "tokens" / "train_00002.bin.old").rename(tmp_path / "tokens" / "train_00001.bin")
     with pytest.raises(UserError, match="train_00001.bin is damaged"):
+        prepare(config)
+
+
+def test_more_files_than_may_be_open_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path)
+    prepare(config)
+    opening = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "val_00000.bin":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opening(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"val_00000.bin cannot be opened: Too many open files.*ulimit -n"):
         prepare(config)
 
 
