@@ -197,6 +197,13 @@ def _names(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
     """Check that the run directory and the text are named, and that the encoding is one."""
     if "out_dir" not in wrong and not config.out_dir.strip():
         yield "out_dir='': a run writes into a directory of its own; set out_dir='runs/NAME'"
+    for key, name in {"out_dir": config.out_dir, "data.cache_dir": config.data.cache_dir}.items():
+        if key not in wrong and "://" in name:
+            yield (
+                f"{key}={name!r}: it must be a folder of this machine, because files there are locked, renamed and "
+                "mapped into memory, which gs:// and s3:// do not have; set a local folder, and copy it when the run "
+                "has ended (gcloud storage rsync, aws s3 sync). data.text_glob may be such an address"
+            )
     if "data.text_glob" not in wrong and not config.data.text_glob.strip():
         yield "data.text_glob='': name the text, a glob or a directory; set data.text_glob='texts/**/*.txt'"
     if "data.encoding" not in wrong and not is_encoding(config.data.encoding):

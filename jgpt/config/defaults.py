@@ -47,7 +47,7 @@ DATA = Group(
     {
         "text_glob": Key(
             standard_library_glob(),
-            "a glob (** goes into folders), a directory, or several with commas between",
+            "a glob (** goes into folders), a directory, an address (gs://, s3://), or several with commas between",
             shown="(Python's own source)",
         ),
         "format": Key(

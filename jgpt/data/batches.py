@@ -13,6 +13,7 @@ import numpy as np
 
 from jgpt.data.conversations import BEGINS, IDS, LEARNED
 from jgpt.data.packing import Rows, pack_rows
+from jgpt.data.shards import Tokens
 from jgpt.data.token_files import TokenData
 from jgpt.errors import UserError
 
@@ -53,7 +54,7 @@ def block_offset(seed: int, epoch: int, sequence_length: int) -> int:
 class Batches:
     """The training batches of a text (T = sequence_length, G = global_batch_size). `tokens` [n], n at least 2 T."""
 
-    tokens: np.ndarray
+    tokens: Tokens
     seed: int
     global_batch_size: int
     sequence_length: int

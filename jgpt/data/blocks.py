@@ -10,6 +10,7 @@ import numpy as np
 
 from jgpt.data.batches import Batch
 from jgpt.data.pieces import Piece
+from jgpt.data.shards import Tokens
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.data.unknown import unknown_characters
 
@@ -32,7 +33,7 @@ class TokenStream:
             yield np.append(ids, np.uint32(self.tokenizer.eot_id)) if piece.ends_document else ids
 
 
-def blocks(pieces: Iterable[np.ndarray], sequence_length: int) -> Iterator[Batch]:
+def blocks(pieces: Iterable[Tokens], sequence_length: int) -> Iterator[Batch]:
     """Cut a stream of ids into blocks of sequence_length + 1; the last may be shorter.
 
     A block begins with the last id of the block before it, so that every id but the first is predicted once.

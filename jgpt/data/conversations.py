@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from jgpt.data.chat_lines import ChatLine, read_chat_line
 from jgpt.data.chat_template import answers
 from jgpt.data.corpus import Corpus, Piece, batched_by_characters
 from jgpt.data.tokenizer import Tokenizer
+from jgpt.data.write_shards import ShardWriter
 from jgpt.errors import UserError
 
 LEARNED, BEGINS = np.uint32(1 << 31), np.uint32(1 << 30)
@@ -99,9 +100,9 @@ def _learned_bytes(line: ChatLine, read: Set[str]) -> int:
 
 
 def write_conversations(
-    train: BinaryIO, val: BinaryIO, corpus: ChatCorpus, tokenizer: Tokenizer, val_fraction: float
+    train: ShardWriter, val: ShardWriter, corpus: ChatCorpus, tokenizer: Tokenizer, val_fraction: float
 ) -> dict[str, Any]:
-    """Tokenize conversations into two open files of words; return their entries of meta.json.
+    """Tokenize conversations into words, in the files of the two splits; return the entries of meta.json.
 
     Raises UserError when there are fewer than two conversations with an answer.
     """
@@ -146,8 +147,6 @@ def write_conversations(
         "format": "chat",
         "word": "uint32: id in bits 0 to 29, bit 30: a conversation begins, bit 31: the token is learned",
         "dtype": "uint32",
-        "train_tokens": n_words[0],
-        "val_tokens": n_words[1],
         "train_targets": n_targets[0],  # learned tokens
         "val_targets": n_targets[1],
         "train_bytes": n_bytes[0],  # of the assistant's messages as UTF-8, for bits per byte

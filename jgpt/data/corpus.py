@@ -5,10 +5,9 @@ is translated, and only a byte order mark is removed. In the data path: after `f
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from jgpt.data.not_text import (
     too_much_replaced,
 )
 from jgpt.data.pieces import Piece, cut
+from jgpt.data.remote import TextFile
 from jgpt.errors import UserError
 
 BATCH_CHARACTERS = 1 << 22  # text that is tokenized at a time: enough for all cores, little memory
@@ -40,15 +40,17 @@ Item = TypeVar("Item")
 class Corpus:
     """The documents of some files: a text file is one document, a line of .jsonl or a row of .parquet is one."""
 
-    files: list[Path]
+    files: Sequence[TextFile]
     text_field: str = "text"
     encoding_errors: str = (
         "strict"  # or "replace": U+FFFD in the place of what is not text; "replace_any": of any share
     )
     encoding: str = field(default="utf-8", kw_only=True)  # any text encoding that Python knows; .parquet is UTF-8
+    first_file: int = field(default=0, kw_only=True)  # the number of files before these, where they are a part of all
     replaced: int = field(default=0, init=False)  # characters that the last `pieces()` replaced
     nulls: int = field(default=0, init=False)  # rows without text that the last `pieces()` left out
     bytes_read: int = field(default=0, init=False)  # of `n_bytes`, by the last `pieces()`: for the progress bar
+    _file_number: int = field(default=0, init=False)  # of the file that is read, among all
     _characters: int = field(default=0, init=False)  # that were decoded
     _undecoded: int = field(default=0, init=False)  # of these, U+FFFD in the place of bytes
 
@@ -60,16 +62,25 @@ class Corpus:
     def pieces(self, progress: str = "") -> Iterator[Piece]:
         """Yield all documents that are not empty, in pieces; with `progress` as its label, a terminal shows a bar.
 
-        Raises UserError, with the names of the files, when some cannot be read or are not text in `encoding`.
+        The number of a document is that of its file plus its own in the file. So it does not depend on what is in other
+        files, which another process may read. Raises UserError, with the names of the files, when some cannot be read
+        or are not text in `encoding`.
         """
-        return self._read(lambda file: chain.from_iterable(map(cut, self._documents(file))), progress)
+        return self._read(self._pieces, progress)
+
+    def _pieces(self, file: TextFile) -> Iterator[Piece]:
+        number = self._file_number
+        for document in self._documents(file):
+            for piece in cut(document, number):
+                yield piece
+                number += piece.ends_document
 
     def remarks(self) -> str:
         """Say how much the last `pieces()` replaced and left out, as the end of a line; "" where it is nothing."""
         counts = {"characters replaced": self.replaced, "rows without text (null) left out": self.nulls}
         return "".join(f", {n:,} {what}" for what, n in counts.items() if n)
 
-    def _read(self, read: Callable[[Path], Iterator[Item]], progress: str) -> Iterator[Item]:
+    def _read(self, read: Callable[[TextFile], Iterator[Item]], progress: str) -> Iterator[Item]:
         self.replaced = self.nulls = self.bytes_read = 0
         if bad := {file: problem for file in self.files if (problem := look_at(file))}:
             others = [file for file in self.files if file not in bad]
@@ -77,6 +88,7 @@ class Corpus:
         hidden = None if progress else True  # None: tqdm shows the bar on terminals only
         with tqdm(total=self.n_bytes, desc=progress, unit="B", unit_scale=True, disable=hidden) as bar:
             for i, file in enumerate(self.files):
+                self._file_number = self.first_file + i
                 try:
                     for item in self._read_file(file, read):
                         bar.update(self.bytes_read - bar.n)
@@ -84,7 +96,7 @@ class Corpus:
                 except UserError as error:
                     raise self._all_bad([str(error)], self.files[i + 1 :], read) from error
 
-    def _read_file(self, file: Path, read: Callable[[Path], Iterator[Item]]) -> Iterator[Item]:
+    def _read_file(self, file: TextFile, read: Callable[[TextFile], Iterator[Item]]) -> Iterator[Item]:
         before, undecoded, characters = self.bytes_read, self._undecoded, self._characters
         try:
             yield from read(file)
@@ -98,7 +110,9 @@ class Corpus:
         if self.encoding_errors == "replace" and undecoded > MOST_REPLACED * characters:
             raise too_much_replaced(file, undecoded, characters, MOST_REPLACED, self.encoding)
 
-    def _all_bad(self, known: list[str], others: list[Path], read: Callable[[Path], Iterator[Any]]) -> UserError:
+    def _all_bad(
+        self, known: list[str], others: Sequence[TextFile], read: Callable[[TextFile], Iterator[Any]]
+    ) -> UserError:
         """Make one error of all bad files: read the others for nothing but their problems, as far as that is quick."""
         problems, n_bytes, n_left = list(known), 0, len(others)
         for file in others:
@@ -120,7 +134,7 @@ class Corpus:
             lines.append(f"{n_left:,} files after these were not looked at")
         return UserError(f"{len(problems):,} files of data.text_glob cannot be used:\n  - " + "\n  - ".join(lines))
 
-    def _documents(self, file: Path) -> Iterator[Iterable[str]]:
+    def _documents(self, file: TextFile) -> Iterator[Iterable[str]]:
         if file.suffix.lower() == ".parquet":
             yield from self._parquet_documents(file)
         elif file.name.lower().endswith(JSON_LINES):
@@ -128,12 +142,12 @@ class Corpus:
         else:
             yield self._texts(file)
 
-    def _texts(self, file: Path, by_line: bool = False) -> Iterator[str]:
+    def _texts(self, file: TextFile, by_line: bool = False) -> Iterator[str]:
         """Yield the text of a file, cut anywhere, without a byte order mark; errors name the line where asked."""
         texts = self._decode(self._blocks(file), file, by_line)
         return chain([next(texts, "").removeprefix("\ufeff")], texts)
 
-    def _jsonl_records(self, file: Path) -> Iterator[tuple[str, Any]]:
+    def _jsonl_records(self, file: TextFile) -> Iterator[tuple[str, Any]]:
         """Yield each line that is not empty: its place ("FILE, line N"), and its JSON value."""
         for number, line in enumerate(_lines(self._texts(file, by_line=True), file), start=1):
             place = f"{file}, line {number}"
@@ -148,7 +162,7 @@ class Corpus:
                 ) from error
             yield place, record
 
-    def _jsonl_documents(self, file: Path) -> Iterator[list[str]]:
+    def _jsonl_documents(self, file: TextFile) -> Iterator[list[str]]:
         for place, record in self._jsonl_records(file):
             text = record.get(self.text_field, 0) if isinstance(record, dict) else 0
             if text is None:
@@ -163,7 +177,7 @@ class Corpus:
                     f"with a string (or null, which is left out) there. Set data.text_field to the field's name.{hint}"
                 )
 
-    def _parquet_documents(self, file: Path) -> Iterator[list[str]]:
+    def _parquet_documents(self, file: TextFile) -> Iterator[list[str]]:
         try:
             import pyarrow
             from pyarrow import parquet
@@ -171,7 +185,7 @@ class Corpus:
             raise UserError(f"{file} needs pyarrow, which is not installed. Run: pip install pyarrow") from error
         before, size, row = self.bytes_read, file.stat().st_size, 0
         try:
-            with parquet.ParquetFile(file) as table:
+            with file.open("rb") as raw, parquet.ParquetFile(raw) as table:
                 schema = table.schema_arrow
                 kind = schema.field(self.text_field).type if self.text_field in schema.names else None
                 if kind is None or not _is_text(kind):
@@ -194,7 +208,7 @@ class Corpus:
         except pyarrow.ArrowInvalid as error:
             raise OSError(f"it is not a complete Parquet file ({error})") from error
 
-    def _blocks(self, file: Path) -> Iterator[bytes]:
+    def _blocks(self, file: TextFile) -> Iterator[bytes]:
         before = self.bytes_read
         with file.open("rb") as raw:
             for i, block in enumerate(decompress(file, raw)):
@@ -203,7 +217,7 @@ class Corpus:
                 self.bytes_read = before + raw.tell()
                 yield block
 
-    def _decode(self, blocks: Iterable[bytes], file: Path, by_line: bool = False, row: str = "") -> Iterator[str]:
+    def _decode(self, blocks: Iterable[bytes], file: TextFile, by_line: bool = False, row: str = "") -> Iterator[str]:
         """Decode bytes that arrive in blocks, cut anywhere; errors name the file, and its line or row."""
         encoding = "utf-8" if row else self.encoding
         try:
@@ -252,7 +266,7 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _lines(texts: Iterable[str], file: Path) -> Iterator[str]:
+def _lines(texts: Iterable[str], file: TextFile) -> Iterator[str]:
     r"""Join text that is cut anywhere to lines, in time that does not grow faster than the text.
 
     >>> list(_lines(["a", "b\nc\n\n", "d"], Path("a.jsonl")))

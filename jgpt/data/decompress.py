@@ -7,9 +7,9 @@ import gzip
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import BinaryIO
 
+from jgpt.data.remote import TextFile
 from jgpt.errors import UserError
 
 if sys.version_info >= (3, 14):
@@ -24,7 +24,7 @@ ZSTD_INPUT_BYTES = 1 << 10  # at a time: zstd can make 32,768 bytes of one
 MOST_TIMES, ONCE_PAST = 1000, 1 << 30  # text becomes 3 to 100 times smaller; only what is past 1 GB is refused
 
 
-def decompress(file: Path, raw: BinaryIO) -> Iterator[bytes]:
+def decompress(file: TextFile, raw: BinaryIO) -> Iterator[bytes]:
     """Yield an open file in blocks, never empty, decompressed according to its suffix.
 
     Raises one of CORRUPT when the file is damaged, and UserError when a package to read it is missing, or when it

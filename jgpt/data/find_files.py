@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
+from jgpt.data.remote import RemoteFile, TextFile, find_remote, is_remote
 from jgpt.errors import UserError
 
 PACKED = (".gz", ".zst", ".bz2", ".xz")
@@ -33,8 +34,10 @@ RUN_FILES = ("config.json", "versions.json", "metrics.jsonl")  # at the top of e
 log = logging.getLogger("jgpt")
 
 
-def find_files(text_glob: str, format: str = "text") -> list[Path]:
+def find_files(text_glob: str, format: str = "text") -> list[TextFile]:
     """List the files that comma-separated globs or directories name: absolute paths, sorted, each real file once.
+
+    What addresses such as gs://BUCKET/FOLDER/*.jsonl name comes after the local files.
 
     `format` is data.format; "chat" takes only JSON lines. Files that a run wrote (samples.txt) are left out, unless the
     name leads into the run directory. A line of the log counts what is left out. As in a shell, a "*" stands for no
@@ -42,9 +45,13 @@ def find_files(text_glob: str, format: str = "text") -> list[Path]:
     cannot be listed.
     """
     files: set[str] = set()
+    remote: set[RemoteFile] = set()
     left_out: Counter[str] = Counter()
     is_run = cache(holds_run)
     for part in _parts(text_glob):
+        if is_remote(part):
+            remote.update(_find_remote(part, format, left_out))
+            continue
         path = os.path.expanduser(part)
         allowed = _allowed(path, format)
         reasons = {match: _why_left_out(match, allowed) for match in _expand(path)}
@@ -57,15 +64,32 @@ def find_files(text_glob: str, format: str = "text") -> list[Path]:
         files.update(map(os.path.abspath, supported))
         left_out.update(others)
         left_out["written by a run of jgpt"] += len(readable) - len(supported)
-    if not files:
+    if not files and not remote:
         raise UserError(
             "data.text_glob is empty. It must name files with text. Set it to a folder, or to a glob such as "
             "'folder/**/*.txt'."
         )
     once = _each_once(files)
     left_out["link(s) to another of these files"] = len(files) - len(once)
-    _say_what_is_left_out(once, left_out, format)
-    return sorted(map(Path, once))
+    _say_what_is_left_out([*once, *map(str, remote)], left_out, format)
+    return [*sorted(map(Path, once)), *sorted(remote)]
+
+
+def _find_remote(address: str, format: str, left_out: Counter[str]) -> list[RemoteFile]:
+    """List the files of a supported kind that an address names; count the others."""
+    found = find_remote(address)
+    is_folder = not glob.has_magic(address) and [file.name for file in found] != [os.path.basename(address)]
+    allowed = SUFFIXES[format] if is_folder else _allowed(address, format)
+    readable = [file for file in found if file.name.lower().endswith(allowed)]
+    others = [
+        "".join(Path(file.name).suffixes[-2:]) or "without a suffix"
+        for file in found
+        if not file.name.lower().endswith(allowed)
+    ]
+    if not readable:
+        raise _nothing(address, format, sorted(set(others)), [])
+    left_out.update(others)
+    return readable
 
 
 def holds_run(folder: str | Path) -> bool:
@@ -73,7 +97,7 @@ def holds_run(folder: str | Path) -> bool:
     return all(os.path.isfile(os.path.join(folder, name)) for name in RUN_FILES)
 
 
-def is_packed(file: Path) -> bool:
+def is_packed(file: TextFile) -> bool:
     """Return whether a file is compressed, so that its size says little of the text's."""
     return file.name.lower().endswith((*PACKED, ".parquet"))
 

@@ -5,7 +5,8 @@ Beside the data path: `corpus.py` asks before it reads text, and `exchange/` whe
 
 import codecs
 import shlex
-from pathlib import Path
+
+from jgpt.data.remote import TextFile
 
 HEAD_BYTES = 1 << 12
 # How files of a kind begin, what they are, and what to do; {file} is the name as a shell takes it.
@@ -39,13 +40,13 @@ HTML = (b"<!doctype html", b"<html")
 OWN = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz", ".parquet": "Parquet"}  # what suffixes promise
 
 
-def head_of(file: Path) -> bytes:
+def head_of(file: TextFile) -> bytes:
     """Return the first bytes of a file on disk; raise OSError where it cannot be read."""
     with file.open("rb") as raw:
         return raw.read(HEAD_BYTES)
 
 
-def not_text(file: Path, head: bytes) -> str:
+def not_text(file: TextFile, head: bytes) -> str:
     """Say what a file is, and the command that helps, where its first bytes are no text's; else "".
 
     >>> not_text(Path("a.txt"), b"PK\\x03\\x04...")
@@ -85,7 +86,7 @@ def is_binary(head: bytes) -> bool:
     return head.count(0) > len(head) / 20
 
 
-def why_unusable(file: Path) -> str:
+def why_unusable(file: TextFile) -> str:
     """Explain a file of a model that does not open: " It is ..." with the command that helps, or "".
 
     For files that are no text as well, such as weights: a pointer, an archive, or a web page in the place of the file.

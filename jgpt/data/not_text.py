@@ -5,18 +5,18 @@ Beside the data path: `corpus.py` raises these errors. Each function knows one f
 
 import codecs
 import shlex
-from pathlib import Path
 
 from jgpt.data.encodings import NotDecodable, likely_encodings
 from jgpt.data.find_files import is_packed
 from jgpt.data.first_bytes import head_of, is_binary, not_text, unicode_of
+from jgpt.data.remote import TextFile
 from jgpt.errors import UserError
 
 REPLACE_HINT = "set data.encoding_errors='replace' to read what cannot be decoded as U+FFFD"
 SURELY_UTF8 = 3  # characters of several bytes that are right in UTF-8: by accident there are not so many
 
 
-def look_at(file: Path) -> str:
+def look_at(file: TextFile) -> str:
     """Say what a file is whose first bytes on disk are no text's, or that it cannot be read; "" for text.
 
     Nothing is decompressed.
@@ -28,7 +28,7 @@ def look_at(file: Path) -> str:
     return f"{file} is not text: it is {what}; or leave it out of data.text_glob." if what else ""
 
 
-def refuse_other_kinds(file: Path, head: bytes, encoding: str) -> None:
+def refuse_other_kinds(file: TextFile, head: bytes, encoding: str) -> None:
     """Raise UserError where the first bytes of a text, decompressed, are no text's, or surely in another encoding."""
     if is_packed(file) and (what := not_text(file.with_suffix(""), head)):
         raise UserError(f"{file} is not text: what it holds is {what}, after decompressing it.")
@@ -56,7 +56,7 @@ def _is_utf8(head: bytes) -> bool:
     return sum(character > "\x7f" for character in text) >= SURELY_UTF8
 
 
-def not_decodable(file: Path, place: str, error: NotDecodable, encoding: str, in_a_row: bool = False) -> UserError:
+def not_decodable(file: TextFile, place: str, error: NotDecodable, encoding: str, in_a_row: bool = False) -> UserError:
     """Explain bytes that an encoding does not have, with the encodings that they are likely in.
 
     `place` follows the file's name. What is in a row of a Parquet file must be UTF-8.
@@ -70,7 +70,7 @@ def not_decodable(file: Path, place: str, error: NotDecodable, encoding: str, in
     )
 
 
-def too_much_replaced(file: Path, replaced: int, characters: int, share: float, encoding: str) -> UserError:
+def too_much_replaced(file: TextFile, replaced: int, characters: int, share: float, encoding: str) -> UserError:
     """Explain that more than `share` of a file would be U+FFFD."""
     return UserError(
         f"{file}: {replaced:,} of {characters:,} characters are not {encoding_name(encoding)}. "
@@ -79,7 +79,7 @@ def too_much_replaced(file: Path, replaced: int, characters: int, share: float, 
     )
 
 
-def how_to_read(file: Path, encodings: list[str]) -> str:
+def how_to_read(file: TextFile, encodings: list[str]) -> str:
     """Say how text in another encoding is read or converted; the first of `encodings` is the likeliest."""
     if not encodings:
         return "Set data.encoding to the encoding that it was written in, or convert it to UTF-8"
@@ -90,7 +90,7 @@ def how_to_read(file: Path, encodings: list[str]) -> str:
     return f"{hint}, or convert it (iconv -f {encodings[0].replace('_', '-')} -t utf-8 {name} > {new})"
 
 
-def lines_hint(text: str, file: Path) -> str:
+def lines_hint(text: str, file: TextFile) -> str:
     """Say how a file becomes JSON lines, where a line that is not JSON shows what the file is; else ""."""
     name, new = shlex.quote(str(file)), shlex.quote(str(file.with_name(f"{file.stem}.lines.jsonl")))
     if text.lstrip().startswith("["):
@@ -100,7 +100,7 @@ def lines_hint(text: str, file: Path) -> str:
     return ""
 
 
-def misnamed_hint(file: Path) -> str:
+def misnamed_hint(file: TextFile) -> str:
     """Say that a file with the suffix of a compression is not compressed, as some servers leave it; else ""."""
     compressed = is_packed(file) and file.suffix.lower() != ".parquet" and file.exists()
     head = head_of(file) if compressed else b""

@@ -1,4 +1,4 @@
-"""Pack the conversations of a token file into rows of one length, each conversation whole, in few rows.
+"""Pack the conversations of a split into rows of one length, each conversation whole, in few rows.
 
 In the data path: after `conversations.py`, whose words it reads; before `batches.py`, which shuffles the rows.
 """
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from jgpt.data.conversations import BEGINS, LEARNED
+from jgpt.data.shards import Tokens
 from jgpt.errors import UserError
 
-SCAN_WORDS = 1 << 22  # words of a token file that are read at a time
+SCAN_WORDS = 1 << 22  # words of a split that are read at a time
 log = logging.getLogger("jgpt")
 
 
@@ -47,9 +48,9 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows: which conversations of a token file each row holds."""
+    """Packed rows: which conversations of a split each row holds."""
 
-    words: np.ndarray  # uint32, the token file
+    words: Tokens  # uint32, of a split
     capacity: int  # words of a row
     begins: np.ndarray  # int64: where in `words` each conversation begins, in the order of the rows
     lengths: np.ndarray  # int64: its words, at most `capacity`
@@ -72,8 +73,8 @@ class Rows:
         return words, numbers
 
 
-def pack_rows(words: np.ndarray, capacity: int, split: str, length_key: str) -> Rows:
-    """Pack the conversations of a token file into rows of `capacity` words, and log how full the rows are.
+def pack_rows(words: Tokens, capacity: int, split: str, length_key: str) -> Rows:
+    """Pack the conversations of a split into rows of `capacity` words, and log how full the rows are.
 
     A longer conversation is cut; one without an answer before the cut is left out. `split` ("training", "validation")
     and `length_key`, the config key that sets the capacity, are for messages. Raises UserError when no conversation
@@ -104,7 +105,7 @@ def pack_rows(words: np.ndarray, capacity: int, split: str, length_key: str) -> 
     return Rows(words, capacity, begins[order], lengths[order], first)
 
 
-def _begins(words: np.ndarray) -> np.ndarray:
+def _begins(words: Tokens) -> np.ndarray:
     parts = [
         start + np.flatnonzero(words[start : start + SCAN_WORDS] & BEGINS) for start in range(0, len(words), SCAN_WORDS)
     ]

@@ -14,20 +14,21 @@ class Piece(NamedTuple):
 
     text: str
     ends_document: bool
+    number: int = 0  # of the document, see `Corpus.pieces`
 
 
-def cut(texts: Iterable[str]) -> Iterator[Piece]:
+def cut(texts: Iterable[str], number: int = 0) -> Iterator[Piece]:
     """Cut one document, given as texts of any length, into pieces; an empty document has none."""
     rest = ""
     for text in texts:
         rest, start = rest + text, 0
         while len(rest) - start > PIECE_CHARACTERS:
             end = _cut_before(rest, start, start + PIECE_CHARACTERS)
-            yield Piece(rest[start:end], ends_document=False)
+            yield Piece(rest[start:end], ends_document=False, number=number)
             start = end
         rest = rest[start:]
     if rest:
-        yield Piece(rest, ends_document=True)
+        yield Piece(rest, ends_document=True, number=number)
 
 
 def _cut_before(text: str, start: int, end: int) -> int:

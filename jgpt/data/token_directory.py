@@ -1,13 +1,15 @@
 """The token directory: where it is, who may write in it, and whether it is complete.
 
 In the data path: below `write_tokens.py`, which fills it, and `token_files.py`, which opens what is in it. A token
-directory is complete when it has a meta.json, which is removed first and written last, with a hash of itself.
+directory is complete when it has a meta.json, which is removed first and written last, with a hash of itself. While
+tokens are made they are in parts/ (`parts.py`).
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,8 +23,9 @@ from jgpt.config.files import user_path
 from jgpt.errors import UserError
 from jgpt.file_lock import LOCK, hold
 
-FORMAT_VERSION = 2
-FILES = ("meta.json", "train.bin", "val.bin")  # meta.json is removed first and written last
+FORMAT_VERSION = 3  # of meta.json. In version 2 each split was one file, train.bin and val.bin: it is still read
+TOKENS_VERSION = 2  # another one would mean: the same text and settings give other tokens
+TOKEN_FILE = re.compile(r"(train|val)(_\d{5,})?\.bin")
 
 
 def token_directory(config: ConfigDict) -> Path:
@@ -34,13 +37,24 @@ def make_token_directory(directory: Path) -> None:
     """Make the directory; refuse one whose files jgpt did not write."""
     directory.mkdir(parents=True, exist_ok=True)
     # In this order: a process that prepares tokens at this moment makes its tokenizer first.
-    found = [directory / name for name in FILES if (directory / name).exists()]
+    found = _files(directory)
     ours = (directory / "meta.json").exists() or (directory / "tokenizer").exists()
     if found and not ours:
         raise UserError(
             f"{found[0]} exists, and jgpt did not write it. A token directory must be new, or written by jgpt. "
             "Set data.cache_dir to another directory."
         )
+
+
+def remove_tokens(directory: Path) -> None:
+    """Remove the token files of a directory, meta.json first; the tokenizer stays."""
+    (directory / "meta.json").unlink(missing_ok=True)
+    for path in _files(directory):
+        path.unlink(missing_ok=True)
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if TOKEN_FILE.fullmatch(path.name))
 
 
 def hold_token_directory(directory: Path) -> AbstractContextManager[bool]:
@@ -75,19 +89,46 @@ def check_room(directory: Path, needed: int) -> None:
 
 
 def write_token_meta(directory: Path, meta: dict[str, Any]) -> None:
-    """Write meta.json with a hash of itself, which completes a token directory."""
-    write_file(directory / "meta.json", json.dumps(meta | {"meta_sha256": _hash_meta(meta)}, indent=2) + "\n")
+    """Write meta.json, which completes a token directory."""
+    write_signed(directory / "meta.json", meta)
 
 
 def read_token_meta(directory: Path) -> dict[str, Any]:
-    """Return the content of a token directory's meta.json; {} where it is missing or is not what was written."""
+    """Return the content of a token directory's meta.json; {} where it is missing or is not what was written.
+
+    That of version 2 is returned as version 3 has it.
+    """
+    meta = read_signed(directory / "meta.json")
+    if meta.get("format_version") != 2:
+        return meta
+    itemsize = {"uint16": 2, "uint32": 4}[meta["dtype"]]
+    for split in ("train", "val"):
+        meta[f"{split}_shards"] = [
+            {
+                "file": f"{split}.bin",
+                "bytes": meta[f"{split}_tokens"] * itemsize,
+                "sha256": meta[f"{split}_sha256"],
+                "chunk_bytes": meta["chunk_bytes"],
+                "chunks_sha256": meta.pop(f"{split}_chunks_sha256"),
+            }
+        ]
+    return meta | {"format_version": FORMAT_VERSION}
+
+
+def write_signed(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object with a hash of itself, so that it is known whether it is what was written."""
+    write_file(path, json.dumps(content | {"meta_sha256": _hash(content)}, indent=2) + "\n")
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """Return what `write_signed` wrote; {} where the file is missing or is not what was written."""
     try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return meta if isinstance(meta, dict) and meta.get("meta_sha256") == _hash_meta(meta) else {}
+    return content if isinstance(content, dict) and content.get("meta_sha256") == _hash(content) else {}
 
 
-def _hash_meta(meta: dict[str, Any]) -> str:
-    others = {key: value for key, value in meta.items() if key != "meta_sha256"}
+def _hash(content: dict[str, Any]) -> str:
+    others = {key: value for key, value in content.items() if key != "meta_sha256"}
     return hashlib.sha256(json.dumps(others).encode()).hexdigest()

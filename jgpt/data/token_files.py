@@ -1,15 +1,14 @@
-"""Open the token files `train.bin` and `val.bin` as memmaps, and check them.
+"""Open the token files as memmaps, and check them.
 
-In the data path: between `write_tokens.py`, which writes them, and `batches.py`. The files are plain arrays of ids.
-Where meta.json has "format": "chat", they are arrays of the words of `conversations.py`: ids with two marks in the high
-bits. meta.json holds the hashes of what was written.
+In the data path: between `write_tokens.py`, which writes them, and `batches.py`. The files are plain arrays of ids;
+those of a split, in the order that meta.json gives, are one stream. Where meta.json has "format": "chat", they are
+arrays of the words of `conversations.py`: ids with two marks in the high bits. meta.json holds the hashes of what was
+written.
 
 A file that is mapped never changes: new tokens are new files, which take the names of the old ones.
 """
 
-import hashlib
 import logging
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jgpt.data.conversations import IDS
+from jgpt.data.shards import Tokens, join_shards
 from jgpt.data.token_directory import FORMAT_VERSION, hold_token_directory, read_token_meta
 from jgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jgpt.data.write_shards import hash_part
 from jgpt.errors import UserError
 
-CHUNK_BYTES = 1 << 26  # that one hash of meta.json is for
-BLOCK_BYTES = 1 << 20  # read at a time: it stays in the processor's cache
-MOST_CHUNKS = 64  # compared when a file is opened: 4 GiB of each, about four seconds on a fast disk
+MOST_CHUNKS = 64  # compared when a split is opened: 4 GiB of each, about four seconds on a fast disk
 log = logging.getLogger("jgpt")
 
 
@@ -32,8 +31,8 @@ log = logging.getLogger("jgpt")
 class TokenData:
     """An open token directory."""
 
-    train: np.ndarray  # [n], ids or words: uint16 or uint32
-    val: np.ndarray  # [n], the same
+    train: Tokens  # [n], ids or words: uint16 or uint32
+    val: Tokens  # [n], the same
     meta: dict[str, Any]  # meta.json
     tokenizer: Tokenizer  # that made the ids
 
@@ -66,7 +65,8 @@ class TokenFiles:
     directory: Path
     meta: dict[str, Any]  # meta.json
     tokenizer: Tokenizer
-    files: dict[str, BinaryIO]  # train and val
+    files: dict[str, list[BinaryIO]]  # by split, in the order of meta.json
+    closing: ExitStack  # of all files
 
 
 def open_token_files(directory: Path) -> TokenFiles:
@@ -83,68 +83,61 @@ def open_token_files(directory: Path) -> TokenFiles:
             f"{directory / 'tokenizer'} is not the tokenizer that made the token files beside it. They must belong "
             f"together. {_advice(directory)}"
         )
-    paths = {split: directory / f"{split}.bin" for split in ("train", "val")}
-    for split, path in paths.items():
-        n_tokens = meta[f"{split}_tokens"]
-        n_bytes, expected = path.stat().st_size if path.exists() else 0, n_tokens * np.dtype(meta["dtype"]).itemsize
-        if not path.exists() or n_bytes != expected:
-            raise UserError(
-                f"{path} is damaged: it has {n_bytes:,} bytes, and {expected:,} are expected "
-                f"({n_tokens:,} tokens of {meta['dtype']}). {_advice(directory)}"
-            )
-    return TokenFiles(directory, meta, tokenizer, {split: path.open("rb") for split, path in paths.items()})
+    files: dict[str, list[BinaryIO]] = {}
+    with ExitStack() as opened:
+        for split in ("train", "val"):
+            shards = meta[f"{split}_shards"]
+            files[split] = [opened.enter_context(_open(directory / shard["file"], shard["bytes"])) for shard in shards]
+        return TokenFiles(directory, meta, tokenizer, files, opened.pop_all())
+
+
+def _open(path: Path, expected: int) -> BinaryIO:
+    n_bytes = path.stat().st_size if path.exists() else 0
+    if not path.exists() or n_bytes != expected:
+        raise UserError(
+            f"{path} is damaged: it has {n_bytes:,} bytes, and {expected:,} are expected. {_advice(path.parent)}"
+        )
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be opened: {error.strerror}. All token files must be readable at the same time. Make the "
+            "file readable; where too many files are open, allow more (ulimit -n)."
+        ) from error
 
 
 def map_token_files(opened: TokenFiles) -> TokenData:
     """Compare the files with the hashes of what was written, and map them; close the files. Raises UserError."""
-    arrays, dtype = {}, np.dtype(opened.meta["dtype"])
-    with ExitStack() as closing:
-        for file in opened.files.values():
-            closing.enter_context(file)
-        for split, file in opened.files.items():
+    dtype, tokens = np.dtype(opened.meta["dtype"]), {}
+    with opened.closing:
+        for split, files in opened.files.items():
             _check_content(opened, split)
-            empty = opened.meta[f"{split}_tokens"] == 0  # an empty file cannot be mapped
-            arrays[split] = np.zeros(0, dtype) if empty else np.memmap(file, dtype, mode="r")
-    return TokenData(arrays["train"], arrays["val"], opened.meta, opened.tokenizer)
-
-
-def hashes_of(split: str, file: BinaryIO) -> dict[str, Any]:
-    """Return the entries of meta.json with the sha256 of an open file, and of each of its chunks."""
-    whole, chunks = hashlib.sha256(), []
-    for start in range(0, file.seek(0, os.SEEK_END), CHUNK_BYTES):
-        chunks.append(_hash_part(file, start, CHUNK_BYTES, whole))
-    return {
-        f"{split}_sha256": whole.hexdigest(),
-        f"{split}_chunks_sha256": chunks,
-        "chunk_bytes": CHUNK_BYTES,
-    }
-
-
-def _hash_part(file: BinaryIO, start: int, n_bytes: int, whole: Any = None) -> str:
-    """Return the sha256 of a part of a file, read in small blocks; add them to the hash of the whole as well."""
-    part = hashlib.sha256()
-    file.seek(start)
-    while block := file.read(min(n_bytes, BLOCK_BYTES)):
-        n_bytes -= len(block)
-        part.update(block)
-        if whole is not None:
-            whole.update(block)
-    return part.hexdigest()
+            # An empty file cannot be mapped.
+            filled = [file for file, shard in zip(files, opened.meta[f"{split}_shards"], strict=True) if shard["bytes"]]
+            tokens[split] = join_shards([np.memmap(file, dtype, mode="r") for file in filled], dtype)
+    return TokenData(tokens["train"], tokens["val"], opened.meta, opened.tokenizer)
 
 
 def _check_content(opened: TokenFiles, split: str) -> None:
-    """Compare a file with the hashes of its chunks: all of them, or in a huge file some, evenly spread."""
-    path, file, meta = opened.directory / f"{split}.bin", opened.files[split], opened.meta
-    hashes, chunk_bytes = meta[f"{split}_chunks_sha256"], meta["chunk_bytes"]
-    places = range(len(hashes))
-    if len(hashes) > MOST_CHUNKS:
-        places = [i * (len(hashes) - 1) // (MOST_CHUNKS - 1) for i in range(MOST_CHUNKS)]
-        log.info("tokens: of %s, %d of %d parts were compared with their hashes", path, MOST_CHUNKS, len(hashes))
-    for place in places:
-        if _hash_part(file, place * chunk_bytes, chunk_bytes) != hashes[place]:
+    """Compare the files of a split with the hashes of their chunks: all, or of a huge split some, evenly spread."""
+    shards = opened.meta[f"{split}_shards"]
+    chunks = [
+        (file, shard, place)
+        for file, shard in zip(opened.files[split], shards, strict=True)
+        for place in range(len(shard["chunks_sha256"]))
+    ]
+    if (n := len(chunks)) > MOST_CHUNKS:
+        chunks = [chunks[i * (n - 1) // (MOST_CHUNKS - 1)] for i in range(MOST_CHUNKS)]
+        log.info(
+            "tokens: of %s in %s, %d of %d parts were compared with their hashes",
+            split, opened.directory, MOST_CHUNKS, n,
+        )  # fmt: skip
+    for file, shard, place in chunks:
+        n_bytes = shard["chunk_bytes"]
+        if hash_part(file, place * n_bytes, n_bytes) != shard["chunks_sha256"][place]:
             raise UserError(
-                f"{path} is damaged: it is not what was written, somewhere in the {chunk_bytes:,} bytes from "
-                f"{place * chunk_bytes:,} on (their sha256 differs). {_advice(opened.directory)}"
+                f"{opened.directory / shard['file']} is damaged: it is not what was written, somewhere in the "
+                f"{n_bytes:,} bytes from {place * n_bytes:,} on (their sha256 differs). {_advice(opened.directory)}"
             )
 
 

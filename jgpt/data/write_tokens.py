@@ -1,80 +1,168 @@
 """Tokenize documents and write the token files.
 
-In the data path: after `corpus.py` and `tokenizer.py`; before `token_files.py`, which opens the files.
+In the data path: after `corpus.py` and `tokenizer.py`; before `token_files.py`, which opens the files. All tokens are
+written in parts (`parts.py`): mostly in one, or by several processes at once, each with its own.
 """
 
 import hashlib
 import json
 import logging
-import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from jgpt.atomic_write import atomic_file, remove_leftovers
+from jgpt.atomic_write import remove_leftovers
 from jgpt.data.chat_template import read_template
 from jgpt.data.conversations import ChatCorpus, write_conversations
 from jgpt.data.corpus import Corpus, batched_by_characters
 from jgpt.data.find_files import find_files
+from jgpt.data.parts import (
+    ALL,
+    PARTS,
+    Part,
+    all_parts,
+    complete_part,
+    is_complete,
+    join_parts,
+    part_directory,
+    plan_difference,
+    range_of,
+    read_plan,
+    remove_parts,
+    write_plan,
+)
+from jgpt.data.remote import TextFile
 from jgpt.data.token_directory import (
-    FILES,
     FORMAT_VERSION,
+    TOKENS_VERSION,
     check_room,
     hold_token_directory,
     make_token_directory,
     read_token_meta,
+    remove_tokens,
     storage_errors,
     token_directory,
-    write_token_meta,
 )
-from jgpt.data.token_files import TokenData, hashes_of, map_token_files, open_token_files
+from jgpt.data.token_files import TokenData, map_token_files, open_token_files
 from jgpt.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
+from jgpt.data.write_shards import ShardWriter
 from jgpt.errors import UserError
+from jgpt.file_lock import hold
 
-COPY_BYTES = 1 << 24
 log = logging.getLogger("jgpt")
 
 
-def prepare(config: ConfigDict, tokenizer_dir: Path | None = None, files: list[Path] | None = None) -> TokenData:
+def prepare(
+    config: ConfigDict, tokenizer_dir: Path | None = None, files: Sequence[TextFile] | None = None
+) -> TokenData:
     """Return the tokens of a config's text; tokenize it unless the token directory is up to date.
 
     `tokenizer_dir` holds the tokenizer of a resumed run; without it, the config's own is trained or loaded. `files` are
     what `find_text` found for the config, where the caller has them already. While another process prepares tokens in
     the same directory, this one waits for it. Raises UserError on bad text, on a disk that is full or cannot be
-    written, and on damaged token files.
+    written, on damaged token files, and where the tokens are prepared in parts that are not all there.
     """
     directory = token_directory(config)
     files = find_text(config) if files is None else files
     given = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
     corpus = _open_corpus(config, given, files)
-    with ExitStack() as holding:
-        with storage_errors(directory):
-            make_token_directory(directory)
-            held = holding.enter_context(hold_token_directory(directory))
-        meta = read_token_meta(directory)
-        difference = _difference(meta, config, corpus, given)
-        if difference and not files:
-            raise UserError(
-                f"data.text_glob={config.data.text_glob!r} matches no text here, and the tokens in {directory} cannot "
-                f"serve instead: {difference}. Put the text back, or take back what changed in the config."
-            )
+    with _held(directory) as held:
+        difference = _difference(directory, held, config, corpus, given)
         if difference:
-            if meta:
-                log.info("tokens: those in %s are made again: %s", directory, difference)
+            _refuse_parts(directory)
             with storage_errors(directory):
-                _write_directory(directory, held, config, corpus, given)
+                try:
+                    plan, tokenizer = _begin(directory, held, config, corpus, given, 1)
+                    _write_part(directory, held, plan, ALL, corpus, tokenizer)
+                    join_parts(directory, plan, tokenizer)
+                except BaseException:
+                    remove_parts(directory)
+                    raise
         opened = open_token_files(directory)
     data = map_token_files(opened)
     if not difference:
-        log.info("tokens: %s tokens in %s are up to date", f"{len(data.train) + len(data.val):,}", directory)
+        _say_up_to_date(data, directory)
     return data
 
 
-def find_text(config: ConfigDict) -> list[Path]:
+def prepare_part(config: ConfigDict, part: Part, files: Sequence[TextFile] | None = None) -> TokenData | None:
+    """Tokenize one part of a config's text, while other processes do the others; the last one to end joins them.
+
+    Returns the tokens, the same as those of `prepare`, where all parts are complete; else None. The first process makes
+    the tokenizer, from the whole text; the others wait for it. A part that failed or was killed is repeated by the same
+    call; one that is complete is not made again. Raises UserError as `prepare`, and where the other parts are of
+    another text, of other settings, or of another number of parts.
+    """
+    if config.data.format == "chat":
+        raise UserError(
+            f"--shard={part} and data.format='chat' were given. Conversations are prepared by one process. Leave out"
+            " --shard."
+        )
+    directory = token_directory(config)
+    files = find_text(config) if files is None else files
+    corpus = _open_corpus(config, None, files)
+    with _held(directory) as held:
+        difference = _difference(directory, held, config, corpus, None)
+        if difference:
+            with storage_errors(directory):
+                plan, tokenizer = _share(directory, held, config, corpus, part)
+        else:
+            opened = open_token_files(directory)
+    if not difference:
+        data = map_token_files(opened)
+        _say_up_to_date(data, directory)
+        return data
+    folder = part_directory(directory, part)
+    with storage_errors(directory), hold(folder, wait_for=f"preparing shard {part}") as held:
+        # Whoever held it may have made this part, or joined all.
+        if read_plan(directory) == plan and not is_complete(directory, plan, part):
+            _write_part(directory, held, plan, part, corpus, tokenizer)
+    with _held(directory) as held:
+        if _difference(directory, held, config, corpus, None):
+            if read_plan(directory) != plan:
+                raise UserError(
+                    f"{directory / PARTS} was removed or made again while shard {part} was prepared. All shards must "
+                    "have the same text and settings. Run this command again."
+                )
+            with storage_errors(directory):
+                if held:
+                    remove_leftovers(directory)  # of a process that was killed while it joined
+                missing = join_parts(directory, plan, tokenizer)
+            if missing:
+                log.info(
+                    "tokens: shard %s is complete. %d of %d are not yet: %s. The last one joins them",
+                    part, len(missing), part.n, ", ".join(map(str, missing[:20])),
+                )  # fmt: skip
+                return None
+            log.info("tokens: %d shards are joined in %s", part.n, directory)
+        opened = open_token_files(directory)
+    return map_token_files(opened)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[bool]:
+    """Hold the token directory while the block runs; make it where it is missing. Yield whether it is really held."""
+    with storage_errors(directory):
+        make_token_directory(directory)
+        holding = hold_token_directory(directory)
+        held = holding.__enter__()
+    try:
+        yield held
+    finally:
+        holding.__exit__(None, None, None)
+
+
+def _say_up_to_date(data: TokenData, directory: Path) -> None:
+    log.info("tokens: %s tokens in %s are up to date", f"{len(data.train) + len(data.val):,}", directory)
+
+
+def find_text(config: ConfigDict) -> Sequence[TextFile]:
     """List the files of a config's text; [] where they are gone and their tokens are complete, with a warning.
 
     Raises UserError where there is no text and no tokens that were made from the same data.text_glob.
@@ -95,11 +183,28 @@ def find_text(config: ConfigDict) -> list[Path]:
     return []
 
 
-def _difference(meta: dict[str, Any], config: ConfigDict, corpus: Corpus, given: Tokenizer | None) -> str:
-    """Say why a token directory with this meta.json does not serve a config; "" where it does.
+def _difference(directory: Path, held: bool, config: ConfigDict, corpus: Corpus, given: Tokenizer | None) -> str:
+    """Say why the tokens in a directory do not serve a config; "" where they do.
 
-    `given` is the tokenizer of a resumed run. Text that is gone, a corpus without files, is not compared.
+    `given` is the tokenizer of a resumed run. Raises UserError where the text is gone, so that nothing can be made.
     """
+    meta = read_token_meta(directory)
+    difference = _difference_of(meta, config, corpus, given)
+    if not difference:
+        if held:
+            remove_parts(directory)  # of a process that was killed at its end
+    elif not corpus.files:
+        raise UserError(
+            f"data.text_glob={config.data.text_glob!r} matches no text here, and the tokens in {directory} cannot "
+            f"serve instead: {difference}. Put the text back, or take back what changed in the config."
+        )
+    elif meta:
+        log.info("tokens: those in %s are made again: %s", directory, difference)
+    return difference
+
+
+def _difference_of(meta: dict[str, Any], config: ConfigDict, corpus: Corpus, given: Tokenizer | None) -> str:
+    """Compare a meta.json with a config. Text that is gone, a corpus without files, is not compared."""
     if meta.get("format_version") != FORMAT_VERSION:
         return "they are of another version of jgpt"
     if meta["settings_sha256"] != _settings(config):
@@ -115,9 +220,24 @@ def _difference(meta: dict[str, Any], config: ConfigDict, corpus: Corpus, given:
     return ""
 
 
-def _write_directory(directory: Path, held: bool, config: ConfigDict, corpus: Corpus, given: Tokenizer | None) -> None:
-    """Tokenize a corpus into a token directory, with the tokenizer of a resumed run or a new one."""
-    fingerprint = _fingerprint(config, corpus.files)  # before reading: a text that changes meanwhile is read again
+def _refuse_parts(directory: Path) -> None:
+    """Raise UserError where several processes prepare the tokens of a directory, and not all of them are done."""
+    plan = read_plan(directory)
+    if plan and plan["n_parts"] > 1:
+        n, missing = plan["n_parts"], [str(part) for part in all_parts(plan) if not is_complete(directory, plan, part)]
+        raise UserError(
+            f"the tokens in {directory} are prepared in {n} shards, and not all are complete "
+            f"(missing: {', '.join(missing[:20]) or 'none, but they are not joined'}). Run jgpt prepare with "
+            f"--shard={(missing or [f'0/{n}'])[0]} and so on for those; or, if nobody prepares them any more, delete "
+            f"{directory / PARTS}."
+        )
+
+
+def _begin(
+    directory: Path, held: bool, config: ConfigDict, corpus: Corpus, given: Tokenizer | None, n_parts: int
+) -> tuple[dict[str, Any], Tokenizer]:
+    """Make the tokenizer, a resumed run's or a new one, remove the old tokens, and write the plan of the parts."""
+    plan = _plan(config, corpus, n_parts)  # before reading: a text that changes meanwhile is read again
     if held:  # else they may be those of a process that is at work
         remove_leftovers(directory)
         remove_leftovers(directory / "tokenizer")
@@ -126,25 +246,56 @@ def _write_directory(directory: Path, held: bool, config: ConfigDict, corpus: Co
     if isinstance(corpus, ChatCorpus):
         corpus.template = tokenizer.settings["chat_template"] = _chat_template(config, tokenizer)
         corpus.settings = tokenizer.settings
-    for name in FILES:  # only now that the tokenizer is there: a wrong name for it must not cost the old files
-        (directory / name).unlink(missing_ok=True)
+    remove_tokens(directory)  # only now that the tokenizer is there: a wrong name for it must not cost the old files
     tokenizer.save(directory / "tokenizer", config.model.context_length)
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "text_glob": config.data.text_glob,
-        "n_files": len(corpus.files),
-        "settings_sha256": _settings(config),
-        "fingerprint": fingerprint,
-        "tokenizer_kind": config.tokenizer.kind,
+    plan["meta"] |= {
         "tokenizer_given": given is not None,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
         "eot_id": tokenizer.eot_id,
-    } | _write_tokens(directory, corpus, tokenizer, config.data.val_fraction)
-    write_token_meta(directory, meta)
+    }
+    return write_plan(directory, plan), tokenizer
 
 
-def _open_corpus(config: ConfigDict, given: Tokenizer | None, files: list[Path]) -> Corpus:
+def _share(
+    directory: Path, held: bool, config: ConfigDict, corpus: Corpus, part: Part
+) -> tuple[dict[str, Any], Tokenizer]:
+    """Return the plan and the tokenizer that the other parts have; without one, begin. Raises UserError."""
+    plan = read_plan(directory)
+    if not plan or plan["n_parts"] == 1:  # of a process that was killed
+        return _begin(directory, held, config, corpus, None, part.n)
+    if difference := plan_difference(plan, _plan(config, corpus, part.n)):
+        raise UserError(
+            f"--shard={part} does not belong to the shards in {directory / PARTS}: {difference}. All shards must have "
+            f"the same text, settings and number. Use those; or, to begin again, delete {directory / PARTS}."
+        )
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    if tokenizer.sha256 != plan["meta"]["tokenizer_sha256"]:
+        raise UserError(
+            f"{directory / 'tokenizer'} is not the tokenizer of the shards in {directory / PARTS}. All must have the "
+            f"same. Put it back; or, to begin again, delete {directory / PARTS}."
+        )
+    return plan, tokenizer
+
+
+def _plan(config: ConfigDict, corpus: Corpus, n_parts: int) -> dict[str, Any]:
+    """Return what a token directory is made of, so far as it is known before the tokenizer is made."""
+    return {
+        "n_parts": n_parts,
+        "settings": _setting_values(config),
+        "meta": {
+            "format_version": FORMAT_VERSION,
+            "text_glob": config.data.text_glob,
+            "n_files": len(corpus.files),
+            "settings_sha256": _settings(config),
+            "fingerprint": _fingerprint(config, corpus.files),
+            "tokenizer_kind": config.tokenizer.kind,
+        },
+        "n_bytes": corpus.n_bytes,
+    }
+
+
+def _open_corpus(config: ConfigDict, given: Tokenizer | None, files: Sequence[TextFile]) -> Corpus:
     """Open the text of a config. Of conversations the template stays empty where a pretrained tokenizer brings it."""
     data, chat = config.data, config.data.format == "chat"
     if not chat:
@@ -170,7 +321,7 @@ def _chat_template(config: ConfigDict, tokenizer: Tokenizer | None) -> str:
     return own
 
 
-def _fingerprint(config: ConfigDict, files: list[Path]) -> str:
+def _fingerprint(config: ConfigDict, files: Sequence[TextFile]) -> str:
     """Hash what the token files depend on: path, size and time of each source file, and the config's values."""
     try:
         sources = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -183,98 +334,92 @@ def _fingerprint(config: ConfigDict, files: list[Path]) -> str:
 
 def _settings(config: ConfigDict) -> str:
     """Hash the config's values that the token files depend on."""
-    kind, options = config.tokenizer.kind, config.tokenizer
-    values = {"char": [], "bpe": [options.vocab_size, options.training_megabytes], "hf": [options.pretrained]}[kind]
-    d = config.data
-    data = [d.text_field, d.val_fraction, d.encoding, d.encoding_errors]
+    values = list(_setting_values(config).values())
+    data, kind, options = values[:4], values[4], values[5:]
     if config.data.format == "chat":  # the template itself is compared by its own hash
-        data += ["chat", bool(options.chat_template)]
-    return _sha256(json.dumps([FORMAT_VERSION, data, kind, values]))
+        data += ["chat", bool(config.tokenizer.chat_template)]
+    return _sha256(json.dumps([TOKENS_VERSION, data, kind, options]))
+
+
+def _setting_values(config: ConfigDict) -> dict[str, Any]:
+    """Return the keys of a config that the token files depend on, with their values."""
+    kind, data = config.tokenizer.kind, ("text_field", "val_fraction", "encoding", "encoding_errors")
+    options = {"char": (), "bpe": ("vocab_size", "training_megabytes"), "hf": ("pretrained",)}[kind]
+    return (
+        {f"data.{key}": config.data[key] for key in data}
+        | {"tokenizer.kind": kind}
+        | {f"tokenizer.{key}": config.tokenizer[key] for key in options}
+    )
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _write_tokens(directory: Path, corpus: Corpus, tokenizer: Tokenizer, val_fraction: float) -> dict[str, Any]:
-    """Tokenize a corpus into train.bin and val.bin; return their entries of meta.json."""
-    with atomic_file(directory / "train.bin", "w+b") as train, atomic_file(directory / "val.bin", "w+b") as val:
-        if isinstance(corpus, ChatCorpus):
-            meta = write_conversations(train, val, corpus, tokenizer, val_fraction)
-            meta["template_sha256"] = _sha256(corpus.template)
-        else:
-            meta = _write_documents(train, val, corpus, tokenizer, val_fraction)
-        return meta | hashes_of("train", train) | hashes_of("val", val)  # of the open files, which are nobody else's
+def _write_part(
+    directory: Path, held: bool, plan: dict[str, Any], part: Part, corpus: Corpus, tokenizer: Tokenizer
+) -> None:
+    """Tokenize the files of a part; `corpus` has the files of all. Where it fails, no file of it stays."""
+    folder = part_directory(directory, part)
+    folder.mkdir(parents=True, exist_ok=True)
+    if held:
+        _remove_files(folder)  # of a process that was killed
+    if part.n > 1:
+        mine = range_of([file.stat().st_size for file in corpus.files], part)
+        corpus = replace(corpus, files=corpus.files[mine.start : mine.stop], first_file=mine.start)
+        log.info("tokens: shard %s has %d of %d files", part, len(mine), plan["meta"]["n_files"])
+    label = "tokens" if part == ALL else f"tokens {part}"
+    try:
+        with ShardWriter(folder, "train") as train, ShardWriter(folder, "val") as val:
+            fraction = plan["settings"]["data.val_fraction"]
+            if isinstance(corpus, ChatCorpus):
+                entries = write_conversations(train, val, corpus, tokenizer, fraction)
+                entries["template_sha256"] = _sha256(corpus.template)
+            else:
+                entries = _write_documents(train, val, corpus, tokenizer, fraction, label)
+    except BaseException:
+        _remove_files(folder)
+        raise
+    complete_part(directory, plan, part, entries | {"train_shards": train.shards, "val_shards": val.shards})
+
+
+def _remove_files(folder: Path) -> None:
+    for path in folder.glob("[!.]*"):  # not the lock
+        path.unlink(missing_ok=True)
 
 
 def _write_documents(
-    train: BinaryIO, val: BinaryIO, corpus: Corpus, tokenizer: Tokenizer, val_fraction: float
+    train: ShardWriter, val: ShardWriter, corpus: Corpus, tokenizer: Tokenizer, val_fraction: float, label: str
 ) -> dict[str, Any]:
-    """Tokenize plain text into two open files of ids, with an end-of-text id after each document.
+    """Tokenize plain text into ids, with an end-of-text id after each document; return what is said of them.
 
-    Return their entries of meta.json. Raises UserError when there is no text.
+    One document in each 1 / val_fraction is for validation.
     """
     started = time.monotonic()
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     end_of_text = np.array([tokenizer.eot_id], dtype).tobytes()
-    period = max(2, round(1 / val_fraction)) if val_fraction else 0  # one document in each `period` is for validation
+    period = max(2, round(1 / val_fraction)) if val_fraction else 0
     n_documents, text_bytes, files = 0, [0, 0], (train, val)
-    for batch in batched_by_characters(corpus.pieces("tokens"), lambda piece: len(piece.text)):
+    for batch in batched_by_characters(corpus.pieces(label), lambda piece: len(piece.text)):
         all_ids = tokenizer.encode_batch([piece.text for piece in batch])
         for piece, ids in zip(batch, all_ids, strict=True):
             assert ids.max(initial=0) < tokenizer.vocab_size
-            split = int(period > 0 and n_documents % period == period - 1)
+            split = int(period > 0 and piece.number % period == period - 1)
             files[split].write(ids.astype(dtype).tobytes() + end_of_text * piece.ends_document)
             text_bytes[split] += len(piece.text.encode())
             n_documents += piece.ends_document
-    n_tokens = [file.tell() // dtype.itemsize for file in files]
-    total, total_bytes = sum(n_tokens), sum(text_bytes)
-    if total == 0:
-        raise UserError(
-            f"the {len(corpus.files)} files that data.text_glob matches hold no text. Training needs some. "
-            "Set data.text_glob to files that are not empty."
-        )
-    by_document = val_fraction / 2 <= n_tokens[1] / total <= val_fraction * 2
-    if not by_document:
-        n_tokens = [total - round(total * val_fraction), round(total * val_fraction)]
-        _split_by_position(train, val, n_tokens[0] * dtype.itemsize)
-        text_bytes[1] = _text_bytes(val, dtype, tokenizer)
-        text_bytes[0] = total_bytes - text_bytes[1]
+    total, total_bytes = (train.n_bytes + val.n_bytes) // dtype.itemsize, sum(text_bytes)
     seconds = time.monotonic() - started
     log.info(
-        "tokens: files %d, documents %s, %.1f MB at %.1f MB/s: %s tokens, %.2f bytes a token, %.1f s%s",
-        *(len(corpus.files), f"{n_documents:,}", total_bytes / 1e6, total_bytes / 1e6 / seconds, f"{total:,}"),
-        *(total_bytes / total, seconds, corpus.remarks()),
+        "%s: files %d, documents %s, %.1f MB at %.1f MB/s: %s tokens, %.2f bytes a token, %.1f s%s",
+        *(label, len(corpus.files), f"{n_documents:,}", total_bytes / 1e6, total_bytes / 1e6 / seconds),
+        *(f"{total:,}", total_bytes / max(total, 1), seconds, corpus.remarks()),
     )
     return {
         "format": "text",
         "dtype": dtype.name,
-        "train_tokens": n_tokens[0],
-        "val_tokens": n_tokens[1],
         "train_bytes": text_bytes[0],  # of text as UTF-8, for bits per byte
         "val_bytes": text_bytes[1],
         "n_documents": n_documents,
-        "split": "document" if by_document else "position",
         "replaced_characters": corpus.replaced,
     }
-
-
-def _split_by_position(train: BinaryIO, val: BinaryIO, train_bytes: int) -> None:
-    """Move tokens between the two files so that the first has `train_bytes`: for few documents of unequal size."""
-    val.seek(0)
-    shutil.copyfileobj(val, train, COPY_BYTES)
-    val.seek(0)
-    val.truncate()
-    train.seek(train_bytes)
-    shutil.copyfileobj(train, val, COPY_BYTES)
-    train.truncate(train_bytes)
-
-
-def _text_bytes(file: BinaryIO, dtype: np.dtype, tokenizer: Tokenizer) -> int:
-    """Count the UTF-8 bytes of a file's text, to within a few bytes for each chunk that ends inside a character."""
-    file.seek(0)
-    n_bytes = 0
-    while chunk := file.read(1 << 18):
-        ids = np.frombuffer(chunk, dtype)
-        n_bytes += len(tokenizer.decode(ids[ids != tokenizer.eot_id]).encode())
-    return n_bytes

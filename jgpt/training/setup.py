@@ -4,6 +4,7 @@ In the data path: between the config and the loop; `start.py` is the caller.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from jgpt.data.batches import Batch, Batches, ChatBatches, make_batches, validation_blocks
 from jgpt.data.chat_template import render
 from jgpt.data.find_files import is_packed
+from jgpt.data.remote import TextFile
 from jgpt.data.token_files import TokenData
 from jgpt.data.unknown import name_unknown, unknown_characters
 from jgpt.errors import UserError
@@ -32,7 +34,7 @@ from jgpt.wording import format_count
 log = logging.getLogger("jgpt")
 
 
-def text_bytes(files: list[Path]) -> int | None:
+def text_bytes(files: Sequence[TextFile]) -> int | None:
     """Return the bytes of text in files; None where they are gone or compressed, so that the text may be longer."""
     if not files or any(map(is_packed, files)):
         return None

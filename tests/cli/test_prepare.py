@@ -65,6 +65,29 @@ def test_cache_dir(command, tiny, tmp_path):
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+def test_a_text_is_prepared_in_shards(command, tiny, tmp_path):
+    (tmp_path / "more.txt").write_text("7 times 8 is 56, says the table.\n" * 40)
+    arguments = [*tiny, f"--config.data.text_glob={tmp_path}/*.txt"]
+    for bad in ("2/2", "1", "a/b", ""):
+        refused(
+            command("prepare", *arguments, f"--shard={bad}"), f"--shard={bad}: it must be INDEX/NUMBER", "Allowed: 0"
+        )
+    first = command("prepare", *arguments, "--shard=1/2")
+    assert first.code == 0 and "shard             1/2 is complete, others are not yet" in first.out
+    assert "1 of 2 are not yet: 0/2" in first.out
+    for name in ("train", "prepare"):
+        refused(command(name, *arguments), "prepared in 2 shards", "missing: 0/2", "--shard=0/2", "delete")
+    refused(command("prepare", *arguments, "--shard=0/3"), "they are 2 parts, and --shard says 3")
+    last = command("prepare", *arguments, "--shard=0/2")
+    assert last.code == 0 and "2 shards are joined in" in last.out and "documents         2 " in last.out
+    together = open_token_data(tmp_path / "run" / "tokens")
+    assert "up to date" in command("prepare", *arguments).out
+    assert command("prepare", *arguments, f"--config.data.cache_dir={tmp_path}/one").code == 0
+    alone = open_token_data(tmp_path / "one")
+    assert together.train[:].tobytes() == alone.train[:].tobytes() and together.meta["train_sha256"]
+    assert together.val[:].tobytes() == alone.val[:].tobytes()
+
+
 def test_text_that_is_not_utf8_is_named_or_replaced(command, tiny, tmp_path):
     (tmp_path / "more.txt").write_bytes(b"caf\xe9, caf\xe9\n" * 50)
     glob = f"--config.data.text_glob={tmp_path}/*.txt"

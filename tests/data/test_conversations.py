@@ -155,11 +155,11 @@ def test_the_template_goes_with_the_tokenizer_and_another_template_makes_new_tok
     auto = AutoTokenizer.from_pretrained(str(saved), local_files_only=True)
     messages = LINES[0]["messages"]
     assert auto.apply_chat_template(messages, tokenize=False) == rendered(first, LINES[0])
-    at = (token_directory(config) / "train.bin").stat().st_mtime_ns
+    at = (token_directory(config) / "train_00000.bin").stat().st_mtime_ns
     first.tokenizer.save(tmp_path / "tokenizer", 8)
     prepare(config)
     prepare(config, tmp_path / "tokenizer")  # a resumed run
-    assert (token_directory(config) / "train.bin").stat().st_mtime_ns == at
+    assert (token_directory(config) / "train_00000.bin").stat().st_mtime_ns == at
 
     config.tokenizer.update({"kind": "hf", "pretrained": str(tmp_path / "tokenizer"), "chat_template": ""})
     own = prepare(config)  # the tokenizer's own template
@@ -242,7 +242,7 @@ def test_too_few_conversations_are_refused(tmp_path: Path, lines: list[Any]) -> 
     config = make_config(tmp_path, lines)
     with pytest.raises(UserError, match=f"hold {len(lines) == 2:d} conversations with an answer .*At least two"):
         prepare(config, tmp_path / "tokenizer")
-    assert not list(token_directory(config).glob("*.bin*"))
+    assert not list(token_directory(config).rglob("*.bin*"))
 
 
 def test_two_conversations_are_one_to_learn_and_one_held_out(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
 from jgpt.data import token_directory as memmap
-from jgpt.data import token_files, write_tokens
+from jgpt.data import token_files, write_shards, write_tokens
 from jgpt.data.token_directory import token_directory
 from jgpt.data.token_files import open_token_data
 from jgpt.data.tokenizer import Tokenizer, train_char
@@ -78,9 +78,13 @@ def test_documents_are_all_there_and_every_tenth_is_held_out(tmp_path: Path, kin
     assert (meta["train_tokens"], meta["val_tokens"]) == (len(data.train), len(data.val))
     assert (meta["n_documents"], meta["split"], meta["tokenizer_kind"]) == (40, "document", kind)
     assert (meta["vocab_size"], meta["eot_id"]) == (data.tokenizer.vocab_size, data.tokenizer.eot_id)
-    assert meta["train_sha256"] == hashlib.sha256((directory / "train.bin").read_bytes()).hexdigest()
-    assert meta["val_sha256"] == hashlib.sha256((directory / "val.bin").read_bytes()).hexdigest()
-    assert sorted(path.name for path in directory.iterdir()) == [LOCK, "meta.json", "tokenizer", "train.bin", "val.bin"]
+    assert meta["train_sha256"] == hashlib.sha256((directory / "train_00000.bin").read_bytes()).hexdigest()
+    for split in ("train", "val"):
+        [shard], path = meta[f"{split}_shards"], directory / f"{split}_00000.bin"
+        assert (shard["file"], shard["bytes"]) == (path.name, path.stat().st_size)
+        assert shard["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    names = [LOCK, "meta.json", "tokenizer", "train_00000.bin", "val_00000.bin"]
+    assert sorted(path.name for path in directory.iterdir()) == names
 
 
 @pytest.mark.parametrize(("n_documents", "kind"), [(1, "char"), (1, "bpe"), (3, "char")])
@@ -186,7 +190,7 @@ def test_a_crash_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: py
         raise Crash
 
     def crash_at_rename(path: Path, target: Path) -> Path:
-        if target.name == ("meta.json" if at == "replace meta" else "val.bin"):
+        if target.name == ("meta.json" if at == "replace meta" else "val_00000.bin"):
             raise Crash
         return rename(path, target)
 
@@ -274,25 +278,27 @@ def test_damage_is_named_and_nothing_is_rebuilt_behind_the_users_back(tmp_path: 
     good = tmp_path / "good"
     shutil.copytree(directory, good)
 
-    path = directory / "train.bin"
+    path = directory / "train_00000.bin"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-3])
     for opening in (lambda: prepare(config), lambda: open_token_data(directory)):
         with pytest.raises(
-            UserError, match=rf"train.bin is damaged: it has {size - 3:,} bytes, and {size:,} .*delete "
+            UserError, match=rf"train_00000.bin is damaged: it has {size - 3:,} bytes, and {size:,} .*delete "
         ):
             opening()
     path.unlink()
-    with pytest.raises(UserError, match="train.bin is damaged: it has 0 bytes"):
+    with pytest.raises(UserError, match="train_00000.bin is damaged: it has 0 bytes"):
         prepare(config)
 
     for split in ("train", "val"):  # one bit: the id is still one of the vocabulary
         shutil.copytree(good, directory, dirs_exist_ok=True)
-        content = bytearray((directory / f"{split}.bin").read_bytes())
+        content = bytearray((directory / f"{split}_00000.bin").read_bytes())
         content[len(content) // 4 * 2] ^= 1
-        (directory / f"{split}.bin").write_bytes(content)
+        (directory / f"{split}_00000.bin").write_bytes(content)
         for opening in (lambda: prepare(config), lambda: open_token_data(directory)):
-            with pytest.raises(UserError, match=rf"{split}.bin is damaged: it is not what was written, .*Put the file"):
+            with pytest.raises(
+                UserError, match=rf"{split}_00000.bin is damaged: it is not what was written, .*Put the file"
+            ):
                 opening()
 
     shutil.copytree(good, directory, dirs_exist_ok=True)
@@ -306,14 +312,17 @@ def test_damage_is_named_and_nothing_is_rebuilt_behind_the_users_back(tmp_path: 
 def test_of_huge_files_some_parts_are_compared_and_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(token_files, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(write_shards, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(token_files, "MOST_CHUNKS", 3)
     config = make_config(tmp_path)
     with caplog.at_level("INFO", "jgpt"):
         data = prepare(config)
     n_parts = -(-data.train.nbytes // 1000)
-    assert n_parts > 5 and f"train.bin, 3 of {n_parts} parts were compared with their hashes" in caplog.text
-    path = token_directory(config) / "train.bin"
+    assert (
+        n_parts > 5
+        and f"train in {token_directory(config)}, 3 of {n_parts} parts were compared with their hashes" in caplog.text
+    )
+    path = token_directory(config) / "train_00000.bin"
     whole = path.read_bytes()
     for part in (0, (n_parts - 1) // 2, n_parts - 1):
         content = bytearray(whole)
@@ -321,7 +330,7 @@ def test_of_huge_files_some_parts_are_compared_and_it_is_said(
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"it is not what was written, somewhere in .* from {part * 1000:,} on"):
             prepare(config)
-    monkeypatch.setattr(token_files, "CHUNK_BYTES", 7)  # the files say for themselves what their hashes are of
+    monkeypatch.setattr(write_shards, "CHUNK_BYTES", 7)  # the files say for themselves what their hashes are of
     path.write_bytes(whole)
     assert np.array_equal(prepare(config).train, data.train)
 

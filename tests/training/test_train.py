@@ -160,7 +160,7 @@ def damage(path: Path, how: str) -> None:
 )
 def test_damaged_token_files(command, tiny, tmp_path, split, how, parts):
     assert command("prepare", *tiny).code == 0
-    path = tmp_path / "run" / "tokens" / f"{split}.bin"
+    path = tmp_path / "run" / "tokens" / f"{split}_00000.bin"
     damage(path, how)
     before = snapshot(tmp_path)
     refused(command("train", *tiny), f"{path} is damaged", "delete", *parts)
