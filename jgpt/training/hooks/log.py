@@ -1,4 +1,4 @@
-"""Every `log_every_steps`: the numbers of a step into metrics.jsonl and onto the terminal.
+"""Every `log_every_steps`: the numbers of a step into metrics.jsonl, its copies, and onto the terminal.
 
 In the data path: beside the step. The numbers are read one step late, while the devices are busy.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 from jgpt.run_dir.metrics_file import MetricsLog
 from jgpt.step.train_step import Numbers
+from jgpt.training.hooks.trackers import Trackers
 from jgpt.training.progress import Progress, Throughput
 from jgpt.training.run import Run
 
@@ -24,6 +25,7 @@ class Log:
         self._on_record = on_record
         # A run that was killed before its first checkpoint starts from step 0, and its metrics with it.
         self._metrics = MetricsLog(run.run_dir / "metrics.jsonl", run.step if run.resumed else -1)
+        self._trackers = Trackers(run.run_dir, run.config)
         self._progress = Progress(run.total_steps, run.step)
         parts = run.parts
         self._throughput = Throughput(
@@ -61,10 +63,12 @@ class Log:
         return record, speed.eta_seconds
 
     def write(self, run: Run, record: Mapping[str, Any], eta_seconds: float | None = None) -> None:
-        """Put a record into metrics.jsonl and on the terminal."""
+        """Put a record into metrics.jsonl and its copies, and on the terminal."""
         written = self._metrics.write({**record, "elapsed_seconds": run.elapsed_seconds})
         self._progress.log(record, eta_seconds)
         self._progress.update(run.step)
+        with self.paused():
+            self._trackers.write(written)
         if self._on_record is not None:
             self._on_record(written)
 
@@ -76,3 +80,4 @@ class Log:
     ) -> None:
         self._progress.close()
         self._metrics.close()
+        self._trackers.close(failed=kind is not None)
