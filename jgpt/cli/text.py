@@ -1,6 +1,6 @@
 """How the commands lay out and name things: two columns, the first line of a docstring.
 
-Beside the data path. Only the standard library is imported, so that `jgpt --help` runs where a package is missing.
+Beside the data path. Only the standard library is needed, so that `jgpt --help` runs where a package is missing.
 """
 
 import ast

@@ -114,7 +114,8 @@ def _row(run: ComparedRun) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return "-" if value is None else shorten(value if isinstance(value, str) and value else repr(value), LONGEST_VALUE)
+    as_it_is = isinstance(value, str) and value and value.isprintable()
+    return "-" if value is None else shorten(value if as_it_is else repr(value), LONGEST_VALUE)
 
 
 def compare(names: Sequence[str]) -> Comparison:
@@ -152,9 +153,9 @@ def open_run(name: str) -> ComparedRun:
     else:
         tokenizer = repr({key: value for key, value in config.items() if key.startswith("tokenizer.")})
     text, by_config = _text(run_dir, config, tokenizer), repr([config.get(f"data.{key}") for key in TEXT_KEYS])
-    blocks = config.get("eval.batches", 0) * config.get("batch.global_batch_size", 0)
     length = config.get("batch.sequence_length") or config.get("model.context_length")
-    return ComparedRun(name.rstrip("/") or name, records, config, tokenizer, text, by_config, f"{blocks} of {length}")
+    measured = f"{config.get('eval.batches')} batches of {config.get('batch.global_batch_size')} x {length} tokens"
+    return ComparedRun(name.rstrip("/") or name, records, config, tokenizer, text, by_config, measured)
 
 
 def _read_config(run_dir: Path) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def _text(run_dir: Path, config: dict[str, Any], tokenizer: str) -> str:
     The same documents, with as many bytes in all, of which the same share is held out, are taken for the same text.
     """
     place = default_config()
-    place.out_dir, place.data.cache_dir = str(run_dir), config.get("data.cache_dir", "")
+    place.out_dir, place.data.cache_dir = str(run_dir), str(config.get("data.cache_dir", ""))
     meta = read_token_meta(token_directory(place))
     if meta.get("tokenizer_sha256") != tokenizer:  # none, or another run's
         return ""
@@ -196,9 +197,9 @@ def _notes(runs: list[ComparedRun], same_tokenizer: bool, same_text: bool) -> li
         names = ", ".join(gone)
         notes.append(f"the tokens of {names} are not there: whether the texts are the same is taken from config.json.")
     if same_text and len({run.measured for run in runs}) > 1:
-        measured = ", ".join(f"{n}: {run.measured} tokens" for n, run in enumerate(runs, 1))
+        measured = ", ".join(f"{n}: {run.measured}" for n, run in enumerate(runs, 1))
         notes.append(
-            f"the runs were measured on different parts of the validation text (sequences, {measured}): small"
+            f"the runs were measured on different parts of the validation text ({measured}): small"
             " differences mean nothing. See eval.batches."
         )
     if gone := [run.name for run in runs if not run.config]:

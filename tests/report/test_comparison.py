@@ -125,7 +125,9 @@ def trained_twice(trained: Path, tmp_path: Path) -> list[str]:
 
 def test_another_share_of_the_validation_text_is_said(folder: Path) -> None:
     found = compare([run_of(folder, "a"), run_of(folder, "b", eval__batches=5)])
-    assert found.by_loss and "different parts of the validation text (sequences, 1: 640 of 256" in found.as_text()
+    assert (
+        found.by_loss and "different parts of the validation text (1: 20 batches of 32 x 256 tokens" in found.as_text()
+    )
 
 
 def test_runs_without_evaluation_config_or_end_are_compared_as_far_as_it_goes(folder: Path) -> None:
