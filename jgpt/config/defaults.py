@@ -324,8 +324,18 @@ EXPORT = Group(
     {"require": Key(False, "refuse, before training, a model that no Hugging Face architecture can hold")},
 )
 
+LOGGING = Group(
+    "logging",
+    "copies of metrics.jsonl for other programs, in the run directory",
+    {
+        "tensorboard": Key(False, "events for TensorBoard in tensorboard/; needs jgpt[tensorboard]"),
+        "wandb": Key(False, "a run of Weights & Biases, in wandb/ until it is sent; needs jgpt[wandb]"),
+        "wandb_project": Key("jgpt", "the project of that run"),
+    },
+)
+
 GROUPS = (RUN, DATA, TOKENIZER, MODEL, ROPE_SCALING, LORA, PRECISION, OPTIMIZER, BATCH, EXECUTION, EVAL, SAMPLE)
-GROUPS += (CHECKPOINT, EXPORT)
+GROUPS += (CHECKPOINT, EXPORT, LOGGING)
 
 KEYS = {f"{group.name}.{name}".lstrip("."): key for group in GROUPS for name, key in group.keys.items()}
 

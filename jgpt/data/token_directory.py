@@ -22,6 +22,7 @@ from jgpt.atomic_write import write_file
 from jgpt.config.files import user_path
 from jgpt.errors import UserError
 from jgpt.file_lock import LOCK, hold
+from jgpt.wording import json_text
 
 FORMAT_VERSION = 3  # of meta.json. In version 2 each split was one file, train.bin and val.bin: it is still read
 TOKENS_VERSION = 2  # another one would mean: the same text and settings give other tokens
@@ -117,7 +118,7 @@ def read_token_meta(directory: Path) -> dict[str, Any]:
 
 def write_signed(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object with a hash of itself, so that it is known whether it is what was written."""
-    write_file(path, json.dumps(content | {"meta_sha256": _hash(content)}, indent=2) + "\n")
+    write_file(path, json_text(content | {"meta_sha256": _hash(content)}) + "\n")
 
 
 def read_signed(path: Path) -> dict[str, Any]:
@@ -131,4 +132,4 @@ def read_signed(path: Path) -> dict[str, Any]:
 
 def _hash(content: dict[str, Any]) -> str:
     others = {key: value for key, value in content.items() if key != "meta_sha256"}
-    return hashlib.sha256(json.dumps(others).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(others).encode()).hexdigest()  # ASCII: a name that is not UTF-8 has no bytes

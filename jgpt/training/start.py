@@ -28,6 +28,7 @@ from jgpt.training.extend import decay_step
 from jgpt.training.hooks.health import Health
 from jgpt.training.hooks.log import Log
 from jgpt.training.hooks.save import Save
+from jgpt.training.hooks.trackers import check_trackers
 from jgpt.training.loop import loop
 from jgpt.training.run import begin
 from jgpt.training.settle import settle_steps, with_steps_of_run
@@ -84,6 +85,7 @@ def _train_together(
     check_same(*comparable(config))
     files = find_text(config)
     check(config, text_bytes(files))
+    check_trackers(config)
     with open_run_dir(config.out_dir) as run_dir:
         # What the run is: from the config, the model it begins from, the run that is there, and the devices.
         config, source = adopt_source(config, run_dir)

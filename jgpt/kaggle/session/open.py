@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jgpt.kaggle.session.limits import fit_to_kaggle
 from jgpt.kaggle.session.paths import check_inputs, on_kaggle
 from jgpt.kaggle.session.resume import restore_earlier_run, unpack_model
-from jgpt.kaggle.session.secrets import provide_hub_token
+from jgpt.kaggle.session.secrets import provide_hub_token, provide_wandb_key
 from jgpt.kaggle.session.uploads import Uploads
 
 
@@ -27,6 +27,8 @@ def open_session(config: ConfigDict) -> Iterator[tuple[ConfigDict, Callable[[Pat
     """
     for name in (config.init_from, config.tokenizer.pretrained, config.checkpoint.upload.removeprefix("hub:")):
         provide_hub_token(name)
+    if config.logging.wandb:
+        provide_wandb_key()
     with Uploads(config.checkpoint) as uploads:
         if on_kaggle():
             check_inputs()

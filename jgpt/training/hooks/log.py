@@ -1,4 +1,4 @@
-"""Every `log_every_steps`: the numbers of a step into metrics.jsonl and onto the terminal.
+"""Every `log_every_steps`: the numbers of a step into metrics.jsonl, its copies, and onto the terminal.
 
 In the data path: beside the step. The numbers are read one step late, while the devices are busy.
 """
@@ -6,13 +6,22 @@ In the data path: beside the step. The numbers are read one step late, while the
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from jgpt.parallel.hosts import is_first
 from jgpt.run_dir.metrics_file import MetricsLog
 from jgpt.step.train_step import Numbers
+from jgpt.training.hooks.trackers import Trackers
 from jgpt.training.progress import Progress, Throughput
 from jgpt.training.run import Run
+
+
+class Outputs(NamedTuple):
+    """What process 0 writes to."""
+
+    metrics: MetricsLog
+    trackers: Trackers
+    progress: Progress
 
 
 class Log:
@@ -24,10 +33,13 @@ class Log:
         """`peak_flops` is that of all devices together, None where it is not known; `on_record` gets each record."""
         self._on_record = on_record
         # A run that was killed before its first checkpoint starts from step 0, and its metrics with it.
-        self._metrics = self._progress = None
+        self._outputs = None
         if is_first():
-            self._metrics = MetricsLog(run.run_dir / "metrics.jsonl", run.step if run.resumed else -1)
-            self._progress = Progress(run.total_steps, run.step)
+            self._outputs = Outputs(
+                MetricsLog(run.run_dir / "metrics.jsonl", run.step if run.resumed else -1),
+                Trackers(run.run_dir, run.config),
+                Progress(run.total_steps, run.step),
+            )
         parts = run.parts
         self._throughput = Throughput(
             run.total_steps, run.step, parts.tokens_per_step, parts.flops_per_token, peak_flops
@@ -64,12 +76,14 @@ class Log:
         return record, speed.eta_seconds
 
     def write(self, run: Run, record: Mapping[str, Any], eta_seconds: float | None = None) -> None:
-        """Put a record into metrics.jsonl and on the terminal, in process 0."""
-        if self._metrics is None or self._progress is None:
+        """Put a record into metrics.jsonl and its copies, and on the terminal, in process 0."""
+        if self._outputs is None:
             return
-        written = self._metrics.write({**record, "elapsed_seconds": run.elapsed_seconds})
-        self._progress.log(record, eta_seconds)
-        self._progress.update(run.step)
+        written = self._outputs.metrics.write({**record, "elapsed_seconds": run.elapsed_seconds})
+        self._outputs.progress.log(record, eta_seconds)
+        self._outputs.progress.update(run.step)
+        with self.paused():
+            self._outputs.trackers.write(written)
         if self._on_record is not None:
             self._on_record(written)
 
@@ -79,6 +93,7 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._metrics is not None and self._progress is not None:
-            self._progress.close()
-            self._metrics.close()
+        if self._outputs is not None:
+            self._outputs.progress.close()
+            self._outputs.metrics.close()
+            self._outputs.trackers.close(failed=kind is not None)
