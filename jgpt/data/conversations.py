@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
@@ -68,7 +68,7 @@ class ChatCorpus(Corpus):
         self.unanswered, read = 0, set()
         self.unread.clear()
         self.layouts.clear()
-        for place, record in self._read(self._jsonl_records, progress):
+        for place, record in self.records(progress):
             line = read_chat_line(record, place, self._well_formed)
             try:
                 found = answers(self.template, self.settings, line.messages, line.learned, line.variables)
@@ -86,6 +86,20 @@ class ChatCorpus(Corpus):
                 self.unanswered += 1
         for name in read:
             self.unread.pop(name, None)
+
+    def records(self, progress: str = "") -> Iterator[tuple[str, Any]]:
+        """Yield the place and the JSON value of each line."""
+        return self._read(self._jsonl_records, progress)
+
+
+@dataclass
+class GivenConversations(ChatCorpus):
+    """Conversations that are in memory, each as a line of a file would have it."""
+
+    given: Sequence[Any] = field(default=(), kw_only=True)
+
+    def records(self, progress: str = "") -> Iterator[tuple[str, Any]]:
+        return ((f"conversation {i}", record) for i, record in enumerate(self.given, 1))
 
 
 def _learned_bytes(line: ChatLine, read: Set[str]) -> int:
@@ -170,10 +184,10 @@ def encoded(
 def say_what_was_read(corpus: ChatCorpus) -> None:
     """Log the layouts of the lines, once all are read, and what of them the model does not see or learn."""
     found = ", ".join(
-        f"{n:,} lines of {layout}" + (f" ({MEANING[layout]})" if layout in MEANING else "")
+        f"{layout} {n:,}" + (f" ({MEANING[layout]})" if layout in MEANING else "")
         for layout, n in corpus.layouts.most_common()
     )
-    log.info("conversations: %s", found or "no lines")
+    log.info("layout of the lines: %s", found or "there are none")
     if corpus.unanswered:
         log.warning(
             "%s conversations are left out: they hold no answer of the assistant to learn", f"{corpus.unanswered:,}"

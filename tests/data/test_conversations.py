@@ -177,7 +177,7 @@ def test_lines_of_all_layouts_in_one_file_and_all_that_is_in_them(
     for _, text, learned in FULL.values():
         assert data.tokenizer.decode(found[text][(found[text] & LEARNED) > 0] & IDS) == learned
     assert data.meta["layouts"] == dict.fromkeys(FULL, 2)
-    assert caplog.text.count("2 lines of Alpaca (the user says instruction, a new line, input; the assistant says") == 1
+    assert caplog.text.count("Alpaca 2 (the user says instruction, a new line, input; the assistant says") == 1
     unread = "id of the line (4), system of the line (2), text of the line (2), tools of the line (4)"
     assert caplog.text.count(unread) == 1 and caplog.text.count("does not read") == 1
 
