@@ -1,7 +1,8 @@
 """Teach a pretrained model to answer your way: LoRA adapters on SmolLM2-135M-Instruct, from conversations of yours.
 
 The data are .jsonl files, a conversation a line: {"messages": [{"role": "user", "content": "..."}, {"role":
-"assistant", "content": "..."}]}. Only what the assistant says is learned. For plain text set data.format=text.
+"assistant", "content": "..."}]}, or lines of ShareGPT, Alpaca or prompt/completion (docs/finetuning.md). Only what the
+assistant says is learned. For plain text set data.format=text.
 
 Hardware: one or two T4s, or any newer GPU; with patience a CPU. A model too large for one card is split over all by
           --config.execution.parallel=tensor --config.execution.remat=block --config.execution.micro_batch_size=1

@@ -29,7 +29,13 @@ from jgpt.inference.write import Piece, Prompt, text_prompt, write
 from jgpt.kaggle.session.open import open_session
 from jgpt.kaggle.session.secrets import provide_hub_token
 from jgpt.loading.load import LoadedModel, load_model
-from jgpt.loading.measure import Measured, block_length, measure_string, measure_validation_split
+from jgpt.loading.measure import (
+    Measured,
+    block_length,
+    measure_messages,
+    measure_string,
+    measure_validation_split,
+)
 from jgpt.training.result import TrainResult, train_result
 from jgpt.training.start import train as start_training
 
@@ -161,20 +167,25 @@ class Model:
         pieces = self._continue(prompt, *how) if isinstance(prompt, str) else self._answer(prompt, *how)
         return (piece.text for piece in pieces if piece.text)
 
-    def evaluate(self, text: str | None = None, *, sequence_length: int = 0) -> Measured:
-        """Measure the model on a text; without one on the validation split of its run.
+    def evaluate(self, text: str | Sequence[Any] | None = None, *, sequence_length: int = 0) -> Measured:
+        """Measure the model on a text, or on the answers in conversations; without any on its run's validation split.
+
+        A conversation is a list of messages. Several are a list of such lists, or of what lines of a file would hold in
+        any layout that training reads. Of conversations only what training learns is counted: the answers.
 
         Returns `loss` (nats per token), `perplexity`, `bits_per_byte`, and how many tokens and bytes they are of. The
         text is measured in blocks of `sequence_length` tokens (0: as in training, or up to 2048). Raises UserError for
-        a text that is too short, and for a model of others without a text.
+        a text that is too short, for what is no conversation, and for a model of others without a text.
         """
         length = block_length(self.loaded, sequence_length)
         if text is None:
             return measure_validation_split(self.loaded, self.name, length)
-        return measure_string(self.loaded, text, length)
+        if isinstance(text, str):
+            return measure_string(self.loaded, text, length)
+        return measure_messages(self.loaded, text, self.require_template(), length)
 
-    def chat_prompts(self, system: Sequence[Message] = ()) -> ChatPrompts:
-        """Return what makes prompts of messages; raise UserError for a model without a chat template."""
+    def require_template(self) -> str:
+        """Return the chat template; raise UserError for a model without one."""
         if not self.chat_template:
             raise UserError(
                 f"{self.name} has no chat template: nothing says how a conversation is put to it. Needed: a model that"
@@ -182,7 +193,11 @@ class Model:
                 " jgpt.load(..., chat_template=FILE)). A base model continues a text instead: python -m jgpt.generate,"
                 " model.generate."
             )
-        return ChatPrompts(self.tokenizer, self.chat_template, self.loaded.stop_ids, system)
+        return self.chat_template
+
+    def chat_prompts(self, system: Sequence[Message] = ()) -> ChatPrompts:
+        """Return what makes prompts of messages; raise UserError for a model without a chat template."""
+        return ChatPrompts(self.tokenizer, self.require_template(), self.loaded.stop_ids, system)
 
     def pieces(
         self,

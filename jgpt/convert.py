@@ -1,7 +1,8 @@
-"""Import a Hugging Face model as a run directory, or export a run as a Hugging Face model or as a GGUF file.
+"""Import a Hugging Face model as a run directory, or export a run: as a Hugging Face model, LoRA adapters, or GGUF.
 
     python -m jgpt.convert import HuggingFaceTB/SmolLM2-135M-Instruct runs/smollm2
     python -m jgpt.convert export runs/quickstart exported/quickstart
+    python -m jgpt.convert adapter runs/finetune_lora exported/adapter
     python -m jgpt.convert gguf runs/quickstart quickstart.gguf
 
 import SRC RUN_DIR writes a run directory that generate, chat, evaluate and --config.init_from take. SRC is a model
@@ -11,6 +12,9 @@ SRC directly, without a copy.)
 
 export RUN_DIR OUT writes a directory that transformers.AutoModelForCausalLM.from_pretrained(OUT) opens, and every tool
 that reads such directories. The adapters of a LoRA run are merged into their base.
+
+adapter RUN_DIR OUT writes the adapters of a LoRA run alone, a few megabytes, in the layout of PEFT:
+peft.PeftModel.from_pretrained(BASE, OUT) opens them.
 
 gguf RUN_DIR OUT.gguf writes one file, in fp32 or fp16, that llama.cpp and what is built on it open (Ollama, LM Studio).
 It takes the package gguf (pip install gguf). What llama.cpp is not known to compute alike is refused.
@@ -31,20 +35,21 @@ KINDS = ["auto", "fp32", "fp16", "bf16"]
 def define_flags() -> None:
     """Define the flags."""
     flags.DEFINE_enum("params", "auto", KINDS, "import: the dtype to keep the weights in; auto: the one they have")
-    flags.DEFINE_enum("dtype", "auto", KINDS, "export, gguf: the dtype to write; auto: the one they are kept in")
-    flags.DEFINE_integer("step", None, "export, gguf: the checkpoint to take; without it the newest", lower_bound=0)
-    flags.DEFINE_string("base", "", "export, gguf: where the base model of a LoRA run is now, if it has moved")
+    flags.DEFINE_enum("dtype", "auto", KINDS, "of what is written (not import); auto: the one the weights are kept in")
+    flags.DEFINE_integer("step", None, "the checkpoint of the run to take; without it the newest", lower_bound=0)
+    flags.DEFINE_string("base", "", "where the base model of a LoRA run is now, if it has moved")
 
 
 def main(action: str = "", source: str = "", target: str = "") -> None:
     """Do what the first argument says."""
-    if action not in ("import", "export", "gguf") or not source or not target:
+    actions = {"import": _import, "export": _export, "adapter": _adapter, "gguf": _gguf}
+    if action not in actions or not source or not target:
         given = " ".join(filter(None, (action, source, target))) or "nothing"
         raise UserError(
-            f"given was {given!r}. Allowed: import SRC RUN_DIR, export RUN_DIR OUT, or gguf RUN_DIR OUT.gguf. For"
-            " example: python -m jgpt.convert export runs/quickstart exported/quickstart"
+            f"given was {given!r}. Allowed: import SRC RUN_DIR, export RUN_DIR OUT, adapter RUN_DIR OUT, or gguf"
+            " RUN_DIR OUT.gguf. For example: python -m jgpt.convert export runs/quickstart exported/quickstart"
         )
-    {"import": _import, "export": _export, "gguf": _gguf}[action](source, target)
+    actions[action](source, target)
 
 
 def _import(name: str, run_dir: str) -> None:
@@ -74,6 +79,20 @@ def _export(run_dir: str, out: str) -> None:
     megabytes = sum(path.stat().st_size for path in Path(out).iterdir()) / 1e6
     print(f"{out} is written: {family}, {dtype}, {megabytes:,.1f} MB. To open it:")
     print(f'    transformers.AutoModelForCausalLM.from_pretrained("{out}")')
+
+
+def _adapter(run_dir: str, out: str) -> None:
+    from jgpt.loading.export import export_adapter  # here: --help must not wait for JAX
+
+    args = flags.FLAGS
+    base, dtype, is_run = export_adapter(run_dir, Path(out), step=args.step, base=args.base, dtype=args.dtype)
+    megabytes = sum(path.stat().st_size for path in Path(out).iterdir()) / 1e6
+    print(f"{out} is written: LoRA adapters, {dtype}, {megabytes:,.1f} MB, for the base model {base}. To open it:")
+    if is_run:  # transformers does not open it
+        base, run = "NEW_DIR", base
+        print(f"    python -m jgpt.convert export {run} {base}")
+    print(f'    base = transformers.AutoModelForCausalLM.from_pretrained("{base}")')
+    print(f'    peft.PeftModel.from_pretrained(base, "{out}")')
 
 
 def _gguf(run_dir: str, out: str) -> None:

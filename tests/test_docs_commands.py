@@ -111,7 +111,7 @@ def test_what_is_not_run_is_in_a_page(pattern):
 
 @pytest.fixture(scope="module")
 def chat_model(command, tmp_path_factory) -> Path:
-    """Train a small model on conversations, and export it; return the folder of both, `run` and `exported`."""
+    """Train a small model on conversations, export it, and train adapters to that: `run`, `exported` and `lora`."""
     root = tmp_path_factory.mktemp("chat")
     write_texts(root)
     (root / "template.jinja").write_text(TEMPLATE)
@@ -121,6 +121,9 @@ def chat_model(command, tmp_path_factory) -> Path:
     assert trained.code == 0, trained.err
     exported = command("convert", "export", str(root / "run"), str(root / "exported"))
     assert exported.code == 0, exported.err
+    adapters = {"out_dir": root / "lora", "init_from": root / "exported", "lora.rank": 2}
+    trained = command("train", "--config=base", *flags(SMALL | SHORT | settings | adapters))
+    assert trained.code == 0, trained.err
     return root
 
 
@@ -136,13 +139,14 @@ def write_texts(root: Path) -> None:
         (root / name).write_text("\n".join(lines) + f"\n{name}\n")
     (root / "data").mkdir()
     (root / "data" / "a.jsonl").write_text("".join(json.dumps({"content": line}) + "\n" for line in lines))
-    (root / "chats").mkdir()
     shown = json.loads(re.findall(r"^```json\n(.*?)```", (ROOT / "docs" / "finetuning.md").read_text(), re.M | re.S)[0])
     chats = []
     for line in lines:
         messages = [message | {"content": line} for message in shown["messages"]]
         chats.append(json.dumps(shown | {"messages": messages}) + "\n")
-    (root / "chats" / "a.jsonl").write_text("".join(chats))
+    for folder in ("chats", "test_chats"):
+        (root / folder).mkdir()
+        (root / folder / "a.jsonl").write_text("".join(chats))
 
 
 @pytest.mark.slow  # a minute in all
@@ -163,7 +167,7 @@ def test_the_commands_of_a_section_work(commands, command, chat_model, tmp_path,
         # What another section trains is put where it would be.
         for run in (word for word in words if re.fullmatch(r"runs/[\w/-]+", word)):
             if not Path(run).exists() and words[1] != "import":
-                shutil.copytree(chat_model / "run", run)
+                shutil.copytree(chat_model / ("lora" if "lora" in run else "run"), run)
         if asks_for_a_name_alone(words):
             options = [word.partition("=")[0] for word in words if word.startswith("--")]
             result = command(*module_of(words), "--help")

@@ -53,7 +53,10 @@ DATA = Group(
         "format": Key(
             "text",
             "what the files hold",
-            choices={"text": "", "chat": '.jsonl whose lines have "messages"; what the assistant says is learned'},
+            choices={
+                "text": "",
+                "chat": ".jsonl of conversations (messages, ShareGPT, Alpaca, prompt/completion); answers are learned",
+            },
         ),
         "text_field": Key("text", "the field that holds the text in .jsonl and .parquet"),
         "cache_dir": Key("", "the token directory; '': tokens/ in the run directory"),

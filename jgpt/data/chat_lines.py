@@ -4,14 +4,14 @@ In the data path: between `corpus.py`, which reads the JSON, and `conversations.
 """
 
 import json
-import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jgpt.data.chat_layouts import THEIR_ROLES, find_layout
 from jgpt.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
-LINE = 'A line must be {"messages": [{"role": "user", "content": "..."}, ...]}. Correct it, or remove it.'
+MESSAGE = 'A message must be {"role": "user", "content": "..."}. Correct it, or remove the line.'
 
 
 class ChatLine(NamedTuple):
@@ -20,27 +20,22 @@ class ChatLine(NamedTuple):
     messages: list[dict[str, Any]]  # without their weights
     learned: list[bool]  # for each message: False where it is seen, and not learned
     variables: dict[str, Any]  # the other fields of the line, such as tools
+    layout: str  # of the line, see `chat_layouts.LAYOUTS`
 
 
 def read_chat_line(record: Any, place: str, well_formed: Callable[[str, str], str]) -> ChatLine:
-    """Check the JSON value of a line; `well_formed(text, place)` checks each text in it, and returns it.
+    """Check the JSON value of a line in any layout; `well_formed(text, place)` checks each text, and returns it.
 
-    Raises UserError, with `place`, for a line that is not a conversation. Where its format is a known one of others,
-    the message has the command that converts it.
+    Raises UserError, with `place`, for a line that is not a conversation.
     """
-    given = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(given, list) or not given:
-        have = f"has the fields {sorted(record)}" if isinstance(record, dict) else f"is {str(record)[:40]!r}"
-        have = "is an empty list" if given == [] else have
-        raise UserError(f"{place} has no list of messages: it {have}. {_conversion(record) or LINE}")
+    layout, given, rest = find_layout(_without_nulls(record), place)
     messages, learned = [], []
     for i, message in enumerate(given, 1):
         where = f"{place}, message {i}"
         message = _clean(_message(_without_nulls(message), where), where, well_formed)
         learned.append(message.pop("weight", 1) == 1)
         messages.append(message)
-    rest = {name: value for name, value in _without_nulls(record).items() if name != "messages"}
-    return ChatLine(messages, learned, _variables(_clean(rest, place, well_formed), place))
+    return ChatLine(messages, learned, _variables(_clean(rest, place, well_formed), place), layout)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -52,16 +47,16 @@ def _without_nulls(value: Any) -> Any:
 
 def _message(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise UserError(f"{place} is {str(message)[:40]!r}, which is not an object. {LINE}")
+        raise UserError(f"{place} is {str(message)[:40]!r}, which is not an object. {MESSAGE}")
     role, content, weight = message.get("role"), message.get("content"), message.get("weight", 1)
     if role not in ROLES:
-        raise UserError(f"{place} has the role {role!r}. Allowed: {', '.join(ROLES)}. {LINE}")
+        raise UserError(f"{place} has the role {role!r:.40}. Allowed: {', '.join((*ROLES, *THEIR_ROLES))}. {MESSAGE}")
     if isinstance(content, list):
         content = join_parts(content, place)
         message = message | {"content": content}
     calls = role == "assistant" and bool(message.get("tool_calls"))
     if not isinstance(content, str) and not (content is None and calls):
-        raise UserError(f"{place} has the content {str(content)[:40]!r}, which is not text. {LINE}")
+        raise UserError(f"{place} has the content {str(content)[:40]!r}, which is not text. {MESSAGE}")
     if weight not in (0, 1) or (weight and "weight" in message and role != "assistant"):
         raise UserError(
             f"{place}, of the {role}, has the weight {weight!r}. Allowed: 0 (seen, not learned), and 1 (learned) where "
@@ -113,27 +108,3 @@ def _clean(value: Any, place: str, well_formed: Callable[[str, str], str]) -> An
     if isinstance(value, dict):
         return {well_formed(name, place): _clean(part, place, well_formed) for name, part in value.items()}
     return value
-
-
-def _conversion(record: Any) -> str:
-    """Return the command that makes our lines of lines like `record`; "" where they are of no known kind."""
-    if not isinstance(record, dict):
-        return ""
-    if isinstance(record.get("conversations"), list):
-        role = '(.from // .role) as $role | {role: ({human: "user", gpt: "assistant"}[$role] // $role)'
-        messages, names = f"[.conversations[] | {role}, content: (.value // .content)}}]", ["conversations"]
-    elif record.keys() >= {"instruction", "output"}:
-        asked = '[.instruction, .input] | map(select(. != null and . != "")) | join("\\n\\n")'
-        messages = f'[{{role: "user", content: ({asked})}}, {{role: "assistant", content: .output}}]'
-        names = ["instruction", "input", "output"]
-    else:
-        pairs = [("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output")]
-        names = next((list(pair) for pair in pairs if record.keys() >= set(pair)), [])
-        if not names:
-            return ""
-        messages = " + ".join(
-            f'(.{name} | if type == "array" then . else [{{role: "{role}", content: .}}] end)'
-            for name, role in zip(names, ("user", "assistant"), strict=True)
-        )
-    program = f"{{messages: ({messages})}} + del({', '.join(f'.{name}' for name in names)})"
-    return f"To convert such lines: jq -c {shlex.quote(program)} OLD.jsonl > NEW.jsonl"

@@ -1,8 +1,9 @@
 """Read conversations and turn them into words: token ids with marks for what is learned.
 
-A line of .jsonl is {"messages": [{"role": "system", "user", "assistant" or "tool", "content": TEXT}, ...]}. All that
-it holds goes to the chat template: `tools` and other fields of the line, `tool_calls`, `reasoning_content` and others
-of a message. `"weight": 0` on an answer means: seen, not learned. What the template never reads is named at the end.
+A line of .jsonl is {"messages": [{"role": "system", "user", "assistant" or "tool", "content": TEXT}, ...]}, or in
+another layout that `chat_layouts.py` reads. All that it holds goes to the chat template: `tools` and other fields of
+the line, `tool_calls`, `reasoning_content` and others of a message. `"weight": 0` on an answer means: seen, not
+learned. What the template never reads is named at the end.
 
 In the data path: after `corpus.py`, `chat_template.py` and `tokenizer.py`; before `token_files.py`, which opens the
 files of words, and `packing.py`.
@@ -15,12 +16,13 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jgpt.data.chat_layouts import MEANING
 from jgpt.data.chat_lines import ChatLine, read_chat_line
 from jgpt.data.chat_template import answers
 from jgpt.data.corpus import Corpus, Piece, batched_by_characters
@@ -52,6 +54,7 @@ class ChatCorpus(Corpus):
     settings: Mapping[str, Any] = field(default_factory=dict)  # the tokenizer's, see `chat_template.render`
     unanswered: int = field(default=0, init=False)  # that the last `conversations()` left out: nothing to learn
     unread: Counter[str] = field(default_factory=Counter, init=False)  # fields that the template did not read
+    layouts: Counter[str] = field(default_factory=Counter, init=False)  # the lines of each layout
 
     def pieces(self, progress: str = "") -> Iterator[Piece]:
         for conversation in self.conversations(progress):
@@ -65,12 +68,14 @@ class ChatCorpus(Corpus):
         """
         self.unanswered, read = 0, set()
         self.unread.clear()
-        for place, record in self._read(self._jsonl_records, progress):
+        self.layouts.clear()
+        for place, record in self.records(progress):
             line = read_chat_line(record, place, self._well_formed)
             try:
-                found = answers(self.template, self.settings, *line)
+                found = answers(self.template, self.settings, line.messages, line.learned, line.variables)
             except UserError as error:
                 raise UserError(f"{place}: {error}") from error
+            self.layouts[line.layout] += 1
             read |= found.read | {f"{name} of the line" for name in found.variables}
             self.unread.update({f"{name} of the line" for name in line.variables})
             self.unread.update({name for message in line.messages for name in message} - {"role", "content"})
@@ -82,6 +87,20 @@ class ChatCorpus(Corpus):
                 self.unanswered += 1
         for name in read:
             self.unread.pop(name, None)
+
+    def records(self, progress: str = "") -> Iterator[tuple[str, Any]]:
+        """Yield the place and the JSON value of each line."""
+        return self._read(self._jsonl_records, progress)
+
+
+@dataclass
+class GivenConversations(ChatCorpus):
+    """Conversations that are in memory, each as a line of a file would have it."""
+
+    given: Sequence[Any] = field(default=(), kw_only=True)
+
+    def records(self, progress: str = "") -> Iterator[tuple[str, Any]]:
+        return ((f"conversation {i}", record) for i, record in enumerate(self.given, 1))
 
 
 def _learned_bytes(line: ChatLine, read: Set[str]) -> int:
@@ -110,19 +129,15 @@ def write_conversations(
     period, files = max(2, round(1 / val_fraction)), (train, val)
     n_conversations, text_bytes = 0, 0
     n_words, n_targets, n_bytes = [0, 0], [0, 0], [0, 0]
-    for batch in batched_by_characters(corpus.conversations("tokens"), Conversation.n_characters):
-        encoded = iter(tokenizer.encode_parts([parts for conversation in batch for parts in conversation.texts]))
-        for conversation in batch:
-            split = int(n_conversations % period == 1)  # the second conversation is held out, then one in each `period`
-            n_conversations += 1
-            n_bytes[split] += conversation.n_bytes
-            for parts in conversation.texts:
-                words = to_words(next(encoded))
-                assert (words & IDS).max() < tokenizer.vocab_size
-                files[split].write(words.tobytes())
-                n_words[split] += len(words)
-                n_targets[split] += int(np.count_nonzero(words & LEARNED))
-                text_bytes += sum(len(part.encode()) for part in parts)
+    for conversation, texts in encoded(corpus, tokenizer, "tokens"):
+        split = int(n_conversations % period == 1)  # the second conversation is held out, then one in each `period`
+        n_conversations += 1
+        n_bytes[split] += conversation.n_bytes
+        text_bytes += sum(len(part.encode()) for parts in conversation.texts for part in parts)
+        for words in texts:
+            files[split].write(words.tobytes())
+            n_words[split] += len(words)
+            n_targets[split] += int(np.count_nonzero(words & LEARNED))
     if n_conversations < 2:
         raise UserError(
             f"the {len(corpus.files)} files that data.text_glob matches hold {n_conversations} conversations with an "
@@ -136,13 +151,7 @@ def write_conversations(
         *(f"{sum(n_words):,}", 100 * sum(n_targets) / sum(n_words), seconds),
         corpus.remarks(),
     )
-    if corpus.unanswered:
-        log.warning(
-            "%s conversations are left out: they hold no answer of the assistant to learn", f"{corpus.unanswered:,}"
-        )
-    if corpus.unread:
-        names = ", ".join(f"{name} ({n:,})" for name, n in sorted(corpus.unread.items()))
-        log.warning("the chat template does not read these fields, so the model does not see them: %s", names)
+    say_what_was_read(corpus)
     return {
         "format": "chat",
         "word": "uint32: id in bits 0 to 29, bit 30: a conversation begins, bit 31: the token is learned",
@@ -153,9 +162,38 @@ def write_conversations(
         "val_bytes": n_bytes[1],
         "n_documents": n_conversations,
         "unanswered_conversations": corpus.unanswered,
+        "layouts": dict(corpus.layouts),
         "split": "conversation",
         "replaced_characters": corpus.replaced,
     }
+
+
+def encoded(
+    corpus: ChatCorpus, tokenizer: Tokenizer, progress: str = ""
+) -> Iterator[tuple[Conversation, list[np.ndarray]]]:
+    """Yield each conversation that has an answer, with the words of its texts. Raises UserError of the lines."""
+    for batch in batched_by_characters(corpus.conversations(progress), Conversation.n_characters):
+        ids = iter(tokenizer.encode_parts([parts for conversation in batch for parts in conversation.texts]))
+        for conversation in batch:
+            texts = [to_words(next(ids)) for _ in conversation.texts]
+            assert all((words & IDS).max() < tokenizer.vocab_size for words in texts)
+            yield conversation, texts
+
+
+def say_what_was_read(corpus: ChatCorpus) -> None:
+    """Log the layouts of the lines, once all are read, and what of them the model does not see or learn."""
+    found = ", ".join(
+        f"{layout} {n:,}" + (f" ({MEANING[layout]})" if layout in MEANING else "")
+        for layout, n in corpus.layouts.most_common()
+    )
+    log.info("layout of the lines: %s", found or "there are none")
+    if corpus.unanswered:
+        log.warning(
+            "%s conversations are left out: they hold no answer of the assistant to learn", f"{corpus.unanswered:,}"
+        )
+    if corpus.unread:
+        names = ", ".join(f"{name} ({n:,})" for name, n in sorted(corpus.unread.items()))
+        log.warning("the chat template does not read these fields, so the model does not see them: %s", names)
 
 
 def to_words(parts: list[np.ndarray]) -> np.ndarray:

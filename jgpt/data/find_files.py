@@ -28,7 +28,9 @@ SUPPORTED = {
     "glob names is read as plain text",
     "chat": ".jsonl or .ndjson, also with .gz, .zst, .bz2 or .xz, as data.format is 'chat' (to convert .parquet: "
     'python -c "import json, pyarrow.parquet as p; '
-    "[print(json.dumps(row)) for row in p.read_table('OLD.parquet').to_pylist()]\" > NEW.jsonl)",
+    "[print(json.dumps(row)) for row in p.read_table('OLD.parquet').to_pylist()]\" > NEW.jsonl; a .json with one list: "
+    "python -c \"import json; [print(json.dumps(row)) for row in json.load(open('OLD.json', encoding='utf-8'))]\""
+    " > NEW.jsonl)",
 }
 RUN_FILES = ("config.json", "versions.json", "metrics.jsonl")  # at the top of every run directory
 log = logging.getLogger("jgpt")

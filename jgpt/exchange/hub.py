@@ -23,7 +23,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FILES = [
     "config.json", "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template*",
+    "merges.txt", "tokenizer.model", "chat_template*", "README.md",
 ]  # fmt: skip
 
 
@@ -48,6 +48,17 @@ def locate(name: str) -> Path:
 def is_hub_name(name: str) -> bool:
     """Return whether a name can be one on the Hub ("gpt2", "OWNER/NAME") and is not a directory here."""
     return bool(HUB_NAME.fullmatch(name)) and not os.path.isdir(user_path(name))
+
+
+def cached_card(name: str) -> Path | None:
+    """Return the model card of a model that is on this machine: in its directory, or downloaded; None without one."""
+    directory = user_path(name)
+    if os.path.isdir(directory):
+        return directory / "README.md" if (directory / "README.md").is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "README.md") if is_hub_name(name) else None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _runs_near(name: str) -> tuple[Path, list[str]]:

@@ -24,12 +24,13 @@ from jgpt.config.key import Key
 from jgpt.data.first_bytes import why_unusable
 from jgpt.data.tokenizer import Tokenizer, load_pretrained
 from jgpt.errors import UserError
-from jgpt.exchange.families import ARCHITECTURES, export_family, read_config, write_config
+from jgpt.exchange import model_card
+from jgpt.exchange.families import export_family, read_config, write_config
+from jgpt.exchange.model_card import Base
 from jgpt.exchange.tensors import prefix, table
 from jgpt.exchange.weights import Stored, entry_bytes, find_tensors, load_params, main_dtype, match, save_params
 from jgpt.model.precision import DTYPES
 from jgpt.model.shapes import ModelConfig, model_config
-from jgpt.version import __version__
 from jgpt.wording import json_text
 
 log = logging.getLogger("jgpt")
@@ -148,39 +149,51 @@ def export_model(
     vocab_size: int,
     stop_ids: tuple[int, ...],
     dtype: str,
+    base: Base | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Write a model to the new directory `out`, in the layout of transformers; return its family.
 
     `params` is the parameter tree of the plain model. Weights are written in `dtype` ("fp32", "fp16", "bf16"), and of
-    the embedding the first `vocab_size` rows. `stop_ids` are ids that end a text, beside the tokenizer's. `out` appears
-    when it is complete, or not at all. Raises UserError when no Hugging Face architecture computes the model, `out` is
-    not empty, or the disk is too small.
+    the embedding the first `vocab_size` rows. `stop_ids` are ids that end a text, beside the tokenizer's. `base` is the
+    model that training began from, for the model card. `out` appears when it is complete, or not at all. Raises
+    UserError when no Hugging Face architecture computes the model, `out` is not empty, or the disk is too small.
     """
     family = check_export(out, shapes)
     entries = list(table(family, replace(shapes, vocab_size=vocab_size)))
-    with _new_directory(out, sum(entry_bytes(entry, DTYPES[dtype]) for entry in entries)) as directory:
+    with new_directory(out, sum(entry_bytes(entry, DTYPES[dtype]) for entry in entries)) as directory:
         tokenizer.save(directory, shapes.context_length)
         ids = _token_ids(tokenizer)
         config = write_config(family, shapes, vocab_size) | ids | {"dtype": jnp.dtype(DTYPES[dtype]).name}
-        _write_json(directory / "config.json", config)
+        write_json(directory / "config.json", config)
         stops = list(dict.fromkeys((*stop_ids, tokenizer.eot_id)))
         generation = ids | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
-        _write_json(directory / "generation_config.json", {**generation, "pad_token_id": _pad_id(ids)})
+        write_json(directory / "generation_config.json", {**generation, "pad_token_id": _pad_id(ids)})
         save_params(directory, params, entries, prefix(family), DTYPES[dtype], shard_bytes)
-        write_file(directory / "README.md", _model_card(out.name, family, shapes, vocab_size, dtype, params, tokenizer))
+        n_params = sum(int(x.size) for x in jax.tree.leaves(params))
+        n_params -= (shapes.vocab_size - vocab_size) * shapes.d_model * (1 if shapes.tie_embeddings else 2)
+        card = model_card.of_model(
+            out.name, family, shapes, n_params=n_params, vocab_size=vocab_size, dtype=jnp.dtype(DTYPES[dtype]).name,
+            base=base, is_chat="chat_template" in tokenizer.settings,
+        )  # fmt: skip
+        write_file(directory / "README.md", card)
     return family
 
 
 def check_export(out: Path, shapes: ModelConfig) -> str:
     """Return the family that a model would be exported as; raise UserError when there is none or `out` is not empty."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty. Allowed: a new directory, or an empty one. Name another.")
+    check_new(out)
     return export_family(shapes)
 
 
+def check_new(out: Path) -> None:
+    """Raise UserError where `out` is not the name of a new or an empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty. Allowed: a new directory, or an empty one. Name another.")
+
+
 @contextmanager
-def _new_directory(out: Path, planned: int) -> Iterator[Path]:
+def new_directory(out: Path, planned: int) -> Iterator[Path]:
     """Yield a temporary directory for `planned` bytes: it becomes `out` at the end, and is removed on an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
@@ -198,7 +211,8 @@ def _new_directory(out: Path, planned: int) -> Iterator[Path]:
         raise UserError(f"{out} cannot be made: {error.strerror}. Another process wrote there. Name another.") from None
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object for people to read."""
     write_file(path, json_text(content) + "\n")
 
 
@@ -215,50 +229,3 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 def _pad_id(ids: dict[str, int]) -> int:
     return ids.get("pad_token_id", ids["eos_token_id"])  # transformers' generate() needs one
-
-
-def _model_card(
-    name: str, family: str, shapes: ModelConfig, vocab_size: int, dtype: str, params: Any, tokenizer: Tokenizer
-) -> str:
-    """Return the README.md that the Hub shows."""
-    c, padding_rows = shapes, shapes.vocab_size - vocab_size
-    n_params = sum(int(x.size) for x in jax.tree.leaves(params))
-    n_params -= padding_rows * c.d_model * (1 if c.tie_embeddings else 2)
-    chat = (
-        'messages = [{"role": "user", "content": "Hello"}]\n'
-        "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,"
-        ' return_tensors="pt")'
-    )
-    inputs = chat if "chat_template" in tokenizer.settings else 'inputs = tokenizer("Once", return_tensors="pt")'
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# {name}
-
-A language model of {n_params:,} parameters, written by jgpt {__version__}.
-
-| | |
-|---|---|
-| architecture | {ARCHITECTURES[family]} |
-| layers | {c.n_layers} |
-| width | {c.d_model} (MLP {c.d_ff}) |
-| heads | {c.n_heads}, with {c.n_kv_heads} of keys and values, each {c.d_head} wide |
-| context | {c.context_length} tokens |
-| vocabulary | {vocab_size} |
-| weights | {jnp.dtype(DTYPES[dtype]).name} |
-
-It opens without remote code:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
-{inputs}
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
-```
-
-What it was trained on, its licence and its limits are for its maker to add here.
-"""

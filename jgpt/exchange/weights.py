@@ -257,14 +257,15 @@ def save_params(
     for i, shard in enumerate(tqdm(shards, "files", **BAR), 1):
         name = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         tensors = {key: x for entry in shard for key, x in named_tensors(params, entry, dtype, start)}
-        _write(directory / name, tensors)
+        write_tensors(directory / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         write_file(directory / INDEX, json_text(index) + "\n")
 
 
-def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file that PyTorch's tools open. Raises UserError where it cannot be written."""
     path.touch()
     mode = path.stat().st_mode  # safetensors would make the file readable by its owner only
     try:

@@ -1,4 +1,4 @@
-"""A run directory, written as a Hugging Face model directory.
+"""A run directory, written as a Hugging Face model directory, as a file for llama.cpp, or as adapters for PEFT.
 
 After training, in the data path: `jgpt.convert` is the caller.
 """
@@ -6,12 +6,19 @@ After training, in the data path: `jgpt.convert` is the caller.
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from jgpt.errors import UserError
+from jgpt.exchange.adapter import adapter_config, adapter_tensors, write_adapter
+from jgpt.exchange.families import export_family
 from jgpt.exchange.gguf_file import check_gguf, write_gguf
-from jgpt.exchange.pretrained import check_export, export_model
+from jgpt.exchange.hub import is_hub_name
+from jgpt.exchange.model_card import Base, describe_base, of_adapter
+from jgpt.exchange.pretrained import check_export, check_new, export_model
 from jgpt.exchange.tensors import table
-from jgpt.loading.source import Source, load_params, open_source
+from jgpt.loading.source import Source, is_run, load_adapters, load_params, local_directory, open_source
 from jgpt.model.precision import DTYPES
+from jgpt.run_dir.identity import read_config
 
 
 def export_run(run_dir: str, out: Path, *, step: int | None, base: str, dtype: str) -> tuple[str, str]:
@@ -31,8 +38,57 @@ def export_run(run_dir: str, out: Path, *, step: int | None, base: str, dtype: s
         vocab_size=source.config.model.vocab_size or source.tokenizer.vocab_size,
         stop_ids=source.stop_ids,
         dtype=dtype,
+        base=_base(source),
     )
     return family, dtype
+
+
+def export_adapter(run_dir: str, out: Path, *, step: int | None, base: str, dtype: str) -> tuple[str, str, bool]:
+    """Write the adapters of a LoRA run for PEFT, in `dtype` ("auto": fp32).
+
+    Return the base's name or directory, the dtype, and whether the base is a run, which transformers does not open.
+
+    Raises UserError for a run without adapters, and where `out` is taken.
+    """
+    source = open_source(run_dir, step, base=base)
+    check_new(out)
+    if source.base is None:
+        raise UserError(
+            f"{run_dir} holds no LoRA adapters, but all parameters of a model. Allowed: a run that was trained with"
+            " lora.rank above 0. To write the whole model: python -m jgpt.convert export."
+        )
+    dtype = "fp32" if dtype == "auto" else dtype
+    pretrained = source.base.pretrained
+    family = pretrained.family if pretrained else export_family(source.shapes)
+    adapters, lora = load_adapters(source)
+    began_from = _base(source)
+    assert began_from is not None
+    where = source.config.init_from if is_hub_name(source.config.init_from) else str(source.base.directory)
+    tensors = dict(adapter_tensors(adapters, source.shapes, family))
+    config = adapter_config(list(tensors), lora, family, where)
+    card = of_adapter(
+        out.name,
+        family,
+        config,
+        n_params=sum(x.size for x in tensors.values()),
+        dtype=jnp.dtype(DTYPES[dtype]).name,
+        base=began_from,
+        base_is_run=pretrained is None,
+        is_chat="chat_template" in source.tokenizer.settings,
+    )
+    write_adapter(out, tensors, config, card, source.tokenizer, source.shapes.context_length, dtype)
+    return where, dtype, pretrained is None
+
+
+def _base(source: Source) -> Base | None:
+    """Describe the model that a run began from, or that this one began from: the first that is no run of jgpt."""
+    name = source.config.init_from
+    directory = source.base.directory if source.base else local_directory(name) if name else None
+    while directory is not None and is_run(directory) and (earlier := read_config(directory).init_from):
+        name, directory = earlier, local_directory(earlier)
+    return (
+        describe_base(name if is_hub_name(name) or directory is None else str(directory), directory) if name else None
+    )
 
 
 def export_gguf(run_dir: str, out: Path, *, step: int | None, base: str, dtype: str) -> tuple[str, str]:

@@ -5,17 +5,23 @@ After training, in the data path: `jgpt.evaluate` prints it.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
-from jgpt.data.batches import Batch, validation_blocks
+import numpy as np
+
+from jgpt.data.batches import Batch, chat_row, validation_blocks
 from jgpt.data.blocks import TokenStream, blocks
+from jgpt.data.conversations import LEARNED, ChatCorpus, GivenConversations, encoded, say_what_was_read
 from jgpt.data.corpus import Corpus
 from jgpt.data.find_files import find_files
+from jgpt.data.packing import pack_rows
 from jgpt.data.pieces import cut
 from jgpt.data.token_directory import token_directory
 from jgpt.data.token_files import TokenData, open_token_data
+from jgpt.data.unknown import unknown_characters
 from jgpt.errors import UserError
 from jgpt.hardware.devices import all_devices
 from jgpt.loading.load import LoadedModel
@@ -31,13 +37,17 @@ LONGEST = 2048  # tokens of a block, where neither the user nor a run says how m
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured: `loss` is the mean over `n_tokens` predicted tokens of `n_bytes` of text, in nats."""
+    """What was measured: `loss` is the mean over `n_tokens` predicted tokens of `n_bytes` of text, in nats.
+
+    Of conversations both count the answers alone.
+    """
 
     loss: float
     n_tokens: int
     n_bytes: int
     bits_per_byte: float
     unknown: Counter[str] = field(default_factory=Counter)  # characters that the vocabulary lacks
+    is_chat: bool = False  # of conversations
 
     @property
     def perplexity(self) -> float:
@@ -70,6 +80,60 @@ def measure_files(
     return _measure(loaded, TokenStream(corpus.pieces(), loaded.tokenizer), length)
 
 
+def measure_chat_files(
+    loaded: LoadedModel, text_glob: str, template: str, encoding: str, encoding_errors: str, length: int
+) -> Measured:
+    """Measure a model on the answers in files of conversations, as `measure_chat`. Raises UserError of the files."""
+    files = find_files(text_glob, "chat")
+    settings = loaded.tokenizer.settings
+    return measure_chat(loaded, ChatCorpus(files, "", encoding_errors, template, settings, encoding=encoding), length)
+
+
+def measure_messages(loaded: LoadedModel, given: Sequence[Any], template: str, length: int) -> Measured:
+    """Measure a model on the answers in conversations, as `measure_chat`.
+
+    `given` is one conversation, as its messages, or several: each a list of messages, or what a line of a file would
+    hold. Raises UserError for what is no conversation.
+    """
+    if not isinstance(given, list | tuple):
+        raise UserError(f"given was {str(given)[:40]!r}. Allowed: a text, or conversations in a list.")
+    is_one = bool(given) and all(isinstance(x, Mapping) and ("role" in x or "from" in x) for x in given)
+    records = [_line(x) for x in ([given] if is_one else given)]
+    corpus = GivenConversations([], "", "strict", template, loaded.tokenizer.settings, given=records)
+    return measure_chat(loaded, corpus, length)
+
+
+def _line(given: Any) -> Any:
+    """Return what a line of a file would hold for a conversation in memory."""
+    if isinstance(given, list | tuple):
+        return {"messages": list(given)}
+    return dict(given) if isinstance(given, Mapping) else given
+
+
+def measure_chat(loaded: LoadedModel, corpus: ChatCorpus, length: int) -> Measured:
+    """Measure a model on what training would learn of conversations, in rows of `length` tokens, packed as there.
+
+    Raises UserError for a line that is no conversation, and where no answer is left.
+    """
+    words: list[np.ndarray] = []
+    n_bytes, unknown = 0, Counter[str]()
+    for conversation, texts in encoded(corpus, loaded.tokenizer):
+        words += texts
+        n_bytes += conversation.n_bytes
+        for parts in conversation.texts:
+            unknown += unknown_characters(loaded.tokenizer, "".join(parts))
+    say_what_was_read(corpus)
+    if not words:
+        raise UserError(
+            f"there is no answer of the assistant to measure: {corpus.unanswered} conversations are without one. Give"
+            " conversations with an answer."
+        )
+    rows = pack_rows(together := np.concatenate(words), length + 1, "measured", "sequence_length")
+    loss, n_tokens = evaluate_loaded(loaded, (chat_row(rows, i) for i in range(len(rows))), _rows(length), length)
+    n_learned = int(np.count_nonzero(together & LEARNED))
+    return Measured(loss, n_tokens, n_bytes, bits_per_byte(loss, n_learned, n_bytes), unknown, is_chat=True)
+
+
 def _measure(loaded: LoadedModel, stream: TokenStream, length: int) -> Measured:
     loss, n_tokens = evaluate_loaded(loaded, _some(blocks(stream, length)), _rows(length), length)
     return Measured(loss, n_tokens, stream.n_bytes, bits_per_byte(loss, n_tokens + 1, stream.n_bytes), stream.unknown)
@@ -83,7 +147,7 @@ def measure_validation_split(loaded: LoadedModel, run_dir: str, length: int) -> 
         sequences = iter(validation_blocks(data, length, len(data.val), length_key="sequence_length"))
     loss, n_tokens = evaluate_loaded(loaded, _some(sequences), _rows(length), length)
     n_bytes = data.meta["val_bytes"]
-    return Measured(loss, n_tokens, n_bytes, bits_per_byte(loss, data.val_targets, n_bytes))
+    return Measured(loss, n_tokens, n_bytes, bits_per_byte(loss, data.val_targets, n_bytes), is_chat=data.is_chat)
 
 
 def evaluate_loaded(

@@ -20,7 +20,7 @@ from jgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jgpt.errors import UserError
 from jgpt.exchange.hub import locate
 from jgpt.exchange.pretrained import Pretrained, open_pretrained
-from jgpt.model.lora import lora_config, merge
+from jgpt.model.lora import LoRA, lora_config, merge
 from jgpt.model.parameters import abstract_adapters, abstract_stored
 from jgpt.model.shapes import ModelConfig, model_config
 from jgpt.run_dir.identity import check_tokenizer, read_config
@@ -169,13 +169,18 @@ def load_params(source: Source, matrices: Any, place: Place) -> Any:
     if source.base is None:
         abstract = abstract_stored(source.shapes, matrices)
         return restore_params(checkpoints, source.step, abstract, lambda path, x: place(path, _in_range(path, x)))
-    lora = lora_config(source.config.lora)
-    assert lora is not None
-    abstract = abstract_adapters(source.shapes, lora)
-    adapters = restore_params(checkpoints, source.step, abstract, lambda path, array: array)
+    adapters, lora = load_adapters(source)
     return load_params(
         source.base, matrices, lambda path, x: place(path, _in_range(path, merge(path, x, adapters, lora)))
     )
+
+
+def load_adapters(source: Source) -> tuple[Any, LoRA]:
+    """Load the adapters of a LoRA run alone, fp32, on the host, and their settings."""
+    lora = lora_config(source.config.lora)
+    assert lora is not None and source.step is not None
+    checkpoints, abstract = source.directory / "checkpoints", abstract_adapters(source.shapes, lora)
+    return restore_params(checkpoints, source.step, abstract, lambda path, array: array), lora
 
 
 def _in_range(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:

@@ -1,13 +1,17 @@
 """The command that measures a model: the run's own number, and that of any other text."""
 
+import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import pytest
 from conftest import TEXT
+from small_chat import CHATML
 
+import jgpt
 from jgpt.data.blocks import blocks
 from jgpt.data.token_files import open_token_data
 from jgpt.loading.load import load_model
@@ -114,3 +118,90 @@ def test_bytes_that_are_not_utf8_can_be_replaced(command, trained, tmp_path):
         command("evaluate", *arguments[:2], "--encoding=cp125"),
         "--encoding='cp125': it must be another value, such as utf-8",
     )
+
+
+SHAREGPT, ALPACA = "ShareGPT", "Alpaca"
+
+
+def in_layout(layout: str, question: str, answer: str) -> dict:
+    return {
+        "messages": {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]},
+        SHAREGPT: {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        ALPACA: {"instruction": question[:5], "input": question[6:], "output": answer},
+        "prompt/completion": {"prompt": question, "completion": answer},
+    }[layout]
+
+
+@pytest.fixture(scope="module")
+def chat_run(command, tmp_path_factory):
+    """Train a small model on conversations in all layouts; return its folder, with those held out in `held_out`."""
+    root = tmp_path_factory.mktemp("chat")
+    layouts = ["messages", SHAREGPT, ALPACA, "prompt/completion"]
+    lines = [in_layout(layouts[n // 4 % 4], f"count\nto {n}, please", f"{n} and {n + 1}") for n in range(24)]
+    files = {"chats": lines, "held_out": lines[1::4]}  # the second of each four conversations
+    for name, kept in files.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    (root / "t.jinja").write_text(CHATML)
+    config = {
+        "out_dir": root / "run", "data.text_glob": root / "chats.jsonl", "data.format": "chat",
+        "data.val_fraction": 0.25, "tokenizer.kind": "bpe", "tokenizer.vocab_size": 300,
+        "tokenizer.chat_template": root / "t.jinja", "model.n_layers": 1, "model.n_heads": 2, "model.d_model": 16,
+        "model.context_length": 128, "optimizer.total_steps": 4, "optimizer.warmup_steps": 1,
+        "batch.global_batch_size": 4, "execution.micro_batch_size": 2, "eval.every_steps": 4, "sample.num_samples": 0,
+    }  # fmt: skip
+    base = Path(__file__).parents[1] / "defaults.py"
+    done = command("train", f"--config={base}", *(f"--config.{key}={value}" for key, value in config.items()))
+    assert done.code == 0, done.err
+    assert "Alpaca 4 (the user says instruction, a new line, input" in done.out
+    return root
+
+
+def test_the_answers_of_conversations_are_measured_as_training_measures_them(command, chat_run):
+    logged = read_metrics(chat_run / "run" / "metrics.jsonl")[-1]
+    own = command("evaluate", f"--model={chat_run}/run")
+    files = command("evaluate", f"--model={chat_run}/run", f"--text_glob={chat_run}/held_out.jsonl")
+    named = command("evaluate", f"--model={chat_run}/run", "--format=chat", f"--text_glob={chat_run}/held_out.jsonl")
+    for result in (own, files, named):
+        assert result.code == 0 and "bytes of answers\n" in result.out, result.err
+        assert f"loss              {logged['val_loss']:.4f} " in result.out
+        assert f"bits per byte     {logged['bits_per_byte']:.4f}\n" in result.out
+    assert (
+        "layout of the lines: messages 2, ShareGPT 2, Alpaca 1 (the user" in named.err
+        and own.out.splitlines()[1:] == named.out.splitlines()[1:]
+    )
+    text = command("evaluate", f"--model={chat_run}/run", "--format=text", f"--text_glob={chat_run}/t.jinja")
+    assert text.code == 0 and f"of {len(CHATML)} bytes of text\n" in text.out
+
+
+def test_the_api_measures_conversations_too(chat_run):
+    model = jgpt.load(chat_run / "run")
+    wanted = read_metrics(chat_run / "run" / "metrics.jsonl")[-1]["val_loss"]
+    lines = [json.loads(line) for line in (chat_run / "held_out.jsonl").read_text().splitlines()]
+    found = model.evaluate(lines)
+    assert found.loss == pytest.approx(wanted, rel=1e-5) and found.is_chat
+    one = in_layout("messages", "count\nto 9", "9 and 10")["messages"]
+    assert model.evaluate(one) == model.evaluate([one]) == model.evaluate([{"messages": one}])
+    for wrong, part in (
+        ([], "no answer of the assistant to measure: 0"),
+        ([one[:1]], "no answer of the assistant to measure: 1"),
+        ([{"text": "x"}], "conversation 1 is no conversation: it has the fields"),
+        (["x"], "conversation 1 is no conversation: it is 'x'"),
+        (5, "given was '5'"),
+    ):
+        with pytest.raises(jgpt.UserError, match=part):
+            model.evaluate(wrong)
+
+
+def test_what_is_refused_of_conversations(command, chat_run, trained, tmp_path):
+    chat, files = f"--model={chat_run}/run", f"--text_glob={chat_run}/held_out.jsonl"
+    refused(
+        command("evaluate", f"--model={trained}", "--format=chat", files), "no chat template", "--chat_template=FILE"
+    )
+    refused(command("evaluate", f"--model={trained}", "--format=chat"), "is of format text. Leave --format out")
+    refused(
+        command("evaluate", chat, f"--text_glob={chat_run}/*.jinja"), ".jsonl or .ndjson", "data.format is --format"
+    )
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    refused(command("evaluate", chat, f"--text_glob={tmp_path}/*"), "a.jsonl, line 1 is no conversation")
+    given = command("evaluate", f"--model={trained}", "--format=chat", files, f"--chat_template={chat_run}/t.jinja")
+    assert given.code == 2 and "has an answer within its first 16 tokens" in given.err, given.err

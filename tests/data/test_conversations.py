@@ -2,8 +2,8 @@
 
 import gzip
 import json
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,26 +123,90 @@ def test_all_fields_reach_the_template_and_what_it_does_not_read_is_named_once(
     assert caplog.text.count(unread) == 1 and caplog.text.count("does not read") == 1
 
 
-@pytest.mark.skipif(not shutil.which("jq"), reason="the commands are for jq")
+CALL = {"name": "add", "arguments": {"a": 2}}
+FULL = {  # a line of each layout with all that the layout knows, and its messages, shortened to roles and contents
+    "ShareGPT": (
+        {
+            "conversations": [
+                {"from": "human", "value": "2+2?"}, {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "observation", "value": "4"}, {"from": "gpt", "value": "It is 4."},
+            ],
+            "system": "Be short.", "tools": '["add"]', "id": "a",
+        },
+        "<system>Be short.;<user>2+2?;<assistant>{'name': 'add', 'arguments': {'a': 2}};<tool>4;<assistant>It is 4.;",
+        "{'name': 'add', 'arguments': {'a': 2}};It is 4.;",
+    ),
+    "Alpaca": (
+        {
+            "instruction": "Add.", "input": "2+2", "output": "4", "system": "Be short.",
+            "history": [["Hi", "Ho"], ["So", "No"]], "text": "Below is an instruction", "id": "b",
+        },
+        "<system>Be short.;<user>Hi;<assistant>Ho;<user>So;<assistant>No;<user>Add.\n2+2;<assistant>4;",
+        "Ho;No;4;",
+    ),
+    "prompt/completion": (
+        {
+            "prompt": [
+                {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"},
+                {"role": "user", "content": "2+2?"},
+            ],
+            "completion": [{"role": "assistant", "content": "4"}], "tools": ["add"],
+        },
+        "<user>Hi;<assistant>Ho;<user>2+2?;<assistant>4;",
+        "4;",
+    ),
+    "messages": (line("Hi", "Ho") | {"system": "as a field it is the template's"}, "<user>Hi;<assistant>Ho;", "Ho;"),
+}  # fmt: skip
+
+
+def test_lines_of_all_layouts_in_one_file_and_all_that_is_in_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function }}{% endfor %};{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    config = make_config(tmp_path, [given for given, _, _ in FULL.values()] * 2)
+    (tmp_path / "chat.jinja").write_text(template, encoding="utf-8")
+    config.data.val_fraction = 0.5
+    with caplog.at_level("INFO", "jgpt"):
+        data = prepare(config)
+    found = {data.tokenizer.decode(words & IDS): words for words in split(data.train) + split(data.val)}
+    assert found.keys() == {text for _, text, _ in FULL.values()}
+    for _, text, learned in FULL.values():
+        assert data.tokenizer.decode(found[text][(found[text] & LEARNED) > 0] & IDS) == learned
+    assert data.meta["layouts"] == dict.fromkeys(FULL, 2)
+    assert caplog.text.count("Alpaca 2 (the user says instruction, a new line, input; the assistant says") == 1
+    unread = "id of the line (4), system of the line (2), text of the line (2), tools of the line (4)"
+    assert caplog.text.count(unread) == 1 and caplog.text.count("does not read") == 1
+
+
 @pytest.mark.parametrize(
     "other, question",
     [
-        ({"conversations": [{"from": "human", "value": "Hi'\n"}, {"from": "gpt", "value": "Ho"}]}, "Hi'\n"),
         ({"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}, "Hi"),
-        ({"instruction": "Say", "input": "Hi", "output": "Ho"}, "Say\n\nHi"),
-        ({"instruction": "Hi", "output": "Ho"}, "Hi"),
-        ({"prompt": "Hi", "completion": "Ho"}, "Hi"),
-        ({"prompt": line("Hi")["messages"], "completion": line("", "Ho")["messages"][1:]}, "Hi"),
+        ({"conversations": line("Hi", "Ho", roles=("human", "gpt"))["messages"]}, "Hi"),
+        ({"messages": [{"from": "human", "value": "Hi", "role": None}, {"from": "gpt", "value": "Ho"}]}, "Hi"),
+        ({"instruction": "Hi", "input": "", "output": "Ho", "history": None}, "Hi"),
+        ({"instruction": "Hi", "output": "Ho", "system": ""}, "Hi"),
+        ({"instruction": "", "input": "Hi", "output": "Ho"}, "Hi"),
+        ({"prompt": "Hi'\n", "completion": "Ho"}, "Hi'\n"),
+        ({"prompt": line("Hi")["messages"], "completion": "Ho"}, "Hi"),
+        ({"prompt": "Hi", "response": "Ho"}, "Hi"),
         ({"question": "Hi", "answer": "Ho"}, "Hi"),
+        ({"input": "Hi", "output": "Ho"}, "Hi"),
     ],
 )
-def test_the_command_that_a_message_names_converts_the_lines(tmp_path: Path, other: Any, question: str) -> None:
-    with pytest.raises(UserError, match="has no list of messages.* To convert such lines: jq -c ") as refused:
-        read_chat_line(other | {"tools": []}, "OLD.jsonl, line 1", lambda text, _: text)
-    (tmp_path / "OLD.jsonl").write_text(json.dumps(other | {"tools": []}))
-    subprocess.run(str(refused.value).split("such lines: ")[1], shell=True, cwd=tmp_path, check=True)
-    converted = json.loads((tmp_path / "NEW.jsonl").read_text())
-    assert converted == line(question, "Ho") | {"tools": []}
+def test_other_spellings_of_a_layout(other: Any, question: str) -> None:
+    read = read_chat_line(other, "a.jsonl, line 1", lambda text, _: text)
+    assert (read.messages, read.learned, read.variables) == (line(question, "Ho")["messages"], [True, True], {})
+
+
+def test_lines_without_an_answer_are_counted_in_every_layout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unanswered = [{"instruction": "Hi", "output": " "}, {"prompt": "Hi", "completion": ""}, line("nobody answers")]
+    data = prepare(make_config(tmp_path, [*LINES[:2], *unanswered]))
+    assert data.meta["n_documents"] == 2 and "3 conversations are left out: they hold no answer" in caplog.text
 
 
 def test_the_template_goes_with_the_tokenizer_and_another_template_makes_new_tokens(tmp_path: Path) -> None:
@@ -192,6 +256,19 @@ def test_compressed_files_and_only_jsonl_of_a_folder(tmp_path: Path) -> None:
         prepare(config)
 
 
+def test_the_command_for_a_json_array_of_conversations_makes_lines(tmp_path: Path) -> None:
+    config = make_config(tmp_path, LINES[:3])
+    expected = prepare(config).meta["train_sha256"]
+    (tmp_path / "OLD.json").write_text(json.dumps(LINES[:3], ensure_ascii=False), encoding="utf-8")
+    config.data.text_glob = str(tmp_path / "OLD.json")
+    with pytest.raises(UserError, match=r"only files that are not .jsonl \(.json\)") as refused:
+        prepare(config)
+    command = str(refused.value).split("one list: ")[1].split(".jsonl)")[0] + ".jsonl"
+    subprocess.run(command.replace("python ", f"{sys.executable} ", 1), shell=True, cwd=tmp_path, check=True)
+    config.data.text_glob = str(tmp_path / "NEW.jsonl")
+    assert prepare(config).meta["train_sha256"] == expected
+
+
 def test_bounded_memory_gives_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tmp_path, LINES)
     expected = prepare(config).meta["train_sha256"]
@@ -204,12 +281,21 @@ def test_bounded_memory_gives_the_same_words(tmp_path: Path, monkeypatch: pytest
     "bad, problem",
     [
         ("{", "is not JSON"),
-        ("[1]", r"has no list of messages: it is '\[1\]'"),
-        ('{"conversations": []}', r"has no list of messages: it has the fields \['conversations'\]"),
-        ('{"messages": "Hi"}', "has no list of messages"),
-        ('{"messages": []}', "has no list of messages: it is an empty list"),
+        ("[1]", r"is no conversation: it is '\[1\]'. Allowed: {.messages.*{.conversations.*{.instruction.*{.prompt"),
+        ('{"text": "Hi"}', r"is no conversation: it has the fields \['text'\]"),
+        ('{"instruction": "Hi"}', r"is no conversation: it has the fields \['instruction'\]"),
+        ('{"conversations": []}', r"is no conversation: it has conversations: '\[\]', not a list with a message"),
+        ('{"messages": "Hi"}', "is no conversation: it has messages: 'Hi'"),
+        ('{"instruction": "Hi", "output": 4}', "has the output '4'. Allowed: text"),
+        ('{"instruction": "Hi", "input": ["a"], "output": "4"}', "has the input ...a.... Allowed: text"),
+        ('{"instruction": "Hi", "output": "4", "history": [["a"]]}', "has the history .*a.*. Allowed: a list of"),
+        ('{"prompt": "Hi", "completion": ["Ho"]}', "message 2 is 'Ho', which is not an object"),
+        ('{"conversations": [{"from": "bing", "value": "Hi"}]}', "the role 'bing'. Allowed: .*, human, gpt, observat"),
+        ('{"conversations": [{"from": "human", "value": 4}]}', "message 1 has the content '4', which is not text"),
+        ('{"conversations": [{"from": "function_call", "value": "add(2)"}]}', "1 is a function_call of 'add.2.'"),
+        ('{"conversations": [{"from": "function_call", "value": "[]"}]}', "1 is a function_call of '..'. Allowed"),
         ('{"messages": ["Hi"]}', "message 1 is 'Hi', which is not an object"),
-        ('{"messages": [{"role": "human", "content": "Hi"}]}', "message 1 has the role 'human'. Allowed: system, user"),
+        ('{"messages": [{"role": "me", "content": "Hi"}]}', "message 1 has the role 'me'. Allowed: system, user"),
         ('{"messages": [{"content": "Hi"}]}', "message 1 has the role None"),
         ('{"messages": [{"role": "user", "content": ["Hi", 3]}]}', "message 1 has a content with a part of type '3'"),
         (

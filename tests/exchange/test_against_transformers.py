@@ -1,4 +1,4 @@
-"""The same function as transformers' PyTorch models, both ways; needs torch (`pip install -e '.[peers]'`)."""
+"""The same function as transformers' PyTorch models, both ways, and PEFT's; needs `pip install -e '.[peers]'`."""
 
 import json
 import shutil
@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from jgpt.data.tokenizer import train_bpe
+from jgpt.exchange.adapter import adapter_config, adapter_tensors, write_adapter
 from jgpt.exchange.pretrained import export_model, open_pretrained
 from jgpt.model.gpt import GPT, unembedding
-from jgpt.model.parameters import abstract_params
+from jgpt.model.lora import LoRA
+from jgpt.model.parameters import abstract_adapters, abstract_params
 from jgpt.model.rope import RopeScaling, frequencies
 from jgpt.model.shapes import ModelConfig
 
@@ -170,6 +172,34 @@ def test_stretched_frequencies(parameters, scaling):
     found, found_factor = frequencies(16, theta, scaling)
     np.testing.assert_allclose(found, radians.numpy(), rtol=2e-6)
     assert found_factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", "qkv,proj,gate_up,up,down"), ("llama tied, wide heads, llama3", "qkv,down"),
+        ("mistral", "qkv,proj,gate_up,up,down"), ("qwen3", "proj,gate_up"), ("gpt2", "qkv,proj,gate_up,up,down"),
+        ("gpt2 untied, own MLP width", "proj"), ("gpt2", "down"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_adapters_are_the_same_function_in_peft(name, targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs = make(tmp_path / "base", *MODELS[name])
+    model, params = ours(tmp_path / "base")
+    lora, rng, ids = LoRA(3, 7.5, 0.1, tuple(targets.split(","))), np.random.default_rng(1), random_ids()
+    shapes, family = model.config, MODELS[name][0]
+    adapters = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), abstract_adapters(shapes, lora))
+    hidden = jax.jit(GPT(shapes, lora=lora).apply)({"params": params, "lora": adapters}, jnp.asarray(ids, jnp.int32))
+    expected = np.asarray(hidden.hidden @ unembedding(params).T)
+    assert np.abs(expected - their_logits(theirs, ids)).max() > 0.1
+
+    pairs = dict(adapter_tensors(adapters, shapes, family))
+    config = adapter_config(list(pairs), lora, family, str(tmp_path / "base"))
+    write_adapter(tmp_path / "out", pairs, config, "a card", train_bpe(["some text"], 300), 48, "fp32")
+    same_logits(their_logits(peft.PeftModel.from_pretrained(theirs, tmp_path / "out"), ids), expected)
+    whole = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").merge_and_unload()
+    same_logits(their_logits(whole, ids), expected)
 
 
 def test_shards(tmp_path):

@@ -70,7 +70,7 @@ def test_a_checkpoint_by_its_step(command, trained, tmp_path):
 
 def test_what_is_refused(command, trained, exported, tmp_path):
     for arguments in ([], ["onnx", "a", "b"], ["import", "a"], ["export", "a"], ["gguf", "a"]):
-        refused(command("convert", *arguments), "import SRC RUN_DIR, export RUN_DIR OUT, or gguf RUN_DIR OUT.gguf")
+        refused(command("convert", *arguments), "adapter RUN_DIR OUT, or gguf RUN_DIR OUT.gguf")
     refused(command("convert", "export", "a", "b", "c"), "unexpected argument 'c'")
     refused(command("convert", "export", "a", "b", "--dtype=int8"), "--dtype='int8'", "auto, fp32, fp16, bf16")
     refused(command("convert", "export", str(trained), str(exported)), "exists and is not empty")

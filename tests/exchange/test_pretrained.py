@@ -227,7 +227,7 @@ def test_a_tokenizer_of_another_model(tokenizer, tmp_path):
 def test_two_exports_to_one_place_leave_one_that_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "export"
     with pytest.raises(UserError, match="export cannot be made: .*Another process wrote there"):
-        with pretrained._new_directory(out, 0) as first, pretrained._new_directory(out, 0) as second:
+        with pretrained.new_directory(out, 0) as first, pretrained.new_directory(out, 0) as second:
             (first / "config.json").write_text("first")
             (second / "config.json").write_text("second")
     assert list(tmp_path.iterdir()) == [out] and (out / "config.json").read_text() == "second"
