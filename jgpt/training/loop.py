@@ -20,6 +20,7 @@ from jgpt.training.hooks.sample import sample, sample_due
 from jgpt.training.hooks.save import Save
 from jgpt.training.run import Run
 from jgpt.training.stop import Stop
+from jgpt.waiting import waiting
 from jgpt.wording import format_duration
 
 EXIT_SECONDS = 10.0  # what leaving takes beside the save: samples, plots, the interpreter's end
@@ -36,20 +37,25 @@ def loop(run: Run, metrics: Log, save: Save, health: Health, stop: Stop) -> None
         return finish(run, save)
     _say_deadline(run, save)
     if run.step == 0:
-        metrics.write(run, {"step": 0, "tokens": 0} | evaluate_run(run))
+        with waiting("compiling the evaluation"):
+            first = evaluate_run(run)
+        metrics.write(run, {"step": 0, "tokens": 0} | first)
     log.info("compiling the step")
     reason, unread = "", None  # the step whose numbers are not read yet
     first_step, longest, began = run.step + 1, 0.0, time.monotonic()
     with Prefetcher(run.batch, run.step) as batches:
         while not run.is_done and not reason:
-            numbers = run.advance(batches.next(run.step))
+            if run.step + 1 == first_step:
+                with waiting("compiling the step"):
+                    numbers = run.advance(batches.next(run.step))
+                    jax.block_until_ready(numbers)
+                metrics.restart(run)
+            else:
+                numbers = run.advance(batches.next(run.step))
             if unread is not None:
                 _check_health(run, save, health, *unread)  # while the devices are busy with the step just dispatched
             unread = run.step, numbers
-            if run.step == first_step:
-                jax.block_until_ready(numbers)
-                metrics.restart(run)
-            else:
+            if run.step > first_step:
                 longest = max(longest, time.monotonic() - began)  # of a step and what was done before it
             began = time.monotonic()
             reason = stop.reason(2 * longest + save.seconds() + EXIT_SECONDS)
@@ -104,7 +110,10 @@ def finish(run: Run, save: Save, reason: str = "") -> None:
         command = run.status.command
         log.info("stopped at step %d of %d: %s. To go on:\n  %s", run.step, run.total_steps, reason, command)
     else:
-        log.info("finished: %s", run.run_dir)
+        log.info(
+            "finished: %s\nThe whole run on one page: %s\nTo try the model:\n  %s",
+            run.run_dir, run.run_dir / "report.html", run.status.try_command,
+        )  # fmt: skip
 
 
 def _say_deadline(run: Run, save: Save) -> None:
