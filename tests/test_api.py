@@ -171,3 +171,14 @@ def test_a_notebook_shows_a_mistake_in_one_line(tmp_path):
 def test_auto_is_a_number_of_steps():
     config = changed(config_named("quickstart"), {"optimizer.total_steps": "auto", "optimizer.budget_epochs": 3.0})
     assert config.optimizer.total_steps == 0 and problems(config) == []
+
+
+def test_a_length_that_is_given_replaces_the_configs(caplog):
+    caplog.set_level("INFO", "jgpt")
+    o = changed(config_named("quickstart"), {"optimizer.budget_epochs": 3.0}).optimizer
+    assert (o.total_steps, o.budget_epochs) == (0, 3)
+    o = changed(config_named("laptop"), {"optimizer.total_steps": 500}).optimizer
+    assert (o.total_steps, o.budget_hours, o.budget_epochs) == (500, 0, 0)
+    assert "optimizer.budget_epochs=3 in the place of the config's total_steps=800" in caplog.text
+    both = changed(config_named("quickstart"), {"optimizer.budget_epochs": 3.0, "optimizer.total_steps": 9})
+    assert "optimizer.budget_epochs=3 with optimizer.total_steps=9" in problems(both)[0]

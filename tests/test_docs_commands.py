@@ -40,8 +40,7 @@ MODEL = {"tokenizer.kind": "bpe", "tokenizer.vocab_size": 300, "model.n_layers":
 SMALL = {"log_every_steps": 1, "batch.global_batch_size": 4, "execution.micro_batch_size": 2, "eval.every_steps": 2,
          "batch.sequence_length": 64, "eval.batches": 1, "sample.max_new_tokens": 4, "sample.every_steps": 0,
          "data.val_fraction": 0.1, "checkpoint.every_steps": 2}  # fmt: skip
-SHORT = {"optimizer.total_steps": 4, "optimizer.warmup_steps": 1, "optimizer.budget_hours": 0.0,
-         "optimizer.budget_epochs": 0.0}  # fmt: skip
+SHORT = {"optimizer.total_steps": 4, "optimizer.warmup_steps": 1}
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in these tests a directory, which is looked for first
 PLACEHOLDERS = {"YOU": "owner", "STEP": "4", "Qwen/Qwen2.5-7B-Instruct": HUB_MODEL}
 TEMPLATE = (

@@ -17,6 +17,7 @@ from absl import flags
 
 from jgpt.config.defaults import AUTO_KEYS, GROUPS, KEYS, flatten
 from jgpt.config.files import config_files, find_config
+from jgpt.config.length import keep_given_length
 from jgpt.config.moved import new_key
 from jgpt.config.other_names import called_here, unknown_flag, unknown_key
 from jgpt.errors import UserError
@@ -89,11 +90,22 @@ def parse_flags(positional: int = 0) -> list[str]:
     if len(rest) > positional:
         others = "Everything else" if positional else "Everything"
         raise UserError(
-            f"unexpected argument {rest[positional]!r}. {others} is a flag, --NAME=VALUE. All flags are in --help."
+            f"unexpected argument {rest[positional]!r}.{_flag_of(rest[positional])} {others} is a flag, --NAME=VALUE."
+            " All flags are in --help."
         )
     if path:
         _check_config(path, flags.FLAGS.config)
+        keep_given_length(flags.FLAGS.config, flags.FLAGS["config"].override_values)
     return rest
+
+
+def _flag_of(argument: str) -> str:
+    """Say of which flag an argument may be the value, as a sentence with a space before it."""
+    if argument.startswith("config."):
+        return f" Did you mean --{argument}?"
+    if "model" in flags.FLAGS and not flags.FLAGS.model:
+        return f" Did you mean --model={argument}?"
+    return " A value with spaces needs quotes around it."
 
 
 def _with_config_file(arguments: list[str]) -> tuple[list[str], Path]:
@@ -106,7 +118,8 @@ def _with_config_file(arguments: list[str]) -> tuple[list[str], Path]:
         if found := CONFIG_FLAG.fullmatch(argument):
             given += [(i, found[1]) if found[1] is not None else (i + 1, "".join(arguments[i + 1 : i + 2]))]
     if not given or not given[-1][1] or given[-1][1].startswith("-"):
-        raise UserError(f"no --config was given. {advice}")
+        named = next((f" Did you mean --config {argument}?" for argument in arguments if find_config(argument)), "")
+        raise UserError(f"no --config was given.{named} {advice}")
     if len(given) > 1:
         names = " and ".join(f"--config={value}" for _, value in given)
         raise UserError(f"{names} were given. Allowed: one config, whose keys --config.KEY=VALUE overrides.")

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import AUTO_KEYS, KEYS
 from jgpt.config.files import config_files, find_config
+from jgpt.config.length import keep_given_length
 from jgpt.config.other_names import unknown_key
 from jgpt.errors import UserError
 from jgpt.wording import did_you_mean
@@ -46,4 +47,5 @@ def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
             problems.append(f"{key}={value!r} is of the type {type(value).__name__}. Allowed: {kind}.")
     if problems:
         raise UserError(" ".join(problems) + " All keys are in docs/configuration.md.")
+    keep_given_length(config, changes)
     return config

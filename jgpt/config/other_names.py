@@ -92,8 +92,8 @@ _ACCUMULATION = "gradient_accumulation_steps grad_accum_steps accumulate_grad_ba
 _SENTENCES = {
     **dict.fromkeys(
         _EPOCHS,
-        "The length of a run is in steps: steps = epochs x tokens of the text / tokens of a step. jgpt works it out for"
-        " your text where you set optimizer.total_steps to auto and optimizer.budget_epochs to the number of epochs.",
+        "The length of a run is in steps: steps = epochs x tokens of the text / tokens of a step. Set"
+        " optimizer.budget_epochs to the number of epochs, and jgpt works out the steps for your text.",
     ),
     **dict.fromkeys(
         _ACCUMULATION.split(),

@@ -46,8 +46,7 @@ def with_steps_of_run(config: ConfigDict, run_dir: Path) -> ConfigDict:
         if before[name] != config.optimizer[name]:
             log.info(
                 "optimizer.%s=%g: this run's %d steps stay, which were settled at its start (then %g). To change them"
-                " set --config.optimizer.total_steps=N --config.optimizer.budget_hours=0"
-                " --config.optimizer.budget_epochs=0", name, config.optimizer[name], before.total_steps, before[name],
+                " set --config.optimizer.total_steps=N", name, config.optimizer[name], before.total_steps, before[name],
             )  # fmt: skip
     return _with_steps(config, before.total_steps)
 

@@ -68,7 +68,7 @@ def compile_only(name: str) -> Target:
     """Return devices of a kind that is not here. Raises UserError for an unknown name, and without the wheels."""
     if name not in TARGETS:
         known = [*TARGETS, THIS]
-        hint = did_you_mean(name, known, cutoff=0.5)
+        hint = did_you_mean(name.lower(), known, cutoff=0.5)
         raise UserError(f"--device={name} is not known.{hint} Allowed: {', '.join(known)}.")
     kind, count = TARGETS[name]
     check_wheels()
