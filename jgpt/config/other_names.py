@@ -65,6 +65,14 @@ _NAMES = {
 }
 KEY_CALLED = {name: key for key, names in _NAMES.items() for name in names.split()}
 
+# Switches elsewhere, values here.
+_VALUES = {
+    "fp16": "fp16", "half": "fp16", "float16": "fp16", "bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32",
+    "gradient_checkpointing": "block", "activation_checkpointing": "block", "checkpoint_activations": "block",
+    "fsdp": "fsdp", "deepspeed": "fsdp", "ddp": "data", "flash_attn": "flash", "use_flash_attention": "flash",
+    "flash_attention": "flash",
+}  # fmt: skip
+
 # What a flag of generate, chat, serve or evaluate is called elsewhere.
 FLAG_CALLED = {
     "max_tokens": "max_new_tokens", "max_length": "max_new_tokens", "n_predict": "max_new_tokens",
@@ -135,7 +143,8 @@ def called_here(key: str) -> str:
     name = _last(key)
     if name in _SENTENCES:
         return f" {_SENTENCES[name]}"
-    return f" Did you mean {KEY_CALLED[name]}?" if name in KEY_CALLED else ""
+    value = f"={_VALUES[name]}" if name in _VALUES else ""
+    return f" Did you mean {KEY_CALLED[name]}{value}?" if name in KEY_CALLED else ""
 
 
 def unknown_flag(name: str, flags: Collection[str], takes_config: bool) -> str:

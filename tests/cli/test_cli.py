@@ -110,6 +110,7 @@ def test_every_key_is_listed_with_its_default_and_its_comment():
             [BASE, "--config.optimizer.lr=3"],
             ["unknown config key --config.optimizer.lr. Did you mean optimizer.learni"],
         ),
+        ([BASE, "--config.fp16=true"], ["unknown config key --config.fp16. Did you mean precision.compute=fp16?"]),
         ([BASE, "--config.batch_size=3"], ["Did you mean batch.global_batch_size?"]),
         ([BASE, "--config.optimizer.epochs=3"], ["epochs x tokens of the text / tokens of a step", "budget_epochs"]),
         ([BASE, "--config.gradient_accumulation_steps=3"], ["batch.global_batch_size, and", "micro_batch_size"]),
