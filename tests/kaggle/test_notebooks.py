@@ -21,9 +21,9 @@ def execute(tmp_path: Path, compiled_on_kaggle: Path) -> Execute:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
 
     def run(machine: Machine, name: str, code: str) -> str:
-        (machine.root / "temp" / "jgpt").symlink_to(REPOSITORY)
+        (machine.root / "code").symlink_to(REPOSITORY)
         text = (REPOSITORY / "notebooks" / name).read_text(encoding="utf-8")
-        text = text.replace("/kaggle/", f"{machine.root}/").replace("/tmp/jgpt", f"{machine.root}/temp/jgpt")
+        text = text.replace("/kaggle/", f"{machine.root}/").replace("/tmp/jgpt-code", f"{machine.root}/code")
         notebook = nbformat.reads(text, as_version=4)
         (found,) = (n for n, cell in enumerate(notebook.cells) if "settings" in cell.metadata.get("tags", []))
         notebook.cells.insert(found + 1, nbformat.v4.new_code_cell(code))
