@@ -41,6 +41,7 @@ def main() -> None:
     from jgpt.hardware.devices import describe, local_devices
     from jgpt.inference.chat import HELP, Chat, talk
     from jgpt.inference.chat_prompt import chat_sampling
+    from jgpt.waiting import waiting
 
     args, name = flags.FLAGS, model_flags.model_name()
     given = model_flags.sampling_given()
@@ -62,6 +63,8 @@ def main() -> None:
     )
     device, dtype = describe(local_devices()[0]).name, loaded.model.dtype.__name__
     say(f"{name} on {device} in {dtype}, context {chat.context_length:,} tokens")
+    with waiting("compiling", sys.stderr):
+        chat.warm_up()
     if args.prompt is not None:
         answer = chat.ask(args.prompt, write)
         write("\n")

@@ -22,6 +22,7 @@ It takes the package gguf (pip install gguf). What llama.cpp is not known to com
 Beside the data path: between the Hugging Face layout and run directories.
 """
 
+import shlex
 from pathlib import Path
 
 from absl import flags
@@ -67,8 +68,9 @@ def _import(name: str, run_dir: str) -> None:
     dtype = pretrained.dtype if args.params == "auto" else args.params
     n_params = format_count(count_parameters(pretrained.shapes))
     print(f"{pretrained.directory}: {pretrained.family}, {n_params} parameters, {pretrained.dtype} kept in {dtype}")
-    import_model(pretrained, Path(run_dir), dtype)
-    print(f'{run_dir} is written. To try it:\n    python -m jgpt.generate --model {run_dir} --prompt "Once"')
+    answers = import_model(pretrained, Path(run_dir), dtype)
+    command, prompt = ("chat", "") if answers else ("generate", ' --prompt "Once"')
+    print(f"{run_dir} is written. To try it:\n    python -m jgpt.{command} --model {shlex.quote(run_dir)}{prompt}")
 
 
 def _export(run_dir: str, out: str) -> None:

@@ -13,6 +13,7 @@ After training, in the data path: a model in, text out.
 
 import sys
 import time
+from itertools import chain, islice
 
 from absl import flags
 
@@ -45,6 +46,7 @@ def main() -> None:
     from jgpt.inference.rounds import STREAM_STEPS, UNLIMITED
     from jgpt.inference.sampling import Sampling
     from jgpt.inference.write import text_prompt
+    from jgpt.waiting import waiting
 
     args, name = flags.FLAGS, model_flags.model_name()
     sampling = Sampling(**model_flags.sampling_given())
@@ -63,16 +65,19 @@ def main() -> None:
     streams = args.num_samples == 1 and (sys.stdout.isatty() if args.stream is None else args.stream)
     began, n_tokens = time.perf_counter(), 0
     samples = [model.tokenizer.decode(prompt.text)] * args.num_samples
-    if streams:
-        write(samples[0])
-    for number, piece, n_new in model.pieces(
+    pieces = model.pieces(
         [prompt] * args.num_samples,
         sampling,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         context_length=args.context_length,
         steps=STREAM_STEPS if streams else UNLIMITED,
-    ):
+    )
+    with waiting("compiling" if streams else "compiling and writing", sys.stderr):
+        first = list(islice(pieces, 1))
+    if streams:
+        write(samples[0])
+    for number, piece, n_new in chain(first, pieces):
         samples[number] += piece
         n_tokens += n_new
         if streams:

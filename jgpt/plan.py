@@ -29,8 +29,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("tune", False, "search micro-batch, remat and loss chunk for the fastest step that fits")
     flags.DEFINE_bool("json", False, "print one JSON object")
     flags.DEFINE_integer("top", 10, "how many kinds of op to list", lower_bound=0)
-    flags.DEFINE_float("run_hours", 12.0, "hours that one run may take, where the config has no deadline")
-    flags.DEFINE_float("weekly_hours", 30.0, "GPU hours that a week has")
+    flags.DEFINE_float("run_hours", None, "hours of a run, where the config has no deadline; on Kaggle's GPUs 12", 0)
+    flags.DEFINE_float("weekly_hours", None, "GPU hours that a week has; on Kaggle's GPUs 30", 0)
 
 
 def main() -> int:
@@ -38,6 +38,7 @@ def main() -> int:
     import jax  # here, as all that loads JAX: --help must not wait for it
 
     from jgpt.hardware.process import set_up_process
+    from jgpt.kaggle.session.limits import LENT_GPUS, SESSION_HOURS, WEEKLY_HOURS
     from jgpt.planning.devices import THIS
     from jgpt.planning.estimate import Estimate
     from jgpt.planning.page import as_dict, page, tried_row
@@ -45,6 +46,7 @@ def main() -> int:
     from jgpt.wording import json_text
 
     args, config = flags.FLAGS, load_config()
+    lent = (SESSION_HOURS, WEEKLY_HOURS) if args.device in LENT_GPUS else (0.0, 0.0)
     if args.device != THIS:
         jax.config.update("jax_platforms", "cpu")  # there is no driver for a GPU that is not here
     set_up_process(config.execution.deterministic)
@@ -57,8 +59,8 @@ def main() -> int:
         config,
         args.device,
         tune=args.tune,
-        run_hours=args.run_hours,
-        weekly_hours=args.weekly_hours,
+        run_hours=lent[0] if args.run_hours is None else args.run_hours,
+        weekly_hours=lent[1] if args.weekly_hours is None else args.weekly_hours,
         on_compiled=print_progress,
     )
     print(json_text(as_dict(plan, args.top), sys.stdout.encoding) if args.json else page(plan, args.top))

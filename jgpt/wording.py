@@ -136,15 +136,11 @@ def either(names: Iterable[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Name what `name` may stand for: a known name in another group, or one spelled almost like it; "" without one.
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Name the known name that is spelled almost like `name`, as a sentence with a space before it; "" without one.
 
-    >>> did_you_mean("n_layers", ["seed", "model.n_layers"]), did_you_mean("model.n_layer", ["seed", "model.n_layers"])
-    (' Did you mean model.n_layers?', ' Did you mean model.n_layers?')
-    >>> did_you_mean("zzz", ["seed", "model.n_layers"])
-    ''
+    >>> did_you_mean("trian", ["train", "plan"]), did_you_mean("zzz", ["train", "plan"])
+    (' Did you mean train?', '')
     """
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1)
-    elsewhere = [other for other in known if other.split(".")[-1] == name.split(".")[-1]]
-    return f" Did you mean {' or '.join(elsewhere or close)}?" if close or elsewhere else ""
+    close = difflib.get_close_matches(name, list(known), 1, cutoff)
+    return f" Did you mean {close[0]}?" if close else ""

@@ -9,8 +9,9 @@ import pytest
 from conftest import TEXT, own_process_state
 
 import jgpt
+from jgpt.config.check import problems
 from jgpt.config.files import find_config
-from jgpt.config.named import config_named
+from jgpt.config.named import changed, config_named
 from jgpt.run_dir.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +137,7 @@ def test_an_error_in_the_callback_ends_the_run(small, tmp_path):
     [
         ("bsae", {}, ["no config 'bsae'", "base"]),
         ("{own}", {}, ["own.py has no get_config() that returns a config"]),
+        ("base", {"epochs": 5, "lr": 1}, ["optimizer.budget_epochs", "Did you mean optimizer.learning_rate?"]),
         ("base", {"optimizer.total_step": 5, "seed": "x"}, ["Did you mean optimizer.total_steps?", "seed='x'"]),
         ("base", {"remat": "block"}, ["config.remat is now config.execution.remat"]),
         ("base", {"model.d_model": -1}, ["model.d_model"]),
@@ -164,3 +166,19 @@ def test_a_notebook_shows_a_mistake_in_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, **where)
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("UserError: there is no directory 'runs/none/such'"), done
+
+
+def test_auto_is_a_number_of_steps():
+    config = changed(config_named("quickstart"), {"optimizer.total_steps": "auto", "optimizer.budget_epochs": 3.0})
+    assert config.optimizer.total_steps == 0 and problems(config) == []
+
+
+def test_a_length_that_is_given_replaces_the_configs(caplog):
+    caplog.set_level("INFO", "jgpt")
+    o = changed(config_named("quickstart"), {"optimizer.budget_epochs": 3.0}).optimizer
+    assert (o.total_steps, o.budget_epochs) == (0, 3)
+    o = changed(config_named("laptop"), {"optimizer.total_steps": 500}).optimizer
+    assert (o.total_steps, o.budget_hours, o.budget_epochs) == (500, 0, 0)
+    assert "optimizer.budget_epochs=3 in the place of the config's total_steps=800" in caplog.text
+    both = changed(config_named("quickstart"), {"optimizer.budget_epochs": 3.0, "optimizer.total_steps": 9})
+    assert "optimizer.budget_epochs=3 with optimizer.total_steps=9" in problems(both)[0]

@@ -98,7 +98,7 @@ def test_the_commands_are_found():
     assert len(everything) > 80 and len(run) > 50
     for command in (
         "bash scripts/run_local.sh", "jgpt check_env", "jgpt kaggle push", "python -m jgpt.check_env --run_dir",
-        "jgpt train --config quickstart --config.data.text_glob=texts", "PYTHON=/path/to/python3.12 bash", "ps aux",
+        "jgpt train --config laptop --config.data.text_glob=texts", "PYTHON=/path/to/python3.12 bash", "ps aux",
     ):  # fmt: skip
         assert any(line.startswith(command) for line in everything), command
     assert all(line.startswith(("jgpt ", "python -m jgpt")) for line in run), run

@@ -125,12 +125,14 @@ def has_internet() -> bool:
 
 def internet(online: bool) -> list[Check]:
     """Say whether there is a connection; training itself needs none."""
-    return [Check("internet", "ok", "yes" if online else "no (needed only to fetch models and packages)")]
+    if online:
+        return [Check("internet", "ok", "yes")]
+    return [Check("internet", "-", "no (needed only to fetch models and packages)")]
 
 
 def secrets() -> list[Check]:
     """Say which secrets are set in the environment, and never what they are."""
-    return [Check(name, "ok", "set" if os.environ.get(name) else "not set") for name in SECRETS]
+    return [Check(name, "ok", "set") if os.environ.get(name) else Check(name, "-", "not set") for name in SECRETS]
 
 
 def describe(found: Sequence[jax.Device]) -> list[Check]:
@@ -168,7 +170,7 @@ def accelerators(found: Sequence[jax.Device], gpus: Sequence[str], place: Place 
         return [Check("GPUs", "warn", f"JAX sees {len(kinds)} of {len(gpus)}", "unset CUDA_VISIBLE_DEVICES")]
     if place is not None:
         return place.accelerators(kinds)
-    return [Check("GPUs", "ok", f"{len(kinds)}" if kinds else "none: training runs on the CPU")]
+    return [Check("GPUs", "ok", f"{len(kinds)}") if kinds else Check("GPUs", "-", "none: training runs on the CPU")]
 
 
 def matmul_speed(device: jax.Device) -> list[Check]:

@@ -83,7 +83,8 @@ def _package(name: str, wanted: str, purpose: str = "") -> Check:
     if version and _satisfies(version, wanted):
         return Check(name, "ok", version + asked)
     value = f"{version or 'not installed'}{asked}" + (f"; optional: {purpose}" if purpose else "")
-    return Check(name, "warn" if purpose else "FAIL", value, f'pip install "{name}{wanted}"')
+    state = "FAIL" if not purpose else "warn" if version else "-"
+    return Check(name, state, value, f'pip install "{name}{wanted}"')
 
 
 def _requirements() -> list[str] | None:

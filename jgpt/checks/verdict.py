@@ -10,17 +10,16 @@ from typing import Literal, NamedTuple
 from jgpt.redaction import redact
 from jgpt.wording import display_width, json_text, pad
 
-STATES = ("ok", "warn", "FAIL")
-
 
 class Check(NamedTuple):
     """One line of the report: what was looked at, what was found, and what the user can do when it is not ok.
 
-    "FAIL" means that training cannot work, or not on what the user thinks it works on; "warn" that it can.
+    "-" means that something is absent, and need not be there. "FAIL" means that training cannot work, or not on what
+    the user thinks it works on; "warn" that it can.
     """
 
     name: str
-    state: Literal["ok", "warn", "FAIL"]
+    state: Literal["ok", "-", "warn", "FAIL"]
     value: str
     fix: str = ""
 
@@ -38,7 +37,7 @@ def to_text(sections: Mapping[str, list[Check]]) -> str:
     for title, checks in sections.items():
         lines += [title, *(_line(check, width) for check in checks), ""]
     n_warnings, n_failures = (
-        sum(check.state == state for checks in sections.values() for check in checks) for state in STATES[1:]
+        sum(check.state == state for checks in sections.values() for check in checks) for state in ("warn", "FAIL")
     )
     verdict = "Training cannot work here yet" if n_failures else "Training can work here"
     return "\n".join([*lines, f"{verdict}: {n_failures} to fix, {n_warnings} to know."])

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from jgpt.config.defaults import GROUPS, KEYS, flatten
+from jgpt.config.defaults import AUTO_KEYS, GROUPS, KEYS, flatten
 from jgpt.config.files import config_files, find_config
+from jgpt.config.length import keep_given_length
 from jgpt.config.moved import new_key
+from jgpt.config.other_names import called_here, unknown_flag, unknown_key
 from jgpt.errors import UserError
 from jgpt.wording import did_you_mean
 
@@ -26,8 +28,7 @@ if TYPE_CHECKING:
 
 HELP = {"-h", "--help", "-help", "--helpfull"}
 CONFIG_FLAG = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
-# Keys of whole numbers, where 0 is auto.
-AUTO = re.compile(r"^(--?config\.(?:execution\.micro_batch_size|optimizer\.total_steps)=)auto$")
+AUTO = re.compile(rf"^(--?config\.(?:{'|'.join(map(re.escape, AUTO_KEYS))})=)auto$")
 OWN_CONFIG = "Start with jgpt.config.default_config(), change its keys, and return it."
 
 
@@ -45,6 +46,13 @@ def define_config() -> None:
         from ml_collections import config_flags
 
         config_flags.DEFINE_config_file("config", None, meaning)
+
+
+def own_flags() -> list[flags.Flag]:
+    """Return the flags that jgpt defined for this command, without absl's own."""
+    ours = ("jgpt.", "__main__", sys.argv[0])
+    by_module = flags.FLAGS.flags_by_module_dict()
+    return [flag for module, found in by_module.items() if module.startswith(ours) for flag in found]
 
 
 def load_config() -> ConfigDict:
@@ -70,9 +78,8 @@ def parse_flags(positional: int = 0) -> list[str]:
         if path:
             hasattr(flags.FLAGS.config, "keys")  # raises the OSError that get_config() raised: ml_collections keeps it
     except flags.UnrecognizedFlagError as error:
-        close = re.search(r"Did you mean: ([\w]+)", str(error))
-        hint = f"Did you mean --{close[1]}? " if close else ""
-        raise UserError(f"unknown flag --{error.flagname}. {hint}All flags are in --help.") from None
+        hint = unknown_flag(error.flagname, [flag.name for flag in own_flags()], "config" in flags.FLAGS)
+        raise UserError(f"unknown flag --{error.flagname}.{hint} All flags are in --help.") from None
     except Exception as error:
         place = _place(error, path) if path else ""
         if not place and not isinstance(error, flags.Error):
@@ -83,11 +90,22 @@ def parse_flags(positional: int = 0) -> list[str]:
     if len(rest) > positional:
         others = "Everything else" if positional else "Everything"
         raise UserError(
-            f"unexpected argument {rest[positional]!r}. {others} is a flag, --NAME=VALUE. All flags are in --help."
+            f"unexpected argument {rest[positional]!r}.{_flag_of(rest[positional])} {others} is a flag, --NAME=VALUE."
+            " All flags are in --help."
         )
     if path:
         _check_config(path, flags.FLAGS.config)
+        keep_given_length(flags.FLAGS.config, flags.FLAGS["config"].override_values)
     return rest
+
+
+def _flag_of(argument: str) -> str:
+    """Say of which flag an argument may be the value, as a sentence with a space before it."""
+    if argument.startswith("config."):
+        return f" Did you mean --{argument}?"
+    if "model" in flags.FLAGS and not flags.FLAGS.model:
+        return f" Did you mean --model={argument}?"
+    return " A value with spaces needs quotes around it."
 
 
 def _with_config_file(arguments: list[str]) -> tuple[list[str], Path]:
@@ -100,7 +118,8 @@ def _with_config_file(arguments: list[str]) -> tuple[list[str], Path]:
         if found := CONFIG_FLAG.fullmatch(argument):
             given += [(i, found[1]) if found[1] is not None else (i + 1, "".join(arguments[i + 1 : i + 2]))]
     if not given or not given[-1][1] or given[-1][1].startswith("-"):
-        raise UserError(f"no --config was given. {advice}")
+        named = next((f" Did you mean --config {argument}?" for argument in arguments if find_config(argument)), "")
+        raise UserError(f"no --config was given.{named} {advice}")
     if len(given) > 1:
         names = " and ".join(f"--config={value}" for _, value in given)
         raise UserError(f"{names} were given. Allowed: one config, whose keys --config.KEY=VALUE overrides.")
@@ -126,7 +145,7 @@ def _check_keys(arguments: list[str]) -> None:
         if key in groups:
             problems.append(f"{found[0]} is a group of keys. Set one of its keys instead: {', '.join(groups[key])}.")
         else:
-            problems.append(new_key(key) or f"unknown config key {found[0]}.{did_you_mean(key, KEYS)}")
+            problems.append(f"unknown config key {found[0]}.{unknown_key(key)}")
     if problems:
         raise UserError(" ".join(problems) + " All keys are in --help.")
 
@@ -158,7 +177,8 @@ def _in_short(error: BaseException) -> str:
     key = re.match(r"\W*(?:Key\W+)?(\w+)", text)
     close = re.search(r'Did you mean "(\w+)"', text)
     if isinstance(error, AttributeError | KeyError) and ("locked" in text or close) and key:
-        return new_key(key[1]) or f"unknown config key {key[1]}." + (f" Did you mean {close[1]}?" if close else "")
+        hint = called_here(key[1]) or (f" Did you mean {close[1]}?" if close else "")
+        return new_key(key[1]) or f"unknown config key {key[1]}.{hint}"
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(".: ") + "."
 
 

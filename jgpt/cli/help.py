@@ -3,10 +3,9 @@
 Beside the data path: `run.py` is the only caller.
 """
 
-import sys
-
 from absl import flags
 
+from jgpt.cli.flags import own_flags
 from jgpt.cli.text import columns, first_line
 from jgpt.config.defaults import GROUPS
 from jgpt.config.files import config_files
@@ -25,13 +24,11 @@ EXIT_CODES = (
 def help_text(doc: str) -> str:
     """Put together a command's --help: its docstring, its flags, and the configs and their keys where it takes one."""
     parts = [doc.strip()]
-    ours = ("jgpt.", "__main__", sys.argv[0])
-    by_module = flags.FLAGS.flags_by_module_dict()
     rows = [
         (f"--{flag.name}", f"{' '.join(flag.help.split())}{_default(flag)}")
-        for module, found in by_module.items() if module.startswith(ours)
-        for flag in found if flag.name != "config"
-    ]  # fmt: skip
+        for flag in own_flags()
+        if flag.name != "config"
+    ]
     if "config" in flags.FLAGS:
         rows.insert(0, ("--config NAME", "the config: one of those below by its name, or a file of your own"))
         rows.insert(1, ("--config.KEY=VALUE", "override one of its keys; give it as often as you like"))

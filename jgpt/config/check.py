@@ -6,13 +6,13 @@ Beside the data path: the commands ask before the long work.
 from __future__ import annotations
 
 import codecs
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jgpt.config import moved
 from jgpt.config.defaults import KEYS, LORA_TARGETS, flatten
+from jgpt.config.other_names import unknown_value
 from jgpt.errors import UserError
 from jgpt.redaction import find_secret
 
@@ -57,7 +57,7 @@ def _single_keys(flat: Mapping[str, Any]) -> dict[str, str]:
         if key.allows(value):
             continue
         renamed = moved.new_value(name, value)
-        hint = f"; {value!r} is now {renamed!r}" if renamed else _did_you_mean(value, key.choices)
+        hint = f"; {value!r} is now {renamed!r}" if renamed else unknown_value(value, key.choices)
         found[name] = f"{name}={value!r}: it must be {key.allowed(in_full=True)}{hint}"
     return found
 
@@ -161,19 +161,22 @@ def _muon(config: ConfigDict) -> Iterator[str]:
 
 
 def _budget(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
-    """Check that the length of a run is given once: in steps, or in hours."""
-    steps, hours = config.optimizer.total_steps, config.optimizer.budget_hours
-    if not wrong.isdisjoint(("optimizer.total_steps", "optimizer.budget_hours")) or bool(steps) != bool(hours):
+    """Check that the length of a run is given once: in steps, or in hours and epochs."""
+    steps = config.optimizer.total_steps
+    given = {f"optimizer.{name}": config.optimizer[name] for name in ("budget_hours", "budget_epochs")}
+    if not wrong.isdisjoint(("optimizer.total_steps", *given)) or bool(steps) != any(given.values()):
         return
     if steps:
+        limits = " and ".join(f"{name}={value:g}" for name, value in given.items() if value)
+        unset = " and ".join(f"{name}=0" for name, value in given.items() if value)
         yield (
-            f"optimizer.budget_hours={hours:g} with optimizer.total_steps={steps}: a run is so many steps long, or so "
-            "many hours; set optimizer.total_steps=auto (0 in a config file), or optimizer.budget_hours=0"
+            f"{limits} with optimizer.total_steps={steps}: a run is so many steps long, or as many as hours and epochs"
+            f" hold; set optimizer.total_steps=auto (0 in a config file), or {unset}"
         )
     else:
         yield (
-            "optimizer.total_steps=auto (0) without optimizer.budget_hours: the steps are those that fit in the hours; "
-            "set optimizer.budget_hours=2, say, or optimizer.total_steps"
+            "optimizer.total_steps=auto (0) without optimizer.budget_hours and optimizer.budget_epochs: the steps are"
+            " those that they hold; set optimizer.budget_hours=2, say, or optimizer.total_steps"
         )
 
 
@@ -291,10 +294,5 @@ def _fine_tuning(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
         )
     targets = [target.strip() for target in config.lora.targets.split(",")]
     if unknown := [target for target in targets if target not in LORA_TARGETS]:
-        hint = _did_you_mean(unknown[0], LORA_TARGETS)
+        hint = unknown_value(unknown[0], LORA_TARGETS)
         yield f"lora.targets: {unknown[0]!r} is no layer; they are {', '.join(LORA_TARGETS)}{hint}"
-
-
-def _did_you_mean(value: object, allowed: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(value), list(allowed), 1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -183,12 +183,17 @@ OPTIMIZER = Group(
                 "muon": "fewer steps to the same loss, and one moment less to keep; not with lora",
             },
         ),
-        "total_steps": Key(1000, "optimizer steps of the whole run; 0 or auto: what fits in budget_hours", 0),
+        "total_steps": Key(
+            1000, "optimizer steps of the whole run; 0 or auto: what fits in budget_hours and budget_epochs", 0
+        ),
         "budget_hours": Key(
             0.0,
             "total_steps=auto: hours of the whole run, also in several sessions; nobody has to guess the steps",
             0,
             100_000,
+        ),
+        "budget_epochs": Key(
+            0.0, "total_steps=auto: how often the text is read, or as often as budget_hours allow; 0: no limit", 0, 1e6
         ),
         "schedule": Key(
             "cosine",
@@ -341,6 +346,9 @@ GROUPS = (RUN, DATA, TOKENIZER, MODEL, ROPE_SCALING, LORA, PRECISION, OPTIMIZER,
 GROUPS += (CHECKPOINT, EXPORT, LOGGING)
 
 KEYS = {f"{group.name}.{name}".lstrip("."): key for group in GROUPS for name, key in group.keys.items()}
+
+
+AUTO_KEYS = ("execution.micro_batch_size", "optimizer.total_steps")  # whole numbers, where a user may say auto for 0
 
 
 def default_config() -> ConfigDict:

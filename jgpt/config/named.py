@@ -5,13 +5,15 @@ Beside the data path: what `--config NAME --config.KEY=VALUE` is on the command 
 
 import runpy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from jgpt.config.defaults import KEYS
+from jgpt.config.defaults import AUTO_KEYS, KEYS
 from jgpt.config.files import config_files, find_config
-from jgpt.config.moved import new_key
+from jgpt.config.length import keep_given_length
+from jgpt.config.other_names import unknown_key
 from jgpt.errors import UserError
 from jgpt.wording import did_you_mean
 
@@ -21,8 +23,8 @@ def config_named(name: str) -> ConfigDict:
     path = find_config(name)
     if path is None:
         raise UserError(
-            f"there is no config {name!r}. Allowed: {', '.join(config_files())}, or the path of a file with"
-            " get_config(). Correct the name."
+            f"there is no config {name!r}.{did_you_mean(Path(name).stem, config_files())} Allowed:"
+            f" {', '.join(config_files())}, or the path of a file with get_config(). Correct the name."
         )
     make = runpy.run_path(str(path)).get("get_config")
     config = make() if callable(make) else None
@@ -36,14 +38,14 @@ def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     config, problems = config.copy_and_resolve_references(), []
     for key, value in changes.items():
         if key not in KEYS:
-            moved = new_key(key)
-            problems.append(f"unknown config key {key!r}.{f' {moved}' if moved else did_you_mean(key, KEYS)}")
+            problems.append(f"unknown config key {key!r}.{unknown_key(key)}")
             continue
         try:
-            config.update_from_flattened_dict({key: value})
+            config.update_from_flattened_dict({key: 0 if key in AUTO_KEYS and value == "auto" else value})
         except TypeError:
             kind = type(KEYS[key].value).__name__
             problems.append(f"{key}={value!r} is of the type {type(value).__name__}. Allowed: {kind}.")
     if problems:
         raise UserError(" ".join(problems) + " All keys are in docs/configuration.md.")
+    keep_given_length(config, changes)
     return config

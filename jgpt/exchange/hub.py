@@ -5,7 +5,6 @@ connection broke, keeps complete files in HF_HOME, reads its token from HF_TOKEN
 HF_HUB_OFFLINE=1.
 """
 
-import difflib
 import errno
 import json
 import logging
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from jgpt.config.files import user_path
 from jgpt.errors import UserError
+from jgpt.wording import did_you_mean
 
 log = logging.getLogger("jgpt")
 
@@ -76,9 +76,7 @@ def _runs_near(name: str) -> tuple[Path, list[str]]:
 def _named(name: str, runs: list[str]) -> str:
     if not runs:
         return ""
-    close = difflib.get_close_matches(name, runs, 1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return f"{hint} Runs here: {', '.join(runs[:10])}{', ...' if len(runs) > 10 else ''}."
+    return f"{did_you_mean(name, runs)} Runs here: {', '.join(runs[:10])}{', ...' if len(runs) > 10 else ''}."
 
 
 def _below(directory: Path) -> Path:

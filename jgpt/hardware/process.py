@@ -3,6 +3,7 @@
 Beside the data path: the commands call `set_up_process` before anything touches a device.
 """
 
+import glob
 import os
 import sys
 from contextlib import suppress
@@ -41,6 +42,9 @@ def set_up_process(deterministic: bool = False) -> None:
     # 1, errors and warnings, is what JAX itself puts there when it is imported; XLA's warnings are for XLA's authors.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    # Else JAX's CUDA plugin, which is there for plans, looks for cuDNN where there is no GPU, and shows a traceback.
+    if not has_nvidia_gpu():
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     # Else XLA times several algorithms for each product at each start of a process, takes the fastest, and adds up
     # gradients of the embedding in any order: other bits after a restart (measured: docs/benchmarks).
     if deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
@@ -52,6 +56,11 @@ def set_up_process(deterministic: bool = False) -> None:
             jax.config.update("jax_num_cpu_devices", usable_cores())
         except RuntimeError:  # the devices are in use: too late, and no harm done
             pass
+
+
+def has_nvidia_gpu() -> bool:
+    """Tell whether the system has an NVIDIA GPU, by its device files; in WSL there is one file for all GPUs."""
+    return bool(glob.glob("/dev/nvidia*")) or os.path.exists("/dev/dxg")
 
 
 def user_cache() -> Path:

@@ -6,7 +6,7 @@ In the data path: around `decode.py`; the model's own template (`data/chat_templ
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from jgpt.errors import UserError
 from jgpt.inference.chat_prompt import ChatPrompts
 from jgpt.inference.rounds import compilations
 from jgpt.inference.sampling import Sampling
-from jgpt.inference.write import Prompt, write
+from jgpt.inference.write import Piece, Prompt, write
 from jgpt.model.gpt import GPT
 
 HELP = """What you type is a message, unless it is one of these:
@@ -78,19 +78,8 @@ class Chat:
         ids, answer = self._prompt({"role": "user", "content": question})
         most = min(self.max_new_tokens, self.context_length - len(ids))
         compiled, began = compilations(), time.perf_counter()
-        pieces = write(
-            self.model,
-            self.variables,
-            self.tokenizer,
-            [Prompt(ids, ids)],
-            sampling=self.sampling,
-            max_new_tokens=most,
-            stop_ids=self.prompts.stop_ids,
-            stop=self.prompts.stop,
-            seed=self.seed,
-        )
         try:
-            for _, text, n_tokens in pieces:
+            for _, text, n_tokens in self._pieces(ids, most):
                 if not answer.n_tokens:
                     answer.seconds_to_first = time.perf_counter() - began
                 answer.n_tokens += n_tokens
@@ -108,6 +97,12 @@ class Chat:
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
         return answer
 
+    def warm_up(self) -> None:
+        """Compile what an answer to a short question needs, by beginning one: the first answer need not wait for it."""
+        ids = self.prompts.ids(self.prompts.text([{"role": "user", "content": "?"}]))
+        if len(ids) < self.context_length:
+            next(self._pieces(ids, self.context_length - len(ids)), None)
+
     def reset(self) -> None:
         """Forget everything but the system prompt."""
         self.turns, self.forgotten = [], 0
@@ -123,6 +118,20 @@ class Chat:
             raise UserError(
                 f"{path} cannot be written: {error.strerror}. Allowed: a file in a directory that is there. Name one."
             ) from None
+
+    def _pieces(self, ids: list[int], most: int) -> Iterator[Piece]:
+        """Return an iterator over the pieces of an answer to a prompt, of `most` tokens at most."""
+        return write(
+            self.model,
+            self.variables,
+            self.tokenizer,
+            [Prompt(ids, ids)],
+            sampling=self.sampling,
+            max_new_tokens=min(self.max_new_tokens, most),
+            stop_ids=self.prompts.stop_ids,
+            stop=self.prompts.stop,
+            seed=self.seed,
+        )
 
     def _prompt(self, question: Message) -> tuple[list[int], Answer]:
         """Encode the system prompt, the question, and as many of the last turns as leave room for an answer."""

@@ -55,6 +55,8 @@ def entry() -> None:
         verb.define_flags()
         run(verb.main, f"{inspect.getdoc(verb.main)}\n\n{codes}")
     else:
+        if name and not name.startswith("-"):
+            del sys.argv[2:]  # the flags of a verb that there is not
         lines = columns((name, (inspect.getdoc(verb.main) or "").split("\n")[0]) for name, verb in VERBS.items())
         run(unknown, f"{__doc__}\nVerbs, each with a --help of its own:\n{lines}\n\n{codes}")
 

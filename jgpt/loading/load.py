@@ -76,11 +76,11 @@ def load_model(
     )
 
 
-def import_model(pretrained: Pretrained, run_dir: Path, params: str) -> None:
+def import_model(pretrained: Pretrained, run_dir: Path, params: str) -> bool:
     """Write a model of others as a run directory, its matrices in `params` ("fp32", "fp16", "bf16"), vectors in fp32.
 
-    The directory is one to generate with, evaluate and begin from; it has no optimizer state. Raises UserError when it
-    holds a run already.
+    The directory is one to generate with, evaluate and begin from; it has no optimizer state. Returns whether it is a
+    chat model. Raises UserError when the directory holds a run already.
     """
     source = describe(pretrained)
     config = source.config
@@ -98,3 +98,4 @@ def import_model(pretrained: Pretrained, run_dir: Path, params: str) -> None:
             "tokenizer_sha256": source.tokenizer.sha256,
         }
         save_params(directory / "checkpoints", 0, tree, meta)
+    return "chat_template" in source.tokenizer.settings

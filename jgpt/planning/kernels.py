@@ -19,7 +19,7 @@ _SLOW |= {"rsqrt", "cbrt", "sine", "cosine", "tan", "erf", "atan2", "remainder"}
 _SLOW_FLOPS = 8
 # Of the rate of a large product, as our kernels should reach it on a T4: 20 and 16 of 24 TFLOP/s (docs/flash.md).
 OUR_SHARES = {"forward": 20 / 24, "backward_q": 16 / 24, "backward_kv": 16 / 24}
-PRODUCT_KINDS = ("fp16 gemm", "fp32 gemm", "fused attention")  # by the width of the operands
+PRODUCT_KINDS = ("fp16 gemm", "bf16 gemm", "fp32 gemm", "fused attention")  # by the operands
 
 
 class Work(NamedTuple):
@@ -40,7 +40,8 @@ def work_of(opcode: str, body: list[Op]) -> Work:
             narrow = all(inner[name].shapes[0].itemsize <= 2 for name in op.operands[:2])
             flops = _product_flops(op, inner)
             fp16, fp32 = (fp16 + flops, fp32) if narrow else (fp16, fp32 + flops)
-            kind = "fp16 gemm" if narrow else "fp32 gemm"
+            left = inner[op.operands[0]].shapes[0].dtype
+            kind = ("bf16 gemm" if left == "bf16" else "fp16 gemm") if narrow else "fp32 gemm"
         elif op.is_fused_attention:
             fp16, kind = fp16 + _attention_flops(op, inner), "fused attention"
     return Work(kind, _bytes(body, inner), fp16, fp32)

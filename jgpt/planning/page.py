@@ -102,12 +102,30 @@ def _speed(plan: Plan) -> str:
     mfu = f", MFU {100 * flops / peak:.0f}%" if peak else ""
     return "\n".join(
         [
-            _line("a step", f"{found.prediction.seconds * 1e3:,.0f} ms"),
+            _line("a step", f"{milliseconds(found.prediction.seconds)}{_launches(found.prediction)}"),
             _line("tokens a second", f"{found.tokens_per_second:,.0f}{mfu}"),
             _line("goes to", shares),
             *_program(found),
         ]
     )
+
+
+def milliseconds(seconds: float) -> str:
+    """Write a short duration, which is never 0.
+
+    >>> milliseconds(3.38), milliseconds(0.00162), milliseconds(4e-6)
+    ('3,380 ms', '1.62 ms', '0.004 ms')
+    """
+    return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.01 else f"{float(f'{seconds * 1e3:.3g}'):g} ms"
+
+
+def _launches(prediction: Prediction) -> str:
+    """Say how many kernels a step launches, where that is most of what it takes."""
+    waiting = [op for op in prediction.ops if op.unit == "launch"]
+    if sum(op.seconds for op in waiting) < prediction.seconds / 2:
+        return ""
+    kernels = sum(op.times for op in prediction.ops)
+    return f", most of it to launch {kernels:,} kernels: a larger micro-batch costs little here"
 
 
 def _program(found: Estimate) -> list[str]:
@@ -164,16 +182,17 @@ def _run(plan: Plan) -> str:
     o, steps, (count, size) = plan.config.optimizer, plan.steps, plan.checkpoints
     of = "" if o.total_steps else f", what {o.budget_hours:g} hours hold at this speed; training measures its own"
     if steps is None:
-        lines = [_line("steps", f"what {o.budget_hours:g} hours hold; training measures its speed")]
+        held = f"{o.budget_hours:g} hours" if o.budget_hours else f"{o.budget_epochs:g} epochs"
+        lines = [_line("steps", f"what {held} hold; training measures its speed, and counts the text")]
     else:
         lines = [_line("steps", f"{steps:,}, {format_count(steps * plan.found.parts.tokens_per_step)} tokens{of}")]
     if plan.hours is not None:
-        longest = plan.config.deadline_hours or plan.run_hours
-        lines += [
-            _line("time", f"{format_duration(plan.hours * 3600)}; evaluation, samples and saving come on top"),
-            _line("runs", f"{plan.runs}, of {longest:g} hours at most"),
-            _line("share of a week", f"{100 * plan.hours / plan.weekly_hours:.0f}% of {plan.weekly_hours:g} hours"),
-        ]
+        lines.append(_line("time", f"{format_duration(plan.hours * 3600)}; evaluation, samples and saving come on top"))
+        if plan.runs is not None:
+            lines.append(_line("runs", f"{plan.runs}, of {plan.longest_run:g} hours at most"))
+        if plan.weekly_hours:
+            share = 100 * plan.hours / plan.weekly_hours
+            lines.append(_line("share of a week", f"{share:.0f}% of {plan.weekly_hours:g} hours"))
     lines.append(_line("disk for checkpoints", f"{count * size / 1e9:.2f} GB: {count} of {size / 1e9:.2f}, one of them"
                        " being written"))  # fmt: skip
     return "\n".join(lines)

@@ -36,8 +36,8 @@ class Plan:
     vocabulary: str  # where the number of ids comes from
     found: Estimate  # of the config as it is, or of the best execution where it was searched for
     searched: Search[Estimate] | None
-    run_hours: float
-    weekly_hours: float
+    run_hours: float  # that a run may take; 0: no limit
+    weekly_hours: float  # that a week has; 0: no limit
 
     @property
     def fits(self) -> bool:
@@ -56,13 +56,17 @@ class Plan:
         o, seconds = self.config.optimizer, self.found.seconds
         if o.total_steps or seconds is None:
             return o.total_steps or None
-        return steps_that_fit(o.budget_hours, seconds)
+        return steps_that_fit(o.budget_hours, seconds) if o.budget_hours else None
 
     @property
     def runs(self) -> int | None:
-        """Count the runs that these hours take: each as long as its deadline, or as a run may be."""
-        longest = self.config.deadline_hours or self.run_hours
-        return None if self.hours is None else math.ceil(self.hours / longest)
+        """Count the runs that these hours take; None where nothing limits a run."""
+        return None if self.hours is None or not self.longest_run else math.ceil(self.hours / self.longest_run)
+
+    @property
+    def longest_run(self) -> float:
+        """Hours of a run at most: its deadline, or what a run may take; 0 without a limit."""
+        return self.config.deadline_hours or self.run_hours
 
     @property
     def checkpoints(self) -> tuple[int, int]:
@@ -96,7 +100,7 @@ def make_plan(
 
     The keys of `execution` that the config leaves open are searched for, and with `tune` all of them. Where the config
     does not fit as it is, its micro-batch and remat are searched for. `on_compiled` is called after each compile. A run
-    takes `run_hours` at most, and a week has `weekly_hours` of them.
+    takes `run_hours` at most, and a week has `weekly_hours` of them; 0 where there is no such limit.
     """
     target = None if device == THIS else compile_only(device)
     config, source = adopt_source(config, user_path(config.out_dir).absolute())

@@ -148,8 +148,8 @@ def _numbers(records: list[dict[str, Any]]) -> list[Number]:
 
 
 def _commands(run_dir: Path, status: dict[str, Any]) -> list[Command]:
-    generate = f"python -m jgpt.generate --model {shlex.quote(str(run_dir))} --prompt 'Once upon a time'"
-    commands = [Command("Write text", generate)]
+    tried = status.get("try_command") or f"python -m jgpt.generate --model {shlex.quote(str(run_dir))}"
+    commands = [Command("Chat" if "jgpt.chat" in tried else "Write text", str(tried))]
     if status.get("resume_command") and status.get("state") != "finished":
         commands.insert(0, Command("Resume", str(status["resume_command"])))
     return commands

@@ -198,7 +198,7 @@ def read_config(run_dir: Path) -> ConfigDict:
         config.update(json.loads(path.read_text(encoding="utf-8")))
         given = config.copy_and_resolve_references()
         if given.optimizer.total_steps:
-            given.optimizer.budget_hours = 0.0  # the steps that these hours became stand beside them
+            given.optimizer.update(budget_hours=0.0, budget_epochs=0.0)  # the steps that they became stand beside them
         reason = "; ".join(problems(given))
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
@@ -251,11 +251,16 @@ def _devices_here() -> str:
     return f"{len(devices)} x {devices[0].device_kind}"
 
 
-def write_status(run_dir: Path, state: str, step: int, total_steps: int, reason: str, command: str) -> None:
-    """Write status.json; `state` is running, finished, stopped or failed, and `command` is what makes the run go on."""
+def write_status(
+    run_dir: Path, state: str, step: int, total_steps: int, reason: str, command: str, try_command: str = ""
+) -> None:
+    """Write status.json; `state` is running, finished, stopped or failed.
+
+    `command` is what makes the run go on, `try_command` what tries its model.
+    """
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     status = {"state": state, "step": step, "total_steps": total_steps, "reason": reason, "resume_command": command}
-    status |= {"time": now, "pid": os.getpid()}
+    status |= {"try_command": try_command, "time": now, "pid": os.getpid()}
     write_json(run_dir / "status.json", redact_values(status))  # an error may quote a secret
 
 

@@ -3,6 +3,8 @@
 In the data path: between `jgpt.load` and `app.py`.
 """
 
+import sys
+
 from jgpt.api import Model
 from jgpt.errors import UserError
 from jgpt.inference.batch import Batch, Row
@@ -10,6 +12,7 @@ from jgpt.inference.sampling import Sampling
 from jgpt.serve.app import Endpoints
 from jgpt.serve.ask import Limits
 from jgpt.serve.worker import Worker
+from jgpt.waiting import waiting
 
 
 def make_endpoints(
@@ -38,7 +41,8 @@ def make_endpoints(
 def warm_up(batch: Batch, first_id: int) -> None:
     """Compile what the first request needs, by writing two tokens. Raises UserError where none can be drawn."""
     batch.add(Row([first_id], 2, Sampling()))
-    while len(batch):
-        for news in batch.step():
-            if news.error:
-                raise UserError(news.error)
+    with waiting("compiling", sys.stderr):
+        while len(batch):
+            for news in batch.step():
+                if news.error:
+                    raise UserError(news.error)

@@ -21,6 +21,7 @@ from jgpt.training.hooks.sample import sample, sample_due
 from jgpt.training.hooks.save import Save
 from jgpt.training.run import Run
 from jgpt.training.stop import Stop
+from jgpt.waiting import waiting
 from jgpt.wording import format_duration
 
 SAVE = "save"  # what process 0 asks for when its clock says so
@@ -38,21 +39,26 @@ def loop(run: Run, metrics: Log, save: Save, health: Health, stop: Stop) -> None
         return finish(run, save)
     _say_deadline(run, save)
     if run.step == 0:
-        metrics.write(run, {"step": 0, "tokens": 0} | evaluate_run(run))
+        with waiting("compiling the evaluation"):
+            first = evaluate_run(run)
+        metrics.write(run, {"step": 0, "tokens": 0} | first)
     log.info("compiling the step")
     reason, unread = "", None  # the step whose numbers are not read yet
     first_step, longest, began = run.step + 1, 0.0, time.monotonic()
     agree = Agreement(run.parts.strategy.devices)
     with Prefetcher(run.batch, run.step) as batches:
         while not run.is_done and not reason:
-            numbers = run.advance(batches.next(run.step))
+            if run.step + 1 == first_step:
+                with waiting("compiling the step"):
+                    numbers = run.advance(batches.next(run.step))
+                    jax.block_until_ready(numbers)
+                metrics.restart(run)
+            else:
+                numbers = run.advance(batches.next(run.step))
             if unread is not None:
                 _check_health(run, save, health, *unread)  # while the devices are busy with the step just dispatched
             unread = run.step, numbers
-            if run.step == first_step:
-                jax.block_until_ready(numbers)
-                metrics.restart(run)
-            else:
+            if run.step > first_step:
                 longest = max(longest, time.monotonic() - began)  # of a step and what was done before it
             began = time.monotonic()
             wish = stop.reason(agree.steps * longest + save.seconds() + EXIT_SECONDS)
@@ -112,7 +118,10 @@ def finish(run: Run, save: Save, reason: str = "") -> None:
         command = run.status.command
         log.info("stopped at step %d of %d: %s. To go on:\n  %s", run.step, run.total_steps, reason, command)
     else:
-        log.info("finished: %s", run.run_dir)
+        log.info(
+            "finished: %s\nThe whole run on one page: %s\nTo try the model:\n  %s",
+            run.run_dir, run.run_dir / "report.html", run.status.try_command,
+        )  # fmt: skip
 
 
 def _say_deadline(run: Run, save: Save) -> None:

@@ -1,7 +1,8 @@
-"""Hours instead of steps: measure the first steps, and settle how many fit in `optimizer.budget_hours`.
+"""Hours or epochs instead of steps: settle how many steps `optimizer.budget_hours` and `budget_epochs` hold.
 
-In the data path: after the parts of a run are built, and before its state is. The steps that are measured are the real
-ones, on real batches, but of a state that is thrown away: the run then begins from step 0, knowing its length.
+In the data path: after the parts of a run are built, and before its state is. Epochs are counted. For hours the first
+steps are measured: the real ones, on real batches, but of a state that is thrown away: the run then begins from step 0,
+knowing its length.
 """
 
 import logging
@@ -25,9 +26,12 @@ from jgpt.planning.budget import USED, steps_that_fit
 from jgpt.run_dir.checkpoint import SAVE_BYTES_PER_SECOND
 from jgpt.run_dir.identity import read_config
 from jgpt.training.setup import Setup
+from jgpt.waiting import waiting
 from jgpt.wording import format_count, format_duration
 
-PROBE_STEPS, PROBE_SECONDS = 3, 15.0  # both at least
+PROBE_STEPS, PROBE_SECONDS = 3, 15.0  # both at least, but for a run of minutes a share of it in seconds
+PROBE_SHARE = 0.02
+SMALL_TEXT_TOKENS, BOOK_TOKENS = 50_000, 200_000
 MANY_EPOCHS = 4.0  # repeated so often, text teaches almost as if it were new (Muennighoff et al., arXiv 2305.16264)
 
 clock = time.monotonic
@@ -39,23 +43,40 @@ def with_steps_of_run(config: ConfigDict, run_dir: Path) -> ConfigDict:
     if config.optimizer.total_steps or not (run_dir / "config.json").is_file():
         return config
     before = read_config(run_dir).optimizer
-    if before.budget_hours != config.optimizer.budget_hours:
-        log.info(
-            "optimizer.budget_hours=%g: this run's %d steps stay, which were settled at its start (then %g). To change"
-            " them set --config.optimizer.total_steps=N --config.optimizer.budget_hours=0",
-            config.optimizer.budget_hours, before.total_steps, before.budget_hours,
-        )  # fmt: skip
+    for name in ("budget_hours", "budget_epochs"):
+        if before[name] != config.optimizer[name]:
+            log.info(
+                "optimizer.%s=%g: this run's %d steps stay, which were settled at its start (then %g). To change them"
+                " set --config.optimizer.total_steps=N", name, config.optimizer[name], before.total_steps, before[name],
+            )  # fmt: skip
     return _with_steps(config, before.total_steps)
 
 
 def settle_steps(config: ConfigDict, setup: Setup, started: float) -> tuple[ConfigDict, Setup]:
     """Return config and setup with `total_steps` settled; both unchanged where it is given.
 
-    `started` is when the process began its work, on the clock of `time.monotonic`. Raises UserError where the hours are
-    too few.
+    `started` is when the process began its work, on the clock of `time.monotonic`. Raises UserError where the hours or
+    the epochs are too few.
     """
-    if config.optimizer.total_steps:
+    o = config.optimizer
+    if o.total_steps:
         return config, setup
+    of_epochs = int(o.budget_epochs * setup.batches.n_blocks / config.batch.global_batch_size)
+    of_hours = _steps_of_hours(config, setup, started) if o.budget_hours else of_epochs
+    steps = min(of_hours, of_epochs) if o.budget_epochs else of_hours
+    if o.budget_epochs and of_epochs <= o.warmup_steps:
+        raise UserError(
+            f"optimizer.budget_epochs={o.budget_epochs:g} of {setup.batches.n_blocks} sequences hold {of_epochs} steps,"
+            f" and {o.warmup_steps} are for the warmup. Allowed: epochs for more steps than that. Give more text, or"
+            " set more --config.optimizer.budget_epochs or fewer --config.optimizer.warmup_steps."
+        )
+    _say(config, setup, steps)
+    config = _with_steps(config, steps)
+    return config, replace(setup, parts=make_parts(config, setup.parts.shapes, setup.parts.strategy.devices))
+
+
+def _steps_of_hours(config: ConfigDict, setup: Setup, started: float) -> int:
+    """Measure the first steps; return how many fit in `budget_hours`."""
     hours, parts = config.optimizer.budget_hours, setup.parts
     log.info("optimizer.total_steps=auto: measuring the first steps")
     measured = _measure(config, setup)
@@ -77,9 +98,12 @@ def settle_steps(config: ConfigDict, setup: Setup, started: float) -> tuple[Conf
             " --config.optimizer.budget_hours, fewer --config.optimizer.warmup_steps, or a smaller"
             " --config.batch.global_batch_size."
         )
-    _say(config, setup, steps, measured)
-    config = _with_steps(config, steps)
-    return config, replace(setup, parts=make_parts(config, parts.shapes, parts.strategy.devices))
+    log.info(
+        "%s hold %d steps: measured %s tokens/s and %s for an evaluation; starts, saving and %.0f%% spare are taken"
+        " off", format_duration(3600 * hours), steps, format_count(parts.tokens_per_step / measured.step),
+        format_duration(measured.evaluation), 100 * (1 - USED),
+    )  # fmt: skip
+    return steps
 
 
 def _with_steps(config: ConfigDict, steps: int) -> ConfigDict:
@@ -102,11 +126,12 @@ def _measure(config: ConfigDict, setup: Setup) -> _Measured:
     parts = setup.parts
     state, frozen = parts.first_state(), _stand_in(parts)
     began = clock()
-    state, numbers = parts.train_step(state, frozen, parts.own_batch(setup.batches, 0))
-    jax.block_until_ready(numbers)
+    with waiting("compiling the step"):
+        state, numbers = parts.train_step(state, frozen, parts.own_batch(setup.batches, 0))
+        jax.block_until_ready(numbers)
     compiled = clock()
-    steps = 0
-    while steps < PROBE_STEPS or first_decides(lambda: clock() - compiled < PROBE_SECONDS):
+    steps, enough = 0, min(PROBE_SECONDS, PROBE_SHARE * 3600 * config.optimizer.budget_hours)
+    while steps < PROBE_STEPS or first_decides(lambda: clock() - compiled < enough):
         steps += 1
         state, numbers = parts.train_step(state, frozen, parts.own_batch(setup.batches, steps))
         jax.block_until_ready(numbers)
@@ -119,7 +144,8 @@ def _measure(config: ConfigDict, setup: Setup) -> _Measured:
             parts.strategy, parts.eval_step, state.params, frozen, blocks, parts.rows, parts.sequence_length
         )
 
-    evaluated()  # compiles
+    with waiting("compiling the evaluation"):
+        evaluated()
     seconds = _seconds(evaluated) * len(setup.val_blocks) / len(blocks)
     return _Measured(max(0.0, compiled - began - step), step, seconds)
 
@@ -141,19 +167,19 @@ def _stand_in(parts: Parts) -> Any:
     return jax.tree_util.tree_map_with_path(zeros, abstract_stored(parts.shapes, parts.policy.compute))
 
 
-def _say(config: ConfigDict, setup: Setup, steps: int, measured: _Measured) -> None:
-    """Say what was settled and from what; warn where the text is small for it."""
-    per_step = setup.parts.tokens_per_step
+def _say(config: ConfigDict, setup: Setup, steps: int) -> None:
+    """Say what was settled; warn where the text is small for it, or for the model."""
+    o, n_tokens = config.optimizer, steps * setup.parts.tokens_per_step
     epochs = steps * config.batch.global_batch_size / setup.batches.n_blocks
-    log.info(
-        "optimizer.total_steps=%d for %g hours: measured %s tokens/s and %s for an evaluation; starts, saving and"
-        " %.0f%% spare are taken off. %s tokens, %.1f epochs",
-        steps, config.optimizer.budget_hours, format_count(per_step / measured.step),
-        format_duration(measured.evaluation), 100 * (1 - USED), format_count(steps * per_step), epochs,
-    )  # fmt: skip
-    if epochs > MANY_EPOCHS:
+    log.info("optimizer.total_steps=%d: %s tokens, %.1f epochs", steps, format_count(n_tokens), epochs)
+    if o.budget_hours and not o.budget_epochs and epochs > MANY_EPOCHS:
         log.warning(
             "the text is small for %g hours: it is read %.0f times, and after about %.0f times it teaches little that"
             " is new. Give more text, a smaller --config.optimizer.budget_hours, or a larger model, and watch where the"
-            " validation loss turns up", config.optimizer.budget_hours, epochs, MANY_EPOCHS,
+            " validation loss turns up", o.budget_hours, epochs, MANY_EPOCHS,
+        )  # fmt: skip
+    if setup.batches.tokens_per_epoch < SMALL_TEXT_TOKENS:
+        log.warning(
+            "the text is small: %s tokens. The model will learn it by heart, more than it learns from it. Give it more:"
+            " a book has about %s tokens", format_count(setup.batches.tokens_per_epoch), format_count(BOOK_TOKENS),
         )  # fmt: skip

@@ -35,6 +35,7 @@ from jgpt.training.settle import settle_steps, with_steps_of_run
 from jgpt.training.setup import check_devices, check_disk, check_same_tokens, peak_flops, set_up, text_bytes
 from jgpt.training.status import Status, failures_explained
 from jgpt.training.stop import Stop
+from jgpt.training.try_it import try_command
 
 
 def train(
@@ -107,7 +108,7 @@ def _train_together(
         # From here on the run directory is this run's.
         if not resuming and is_first():
             data.tokenizer.save(run_dir / "tokenizer", config.model.context_length)
-        status = Status(run_dir, config.optimizer.total_steps, command)
+        status = Status(run_dir, config.optimizer.total_steps, command, try_command(config, data))
         with failures_explained(status, config, setup.parts):
             config, setup = settle_steps(config, setup, started)
         status.total_steps = config.optimizer.total_steps

@@ -20,8 +20,9 @@ from jgpt.run_dir.identity import write_status
 class Status:
     """The step of a run, what it is doing, and status.json, which says so to whoever looks in from outside."""
 
-    def __init__(self, run_dir: Path, total_steps: int, command: str) -> None:
-        self.run_dir, self.total_steps, self.command = run_dir, total_steps, command
+    def __init__(self, run_dir: Path, total_steps: int, command: str, try_command: str = "") -> None:
+        """`command` is what makes the run go on, `try_command` what tries its model."""
+        self.run_dir, self.total_steps, self.command, self.try_command = run_dir, total_steps, command, try_command
         self.step = 0
         self.activity = PLACING  # for the message when memory runs out
 
@@ -29,7 +30,7 @@ class Status:
         """Write status.json, in process 0; `state` is running, finished, stopped or failed."""
         if not is_first():
             return
-        write_status(self.run_dir, state, self.step, self.total_steps, reason, self.command)
+        write_status(self.run_dir, state, self.step, self.total_steps, reason, self.command, self.try_command)
 
     @contextmanager
     def during(self, activity: str) -> Iterator[None]:

@@ -16,7 +16,7 @@ import pytest
 from jgpt.checks import machine, verdict
 from jgpt.checks import software as checks
 from jgpt.checks.verdict import Check
-from jgpt.hardware import speed
+from jgpt.hardware import process, speed
 from jgpt.kaggle.session import checks as kaggle_checks
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_package_missing_too_old_or_optional(versions):
     found = checks.packages()
     assert named(found, "flax") == Check("flax", "FAIL", "0.11.1 (>=0.11.2)", 'pip install "flax>=0.11.2"')
     assert named(found, "optax") == Check("optax", "FAIL", "not installed (>=0.2.8)", 'pip install "optax>=0.2.8"')
-    assert named(found, "pyarrow")[1:3] == ("warn", "not installed (>=15); optional: reads .parquet text")
+    assert named(found, "pyarrow")[1:3] == ("-", "not installed (>=15); optional: reads .parquet text")
 
 
 def test_jaxlib_of_another_release_than_jax(versions):
@@ -168,7 +168,7 @@ def test_devices_are_described():
 @pytest.mark.parametrize(
     ("seen", "gpus", "on_kaggle", "state", "words"),
     [
-        ([], [], False, "ok", "runs on the CPU"),
+        ([], [], False, "-", "runs on the CPU"),
         (T4S, ["Tesla T4"] * 2, False, "ok", "2"),
         (T4S, ["Tesla T4"] * 2, True, "ok", "both T4s"),
         (T4S[:1], ["Tesla T4"], True, "warn", "one T4 of the two"),
@@ -183,7 +183,7 @@ def test_accelerators(seen, gpus, on_kaggle, state, words, monkeypatch):
     (check,) = machine.accelerators(seen or jax.local_devices(), gpus, kaggle_checks if on_kaggle else None)
     assert check.state == state
     assert words in check.value
-    assert bool(check.fix) == (state != "ok")
+    assert bool(check.fix) == (state in ("warn", "FAIL"))
     if on_kaggle and len(gpus) < 2:
         assert '"machine_shape": "NvidiaTeslaT4"' in check.fix
     if state == "FAIL":
@@ -332,3 +332,29 @@ def test_command_still_reports_when_a_package_cannot_be_imported(package, tmp_pa
     assert done.returncode == 2
     assert f"{package} is broken here" in done.stdout and json.loads(done.stdout)["ok"] is False
     assert not done.stderr
+
+
+def test_what_is_merely_absent_is_not_ok(monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
+    assert named(machine.secrets(), "WANDB_API_KEY") == Check("WANDB_API_KEY", "-", "not set")
+    assert named(machine.secrets(), "HF_TOKEN").state == "ok"
+    assert machine.internet(False)[0].state == "-"
+    text = verdict.to_text({"One": [Check("GPUs", "-", "none"), Check("a", "ok", "b")]})
+    assert "  -     GPUs  none" in text and "0 to fix, 0 to know" in text
+
+
+def test_the_wheels_for_plans_raise_no_false_alarm_where_there_is_no_gpu(monkeypatch):
+    """JAX's CUDA plugin would look for cuDNN, and log a traceback; where there is a GPU nothing is silenced."""
+    monkeypatch.delenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", raising=False)
+    monkeypatch.setattr(process, "has_nvidia_gpu", lambda: True)
+    process.set_up_process()
+    assert "JAX_SKIP_CUDA_CONSTRAINTS_CHECK" not in os.environ
+    monkeypatch.undo()
+    pytest.importorskip("jax_plugins.xla_cuda12")
+    if process.has_nvidia_gpu():
+        pytest.skip("there is a GPU")
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
+    command = [sys.executable, "-m", "jgpt.check_env", "--quick", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stderr == "" and json.loads(done.stdout)["devices"][0]["value"] == "cpu"

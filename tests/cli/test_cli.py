@@ -1,6 +1,8 @@
 """What the commands have in common: flags in; help, one clear message and an exit code out."""
 
 import contextlib
+import importlib
+import inspect
 import os
 import pty
 import re
@@ -15,8 +17,8 @@ import pytest
 from jgpt.cli.help import config_keys
 from jgpt.config.defaults import KEYS, default_config, flatten
 from jgpt.config.files import config_files, find_config
+from jgpt.config.other_names import FLAG_CALLED, KEY_CALLED, VALUE_CALLED, unknown_key
 from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
-from jgpt.wording import did_you_mean
 
 ROOT = Path(__file__).parents[2]
 BASE = f"--config={ROOT / 'configs' / 'base.py'}"
@@ -104,6 +106,17 @@ def test_every_key_is_listed_with_its_default_and_its_comment():
         ([BASE, "--confg=3"], ["unknown flag --confg", "Did you mean --config?"]),
         ([BASE, "--nothing"], ["unknown flag --nothing. All flags are in --help"]),
         ([BASE, "word"], ["unexpected argument 'word'", "--NAME=VALUE"]),
+        (
+            [BASE, "--config.optimizer.lr=3"],
+            ["unknown config key --config.optimizer.lr. Did you mean optimizer.learni"],
+        ),
+        ([BASE, "--config.fp16=true"], ["unknown config key --config.fp16. Did you mean precision.compute=fp16?"]),
+        ([BASE, "--config.batch_size=3"], ["Did you mean batch.global_batch_size?"]),
+        ([BASE, "--config.optimizer.epochs=3"], ["epochs x tokens of the text / tokens of a step", "budget_epochs"]),
+        ([BASE, "--config.gradient_accumulation_steps=3"], ["batch.global_batch_size, and", "micro_batch_size"]),
+        (["base"], ["no --config was given. Did you mean --config base?"]),
+        ([BASE, "config.seed=3"], ["unexpected argument 'config.seed=3'. Did you mean --config.seed=3?"]),
+        ([BASE, "--lr=3"], ["unknown flag --lr. Did you mean optimizer.learning_rate?", "Set a key by --config.KEY"]),
         ([BASE, "--config.sed=3"], ["unknown config key --config.sed. Did you mean seed?"]),
         ([BASE, "--config.model.n_layer=3"], ["unknown config key --config.model.n_layer.", "mean model.n_layers?"]),
         ([BASE, "--config.modle.n_layers=3"], ["unknown config key --config.modle.n_layers.", "mean model.n_layers?"]),
@@ -135,6 +148,14 @@ def test_a_wrong_command_line_is_refused(command, name, arguments, parts, tmp_pa
     [
         ("evaluate", [], ["no --model was given", "For example: --model runs/quickstart"]),
         ("generate", [], ["no --model was given", "For example: --model runs/quickstart"]),
+        ("generate", ["--max_tokens=3"], ["unknown flag --max_tokens. Did you mean --max_new_tokens? All flags"]),
+        ("generate", ["runs/x"], ["unexpected argument 'runs/x'. Did you mean --model=runs/x?"]),
+        (
+            "generate",
+            ["--model=x", "--prompt", "a", "b"],
+            ["unexpected argument 'b'. A value with spaces needs quotes"],
+        ),
+        ("chat", ["--temp", "3"], ["unknown flag --temp. Did you mean --temperature?"]),
         ("evaluate", ["--rundir=x"], ["unknown flag --rundir", "Did you mean --run_dir?"]),
         ("evaluate", ["--step=a"], ["--step='a': it must be a whole number"]),
         ("evaluate", ["--step=-1"], ["--step='-1': it must be a non-negative integer"]),
@@ -163,7 +184,14 @@ def test_wrong_flags_of_the_other_commands(command, name, arguments, parts, tmp_
             "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'a': 1})\n",
             ["the unknown key a, no key batch.global_batch_size, no key batch.sequence_length", "more"],
         ),
-        ("{default}    config.model.n_layer = 3\n", ["line 4: unknown config key n_layer. Did you mean n_layers?"]),
+        (
+            "{default}    config.model.n_layer = 3\n",
+            ["line 4: unknown config key n_layer. Did you mean model.n_layers?"],
+        ),
+        (
+            "{default}    config.optimizer.lr = 3\n",
+            ["line 4: unknown config key lr. Did you mean optimizer.learning_r"],
+        ),
         ("{default}    config.modle.n_layers = 3\n", ["line 4: unknown config key modle. Did you mean model?"]),
         ("{default}    config.zzz = 3\n", ["line 4: unknown config key zzz. Fix that line"]),
         (
@@ -184,9 +212,18 @@ def test_a_mistake_in_a_config_file_is_named_with_its_line(command, source, part
 
 
 def test_suggestions_name_every_group_that_has_the_key():
-    known = flatten(default_config())
     for group in ("eval", "sample", "checkpoint"):
-        assert f"{group}.every_steps" in did_you_mean("every_steps", known)
+        assert f"{group}.every_steps" in unknown_key("every_steps")
+
+
+def test_the_names_of_other_tools_lead_to_what_exists():
+    assert set(KEY_CALLED.values()) <= KEYS.keys() and not set(KEY_CALLED) & KEYS.keys()
+    values = {choice for key in KEYS.values() for choice in key.choices}
+    assert set(VALUE_CALLED.values()) <= values
+    names = ("generate", "chat", "evaluate", "plan", "cli.model_flags", "serve.__main__")
+    sources = "".join(inspect.getsource(importlib.import_module(f"jgpt.{name}")) for name in names)
+    for flag in FLAG_CALLED.values():
+        assert re.search(rf'DEFINE_\w+\(\s*"{flag}"', sources), flag
 
 
 def ending(error):

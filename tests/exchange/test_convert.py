@@ -1,6 +1,7 @@
 """The convert command: a run out to Hugging Face's layout, and in again."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -47,6 +48,7 @@ def test_in_again_and_out_again_in_another_dtype(command, exported, tmp_path):
     result = command("convert", "import", str(exported), str(tmp_path / "run"))
     assert result.code == 0, result.err
     assert "parameters, fp32 kept in fp32" in result.out and f"{tmp_path}/run is written" in result.out
+    assert f'python -m jgpt.generate --model {tmp_path}/run --prompt "Once"' in result.out
     jax.tree.map(np.testing.assert_array_equal, host_params(tmp_path / "run"), host_params(exported))
     again = command("convert", "export", str(tmp_path / "run"), str(tmp_path / "again"), "--dtype=bf16")
     assert again.code == 0 and "llama, bf16" in again.out, again.err
@@ -57,6 +59,13 @@ def test_in_again_and_out_again_in_another_dtype(command, exported, tmp_path):
     assert open_source(str(tmp_path / "half")).config.precision.params == "bf16"
     auto = command("convert", "export", str(tmp_path / "half"), str(tmp_path / "half_out"))
     assert auto.code == 0 and "llama, bf16" in auto.out
+
+
+def test_an_imported_chat_model_is_tried_by_chat(command, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    result = command("convert", "import", str(tmp_path / "chat"), str(tmp_path / "run"))
+    assert result.code == 0 and f"To try it:\n    python -m jgpt.chat --model {tmp_path}/run\n" in result.out
 
 
 def test_a_checkpoint_by_its_step(command, trained, tmp_path):

@@ -56,6 +56,8 @@ def test_help(verb):
 def test_what_is_no_verb(verb):
     result = verb("pul")
     assert result.code == 2 and "'pul' is not a verb. Did you mean pull? Allowed: push, status" in result.err
+    with_flags = verb("pussh", "--slug=a/b", "--config", "base")
+    assert with_flags.code == 2 and "'pussh' is not a verb. Did you mean push?" in with_flags.err
     assert "no verb was given" in verb("").err
 
 

@@ -7,7 +7,8 @@ import pytest
 from jgpt.hardware.chips import Rates
 from jgpt.model.scopes import SCOPES
 from jgpt.planning.hlo import parse
-from jgpt.planning.roofline import Prediction, predict
+from jgpt.planning.page import milliseconds
+from jgpt.planning.roofline import LAUNCH_SECONDS, Prediction, predict
 
 RATES = Rates(fp16_flops=1000.0, fp32_flops=100.0, bandwidth=10.0, link=1.0)  # a slow machine, in round numbers
 TARGET = 'custom_call_target="__cublas$lt$matmul"'
@@ -34,7 +35,9 @@ def test_a_kernel_takes_the_longer_of_bytes_and_flops():
     assert (op.bytes, op.flops) == (4000, 0)
 
 
-@pytest.mark.parametrize(("dtype", "kind", "rate"), [("f16", "fp16 gemm", 1000), ("f32", "fp32 gemm", 100)])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "rate"), [("f16", "fp16 gemm", 1000), ("bf16", "bf16 gemm", 1000), ("f32", "fp32 gemm", 100)]
+)
 def test_a_gemm_runs_on_the_unit_of_its_operands(dtype, kind, rate):
     text = program(
         f"  %a = {dtype}[64,512]{{1,0}} parameter(0)\n  %b = {dtype}[512,64]{{1,0}} parameter(1)\n"
@@ -44,7 +47,17 @@ def test_a_gemm_runs_on_the_unit_of_its_operands(dtype, kind, rate):
     (op,) = cost(text, fast).ops
     assert op.kind == kind and op.flops == 2 * 64 * 64 * 512 == cost(text, fast).gemm_flops
     assert op.seconds == op.flops / rate
-    assert op.bytes == 2 * 64 * 512 * (2 if dtype == "f16" else 4) + 64 * 64 * 4  # the scratch space costs nothing
+    assert op.bytes == 2 * 64 * 512 * (4 if dtype == "f32" else 2) + 64 * 64 * 4  # the scratch space costs nothing
+
+
+def test_a_kernel_takes_at_least_its_launch():
+    """400 kernels of nothing are 1.6 ms, also on an H100."""
+    h100 = Rates(600e12, 300e12, 2.7e12, 4e9)
+    lines = [f"  %y{n} = f32[8]{{0}} add(%y{n - 1}, %y{n - 1})" for n in range(1, 400)]
+    text = program("\n".join(["  %y0 = f32[8]{0} parameter(0)", *lines, "  ROOT %y = f32[8]{0} add(%y399, %y399)"]))
+    found = cost(text, h100)
+    assert found.seconds == pytest.approx(400 * LAUNCH_SECONDS) and {op.unit for op in found.ops} == {"launch"}
+    assert milliseconds(found.seconds) == "1.6 ms"
 
 
 def test_batched_products_count_every_product():
@@ -81,7 +94,7 @@ def test_fused_attention_is_one_op_with_the_products_of_the_pairs_it_sees(mask: 
     assert forward.bytes == 2 * q + 2 * kv + stats  # and not the scratch space
     assert backward.bytes == 4 * q + 4 * kv + stats  # q, o and their gradients; k, v and theirs
     assert found.gemm_flops == forward.flops + backward.flops
-    assert cost(program(FUSED_ATTENTION), Rates(1.0, 100.0, 1e9, 1.0)).ops[0].unit == "fp16"
+    assert cost(program(FUSED_ATTENTION), Rates(1.0, 100.0, 1e9, 1.0)).ops[0].unit == "16 bits"
 
 
 def test_a_fusion_reads_its_slices_only_and_updates_in_place():

@@ -36,7 +36,7 @@ def test_an_unknown_device_is_answered_with_those_there_are(name):
         compile_only(name)
 
 
-@pytest.mark.parametrize(("name", "meant"), [("t4x", "t4x2"), ("t5", "t4"), ("h200", "h100")])
+@pytest.mark.parametrize(("name", "meant"), [("t4x", "t4x2"), ("t5", "t4"), ("h200", "h100"), ("T4", "t4")])
 def test_a_near_miss_is_guessed(name, meant):
     with pytest.raises(UserError, match=f"Did you mean {meant}"):
         compile_only(name)

@@ -71,7 +71,8 @@ def test_hours_become_steps_once(command: Any, tiny: list[str], ticking: None, t
         result = command("train", *tiny, *AUTO)
     assert result.code == 0, result.err
     said = re.search(
-        r"optimizer.total_steps=(\d+) for 4 hours: measured .* tokens/s .* tokens, (\S+) epochs", result.out
+        r"4h 00m hold \d+ steps: measured .* tokens/s .*\noptimizer.total_steps=(\d+): .* tokens, (\S+) epochs",
+        result.out,
     )
     assert said, result.out
     n = int(said[1])
@@ -90,6 +91,23 @@ def test_a_text_that_is_small_for_the_hours(command: Any, tiny: list[str], ticki
     with stop_after(1):
         result = command("train", *tiny, *AUTO, "--config.optimizer.budget_hours=200")
     assert result.code == 0 and "the text is small for 200 hours: it is read" in result.out
+
+
+def test_epochs_become_steps(command: Any, tiny: list[str], tmp_path: Path):
+    """71 blocks of 16 tokens in batches of 4. Nothing is measured where there are no hours, and the fewer steps win."""
+    auto = [*tiny, AUTO[0]]
+    result = command("train", *auto, "--config.optimizer.budget_epochs=0.3")
+    assert result.code == 0 and "measuring" not in result.out and "the text is small: " in result.out
+    assert status(tmp_path / "run")["total_steps"] == 5
+    again = command("train", *auto, "--config.optimizer.budget_epochs=0.6")
+    assert again.code == 0 and "budget_epochs=0.6: this run's 5 steps stay" in again.out
+    few = command("train", *auto, "--config.optimizer.budget_epochs=0.1", f"--config.out_dir={tmp_path / 'few'}")
+    assert few.code == 2 and "budget_epochs=0.1 of 71 sequences hold 1 steps, and 1 are for the warmup" in few.err
+
+
+def test_hours_and_epochs_are_the_fewer_steps(command: Any, tiny: list[str], ticking: None, tmp_path: Path):
+    result = command("train", *tiny, *AUTO, "--config.optimizer.budget_epochs=0.3")
+    assert result.code == 0 and "4h 00m hold" in result.out and status(tmp_path / "run")["total_steps"] == 5
 
 
 def test_hours_that_are_too_few(command: Any, tiny: list[str], ticking: None, tmp_path: Path):

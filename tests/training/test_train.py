@@ -1,7 +1,9 @@
 """The command that trains: what it leaves behind, and that no bad input costs anything."""
 
 import fcntl
+import html
 import json
+import shlex
 import shutil
 import sys
 from collections import namedtuple
@@ -10,6 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from conftest import TEXT
 
 from jgpt.parallel import build
 
@@ -39,6 +42,22 @@ def test_a_run_directory_holds_all_that_is_promised(trained):
     assert status["resume_command"].startswith("python -m jgpt.train --config=")
     assert sorted(path.name for path in (trained / "checkpoints").glob("*.sha256")) == ["2.sha256", "4.sha256"]
     assert "sample" in (trained / "samples.txt").read_text()
+
+
+def test_the_command_to_try_a_model_has_words_that_it_knows(trained, parrot):
+    tried = shlex.split(json.loads((trained / "status.json").read_text())["try_command"])
+    assert tried[:-1] == ["python", "-m", "jgpt.generate", "--model", str(trained), "--prompt"]
+    assert len(tried[-1]) > 10 and tried[-1] in TEXT
+    assert tried[-1] in html.unescape((trained / "report.html").read_text())
+    chat = json.loads((parrot / "status.json").read_text())["try_command"]
+    assert chat == f"python -m jgpt.chat --model {parrot}"
+    assert chat in (parrot / "report.html").read_text()
+
+
+def test_the_end_of_training_names_the_report_and_the_next_command(command, tiny, tmp_path):
+    result = command("train", *tiny, "--config.sample.prompt=7 times")
+    assert result.code == 0 and f"The whole run on one page: {tmp_path / 'run' / 'report.html'}" in result.out
+    assert f"To try the model:\n  python -m jgpt.generate --model {tmp_path / 'run'} --prompt '7 times'\n" in result.out
 
 
 def test_a_finished_run_says_so_and_does_not_train(command, own_run, tiny):

@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jgpt.cli.flags import AUTO
+from jgpt.config.length import keep_given_length
 from jgpt.errors import UserError
 from jgpt.kaggle.laptop.kernel import Kernel, write_folder
 from jgpt.kaggle.session.limits import DEADLINE_HOURS
@@ -82,6 +83,7 @@ def read_arguments(arguments: Sequence[str]) -> ConfigDict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads the file by load_module
             values(argv)
+            keep_given_length(values.config, values["config"].override_values)
             return values.config
     except Exception as error:  # the user's file may raise anything
         raise UserError(

@@ -47,7 +47,7 @@ def accelerators(kinds: Sequence[str]) -> list[Check]:
 def image() -> list[Check]:
     """Name the image, for a bug report, or to pin it as docker_image."""
     names = [f"{Path(name).name} {Path(name).read_text().strip()[:40]}" for name in IMAGE_FILES if Path(name).is_file()]
-    return [Check("image", "ok", ", ".join(names) or "unknown")]
+    return [Check("image", "ok", ", ".join(names)) if names else Check("image", "-", "unknown")]
 
 
 def disks() -> list[Check]:
@@ -89,8 +89,10 @@ def inputs() -> list[Check]:
 def secrets(online: bool | None) -> list[Check]:
     """Check which of LABELS are attached to the notebook as secrets, the session token, and whose account it is."""
     token = os.environ.get("KAGGLE_API_V1_TOKEN", "")
-    state = "present" if Path(token).is_file() else "absent"
-    return [*attached(online), Check("session token", "ok", state), *([whoami()] if online else [])]
+    session = (
+        Check("session token", "ok", "present") if Path(token).is_file() else Check("session token", "-", "absent")
+    )
+    return [*attached(online), session, *([whoami()] if online else [])]
 
 
 def attached(online: bool | None) -> list[Check]:

@@ -14,6 +14,8 @@ from jgpt.kaggle.session.paths import on_kaggle, scratch_dir, working_dir
 from jgpt.run_dir.disk import bytes_below
 
 SESSION_HOURS = 12.0  # then Kaggle kills a GPU session, and may delete what it wrote
+WEEKLY_HOURS = 30.0  # of GPUs, about
+LENT_GPUS = ("t4x2", "p100")  # the devices of jgpt.plan that Kaggle lends
 DEADLINE_HOURS = 11.0  # one hour is left for packing, the last upload and Kaggle's own copying
 LEAST_HOURS = 0.25  # in a session that seems to be older: time for some steps and a checkpoint
 KEPT_GB = 19.5  # of the 20 GB, as a filesystem takes a little more than its files hold

@@ -5,7 +5,6 @@ kind is its record in `hardware/chips.py`. The files beside this one are what XL
 its GpuTargetConfigProto as text, with what CUDA's deviceQuery says.
 """
 
-import difflib
 import importlib.metadata
 import os
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from jgpt.errors import UserError
 from jgpt.hardware.chips import CHIPS, Chip, Rates
 from jgpt.hardware.devices import MEMORY_SHARE, describe
 from jgpt.parallel.hosts import own_devices
+from jgpt.wording import did_you_mean
 
 OLDEST_JAX = (0, 10)  # that compiles a pmap for devices that are not there, and shows the program
 # The name on the command line: its device file, how many. Kaggle lends T4s in pairs.
@@ -70,8 +70,7 @@ def compile_only(name: str) -> Target:
     """Return devices of a kind that is not here. Raises UserError for an unknown name, and without the wheels."""
     if name not in TARGETS:
         known = [*TARGETS, THIS]
-        close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(name.lower(), known, cutoff=0.5)
         raise UserError(f"--device={name} is not known.{hint} Allowed: {', '.join(known)}.")
     kind, count = TARGETS[name]
     check_wheels()

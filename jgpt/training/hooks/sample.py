@@ -17,6 +17,7 @@ from jgpt.step.train_step import variables
 from jgpt.training.run import Run
 from jgpt.training.setup import sample_prompt
 from jgpt.training.status import explain_shortage
+from jgpt.waiting import waiting
 
 log = logging.getLogger("jgpt")
 
@@ -36,16 +37,17 @@ def sample(run: Run) -> None:
         given = variables(parts.model, *parts.strategy.for_decoding((run.state.params, run.frozen)))
         if not is_first() and parts.strategy.decodes_alone:
             return
-        texts = generate(
-            parts.model,
-            given,
-            [prompt] * c.num_samples,
-            sampling=Sampling(c.temperature, c.top_k, c.top_p, c.min_p),
-            max_new_tokens=c.max_new_tokens,
-            stop_ids=run.stop_ids,
-            n_ids=tokenizer.vocab_size,
-            seed=run.config.seed,
-        )
+        with waiting("writing samples"):
+            texts = generate(
+                parts.model,
+                given,
+                [prompt] * c.num_samples,
+                sampling=Sampling(c.temperature, c.top_k, c.top_p, c.min_p),
+                max_new_tokens=c.max_new_tokens,
+                stop_ids=run.stop_ids,
+                n_ids=tokenizer.vocab_size,
+                seed=run.config.seed,
+            )
     except (NonFiniteLogits, jax.errors.JaxRuntimeError) as error:
         not_finite = isinstance(error, NonFiniteLogits)
         reason = str(error) if not_finite else explain_shortage(error, run.status, SAMPLING, run.config, parts)
