@@ -146,7 +146,8 @@ def log_choices(config: ConfigDict, parts: Parts, batches: Batches | ChatBatches
         "batch: %d sequences = devices %d x micro-batches %d x %d, %s tokens a step, %s",
         size, parts.strategy.shares, parts.accumulation, parts.rows, format_count(parts.tokens_per_step), length,
     )  # fmt: skip
-    split = f", the model split over {len(devices)}" if parts.strategy.shares < len(devices) else ""
+    group = len(devices) // parts.strategy.shares
+    split = f", the model split over {group}" if group > 1 else ""
     scaling = " with loss scaling" if policy.scales_loss else ""
     together = f", in {n_processes()} processes" if n_processes() > 1 else ""
     log.info(
