@@ -112,7 +112,7 @@ class Agreement:
     """What any process asks for, known to all at the same step.
 
     The wishes of all are gathered over the devices, in the order of the steps, and are read one call later: the host
-    never waits for the devices. It costs a collective of `BYTES` a process, which a step hides.
+    never waits for the devices. It costs one collective a step, of `BYTES` for each process, dispatched behind the step.
     """
 
     BYTES = 48
