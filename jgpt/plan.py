@@ -10,7 +10,7 @@ no text is read. It needs no GPU and no driver, only JAX's CUDA wheels of jax's 
 Exit code 0: it fits; 3: it would run out of memory, and the answer says what fits.
 """
 
-import json
+import sys
 
 from absl import flags
 
@@ -42,6 +42,7 @@ def main() -> int:
     from jgpt.planning.estimate import Estimate
     from jgpt.planning.page import as_dict, page, tried_row
     from jgpt.planning.summary import make_plan
+    from jgpt.wording import json_text
 
     args, config = flags.FLAGS, load_config()
     if args.device != THIS:
@@ -60,7 +61,7 @@ def main() -> int:
         weekly_hours=args.weekly_hours,
         on_compiled=print_progress,
     )
-    print(json.dumps(as_dict(plan, args.top), indent=2) if args.json else page(plan, args.top))
+    print(json_text(as_dict(plan, args.top), sys.stdout.encoding) if args.json else page(plan, args.top))
     return EXIT_DONE if plan.fits else EXIT_MEMORY
 
 

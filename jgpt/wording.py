@@ -1,11 +1,14 @@
-"""Format numbers, bytes, durations, ranges and guesses of names for people.
+"""Format numbers, bytes, durations, ranges, tables, JSON and guesses of names for people.
 
 Beside the data path: logs, reports and errors use these.
 """
 
 import difflib
+import json
 import math
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 
 def format_duration(seconds: float) -> str:
@@ -57,6 +60,70 @@ def range_text(lowest: float, highest: float) -> str:
     """
     low, high = (f"{int(x):,}" if x < math.inf and x == int(x) else repr(x) for x in (lowest, highest))
     return f"{low} or more" if highest == math.inf else f"{low} to {high}"
+
+
+def json_text(value: Any, encoding: str | None = "utf-8", indent: int | None = 2) -> str:
+    r"""Write JSON with the characters of every script as they are, so that people can read and copy them.
+
+    Where `encoding` lacks one of them all become ASCII. Half of a surrogate pair, which stands for a byte in a file's
+    name that is not UTF-8, stays an escape, and comes back when the text is read.
+
+    >>> print(json_text({"run": "中文", "name": "\udc80"}, indent=None))
+    {"run": "中文", "name": "\udc80"}
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
+
+
+def display_width(text: str) -> int:
+    """Count the columns that a text takes on a terminal: 2 for a character of East Asia, none for a mark on one.
+
+    >>> display_width("loss"), display_width("中文故事"), display_width("e\u0301")
+    (4, 8, 1)
+    """
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    marks = sum(unicodedata.category(character) in ("Mn", "Me", "Cf") for character in text)
+    return len(text) + wide - marks
+
+
+def pad(text: str, width: int, right: bool = False) -> str:
+    """Fill a text with spaces up to `width` columns of a terminal; `right` puts it at their right end.
+
+    >>> pad("中文", 6) + "|", pad("1.5", 6, right=True)
+    ('中文  |', '   1.5')
+    """
+    space = " " * (width - display_width(text))
+    return space + text if right else text + space
+
+
+def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
+    """Lay out rows of cells in columns; those of the numbers in `left` begin at their left end, others end together.
+
+    >>> print(table([["run", "loss"], ["中文", "1.5"], ["b", "10.5"]], left=[0]))
+    run   loss
+    中文   1.5
+    b     10.5
+    """
+    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+    padded = [[pad(cell, widths[n], right=n not in left) for n, cell in enumerate(row)] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut a text that is wider than `width` columns, and mark that.
+
+    >>> shorten("中文故事", 8), shorten("中文故事", 6)
+    ('中文故事', '中文…')
+    """
+    if display_width(text) <= width:
+        return text
+    while text and display_width(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
 
 
 def either(names: Iterable[str]) -> str:

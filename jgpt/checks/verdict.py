@@ -3,11 +3,12 @@
 Beside the data path: `jgpt.check_env` prints it. No other package is imported: it works where one is missing.
 """
 
-import json
+import sys
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from jgpt.redaction import redact
+from jgpt.wording import display_width, json_text, pad
 
 STATES = ("ok", "warn", "FAIL")
 
@@ -32,7 +33,7 @@ def report(sections: Mapping[str, list[Check]], as_json: bool) -> int:
 
 def to_text(sections: Mapping[str, list[Check]]) -> str:
     """Lay the checks out in columns, one section after the other, with what to do below each that is not ok."""
-    width = max(len(check.name) for checks in sections.values() for check in checks)
+    width = max(display_width(check.name) for checks in sections.values() for check in checks)
     lines = []
     for title, checks in sections.items():
         lines += [title, *(_line(check, width) for check in checks), ""]
@@ -46,7 +47,7 @@ def to_text(sections: Mapping[str, list[Check]]) -> str:
 def to_json(sections: Mapping[str, list[Check]]) -> str:
     """Write the checks as one JSON object: "ok", and a list for each section."""
     lists = {title.lower(): [check._asdict() for check in checks] for title, checks in sections.items()}
-    return json.dumps({"ok": exit_code(sections) == 0, **lists}, indent=2)
+    return json_text({"ok": exit_code(sections) == 0, **lists}, sys.stdout.encoding)
 
 
 def exit_code(sections: Mapping[str, list[Check]]) -> int:
@@ -55,5 +56,5 @@ def exit_code(sections: Mapping[str, list[Check]]) -> int:
 
 
 def _line(check: Check, width: int) -> str:
-    line = f"  {check.state:4}  {check.name:{width}}  {check.value}"
+    line = f"  {check.state:4}  {pad(check.name, width)}  {check.value}"
     return line + f"\n{'':{width + 10}}-> {check.fix}" if check.fix else line

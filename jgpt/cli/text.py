@@ -1,12 +1,14 @@
 """How the commands lay out and name things: two columns, the first line of a docstring.
 
-Beside the data path. Only the standard library is imported, so that `jgpt --help` runs where a package is missing.
+Beside the data path. Only the standard library is needed, so that `jgpt --help` runs where a package is missing.
 """
 
 import ast
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+
+from jgpt.wording import display_width, pad
 
 WIDTH = 120
 
@@ -19,12 +21,12 @@ def columns(rows: Iterable[tuple[str, str]]) -> str:
       --long  two
     """
     rows = list(rows)
-    indent = 4 + max(len(name) for name, _ in rows)
+    indent = 4 + max(display_width(name) for name, _ in rows)
     return "\n".join(
         textwrap.fill(
             text,
             WIDTH,
-            initial_indent=f"  {name}".ljust(indent),
+            initial_indent=pad(f"  {name}", indent),
             subsequent_indent=" " * indent,
             break_on_hyphens=False,
         )

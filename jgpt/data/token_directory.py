@@ -20,6 +20,7 @@ from jgpt.atomic_write import write_file
 from jgpt.config.files import user_path
 from jgpt.errors import UserError
 from jgpt.file_lock import LOCK, hold
+from jgpt.wording import json_text
 
 FORMAT_VERSION = 2
 FILES = ("meta.json", "train.bin", "val.bin")  # meta.json is removed first and written last
@@ -76,7 +77,7 @@ def check_room(directory: Path, needed: int) -> None:
 
 def write_token_meta(directory: Path, meta: dict[str, Any]) -> None:
     """Write meta.json with a hash of itself, which completes a token directory."""
-    write_file(directory / "meta.json", json.dumps(meta | {"meta_sha256": _hash_meta(meta)}, indent=2) + "\n")
+    write_file(directory / "meta.json", json_text(meta | {"meta_sha256": _hash_meta(meta)}) + "\n")
 
 
 def read_token_meta(directory: Path) -> dict[str, Any]:
@@ -90,4 +91,4 @@ def read_token_meta(directory: Path) -> dict[str, Any]:
 
 def _hash_meta(meta: dict[str, Any]) -> str:
     others = {key: value for key, value in meta.items() if key != "meta_sha256"}
-    return hashlib.sha256(json.dumps(others).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(others).encode()).hexdigest()  # ASCII: a name that is not UTF-8 has no bytes

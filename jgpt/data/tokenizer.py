@@ -25,6 +25,7 @@ from jgpt.data import published
 from jgpt.data.corpus import Corpus, without_surrogates
 from jgpt.data.first_bytes import why_unusable
 from jgpt.errors import UserError
+from jgpt.wording import json_text
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
@@ -132,7 +133,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,  # else decoding is not exact
             "model_max_length": context_length,
         }
-        write_file(directory / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        write_file(directory / "tokenizer_config.json", json_text(settings) + "\n")
         write_file(directory / "tokenizer.json", self.tokenizer_json)
 
 
@@ -291,7 +292,7 @@ def load_pretrained(name: str) -> Tokenizer:
         raise UserError(
             f"tokenizer.pretrained: {name!r} has no eos_token, which must end every document. Choose another, or name"
             " its end-of-text token in the directory's tokenizer_config.json, such as"
-            f' {{"eos_token": {json.dumps(token)}}}.'
+            f' {{"eos_token": {json.dumps(token, ensure_ascii=False)}}}.'
         )
     rows = published.rows_for(Path(directory), backend) if is_directory else None
     if rows is not None and (backend.token_to_id(settings["eos_token"]) or 0) < rows:

@@ -178,7 +178,7 @@ def _fingerprint(config: ConfigDict, files: list[Path]) -> str:
         raise UserError(
             f"{error.filename} cannot be read: {error.strerror}. Put it back, or leave it out of data.text_glob."
         ) from None
-    return _sha256(json.dumps([_settings(config), sources]))
+    return _sha256(json.dumps([_settings(config), sources]))  # ASCII: a name that is not UTF-8 has no bytes
 
 
 def _settings(config: ConfigDict) -> str:

@@ -30,6 +30,7 @@ from jgpt.exchange.weights import Stored, entry_bytes, find_tensors, load_params
 from jgpt.model.precision import DTYPES
 from jgpt.model.shapes import ModelConfig, model_config
 from jgpt.version import __version__
+from jgpt.wording import json_text
 
 log = logging.getLogger("jgpt")
 
@@ -198,7 +199,7 @@ def _new_directory(out: Path, planned: int) -> Iterator[Path]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_file(path, json.dumps(content, indent=2) + "\n")
+    write_file(path, json_text(content) + "\n")
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -24,6 +24,7 @@ from jgpt.data.first_bytes import why_unusable
 from jgpt.errors import UserError
 from jgpt.exchange.tensors import BUFFERS, Entry, Shape, prefix
 from jgpt.model.precision import DTYPES
+from jgpt.wording import json_text
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {name.upper().replace("FP", "F"): name for name in DTYPES}  # F32, F16 and BF16 to our names
@@ -260,7 +261,7 @@ def save_params(
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        write_file(directory / INDEX, json.dumps(index, indent=2) + "\n")
+        write_file(directory / INDEX, json_text(index) + "\n")
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -23,7 +23,7 @@ from jgpt.planning.execution import Execution, execution_of
 from jgpt.planning.search import refusal, search
 from jgpt.run_dir.identity import read_config, was_last_here
 from jgpt.version import __version__
-from jgpt.wording import GIB, format_duration
+from jgpt.wording import GIB, format_duration, json_text
 
 log = logging.getLogger("jgpt")
 
@@ -99,7 +99,7 @@ def _read_cache() -> dict[str, Execution]:
     try:
         return {
             key: Execution(int(micro), str(remat), int(chunk), str(attention))
-            for key, (micro, remat, chunk, attention) in json.loads(_cache_file().read_text()).items()
+            for key, (micro, remat, chunk, attention) in json.loads(_cache_file().read_text(encoding="utf-8")).items()
         }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
@@ -108,4 +108,4 @@ def _read_cache() -> dict[str, Execution]:
 def _write_cache(chosen: dict[str, Execution]) -> None:
     with suppress(OSError):
         _cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_file(_cache_file(), json.dumps(chosen, indent=2) + "\n")
+        write_file(_cache_file(), json_text(chosen) + "\n")

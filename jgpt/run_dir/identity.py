@@ -27,6 +27,7 @@ from jgpt.hardware.devices import local_devices
 from jgpt.redaction import redact_values
 from jgpt.run_dir.manifest import is_imported, newest_meta, steps_without_manifest, whole_steps
 from jgpt.run_dir.metrics_file import read_metrics
+from jgpt.wording import json_text
 
 log = logging.getLogger("jgpt")
 
@@ -165,7 +166,7 @@ def read_config(run_dir: Path) -> ConfigDict:
     """Read the config of the run in `run_dir`; keys that are newer than the run have their defaults."""
     config, path = default_config(), run_dir / "config.json"
     try:
-        config.update(json.loads(path.read_text()))
+        config.update(json.loads(path.read_text(encoding="utf-8")))
         given = config.copy_and_resolve_references()
         if given.optimizer.total_steps:
             given.optimizer.budget_hours = 0.0  # the steps that these hours became stand beside them
@@ -197,7 +198,7 @@ def write_identity(run_dir: Path, config: ConfigDict) -> None:
 def was_last_here(run_dir: Path) -> bool:
     """Tell whether the run in `run_dir` was last started on such devices as are here."""
     try:
-        return json.loads((run_dir / "versions.json").read_text())["devices"] == _devices_here()
+        return json.loads((run_dir / "versions.json").read_text(encoding="utf-8"))["devices"] == _devices_here()
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False
 
@@ -217,4 +218,4 @@ def write_status(run_dir: Path, state: str, step: int, total_steps: int, reason:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is there whole or not at all; what is read from it is `value`."""
-    write_file(path, json.dumps(value, indent=2) + "\n")
+    write_file(path, json_text(value) + "\n")

@@ -96,7 +96,7 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
     damage, meta = verify(directory, step, "meta"), None
     if not damage:
         try:
-            meta = json.loads((directory / str(step) / "meta" / "metadata").read_text())
+            meta = json.loads((directory / str(step) / "meta" / "metadata").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             damage = f"meta/metadata: {error}"
         else:

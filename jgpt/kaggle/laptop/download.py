@@ -3,7 +3,6 @@
 Beside the data path: the verb `pull` of `python -m jgpt.kaggle`; the result opens like any run directory.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from jgpt.cli.terminal import write
 from jgpt.errors import UserError
 from jgpt.file_lock import hold
 from jgpt.kaggle.session.pack import unpack
+from jgpt.wording import json_text
 
 if TYPE_CHECKING:
     from jgpt.kaggle.laptop.client import Kaggle
@@ -51,7 +51,8 @@ def download_run(kaggle: "Kaggle", slug: str, version: int, target: Path) -> Non
         unpacked = parts / "run"
         shutil.rmtree(unpacked, ignore_errors=True)  # of an interrupted call
         unpack(parts / OUTPUTS, unpacked)
-        (unpacked / ORIGIN).write_text(json.dumps({"slug": slug, "version": version}) + "\n", encoding="utf-8")
+        origin = json_text({"slug": slug, "version": version}, indent=None)
+        (unpacked / ORIGIN).write_text(f"{origin}\n", encoding="utf-8")
         if target.exists():
             target.replace(parts / "before")
         unpacked.replace(target)

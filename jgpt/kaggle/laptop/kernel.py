@@ -80,7 +80,7 @@ def write_folder(kernel: Kernel, folder: Path) -> Path:
             f"configs/ of {PROJECT}, and the config. Take large files out of them, and mount data as a dataset."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
+    files = {  # JSON in ASCII: Kaggle's own tool reads it in the encoding of the locale
         CODE_FILE: code,
         KERNEL_FILE: json.dumps(asdict(kernel), indent=2) + "\n",
         METADATA_FILE: json.dumps(metadata(kernel), indent=2) + "\n",

@@ -166,7 +166,8 @@ def record_end(outputs: Path, child: Child) -> None:
     temporary = path.with_name(f"status.json.{os.getpid()}-{os.urandom(4).hex()}.tmp")  # as in atomic_write.py
     try:
         outputs.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(status, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # as json_text of wording.py
         temporary.replace(path)
     except OSError as error:  # a full disk: the log still has the line above
         print(f"status.json could not be written: {error}", flush=True)
