@@ -4,23 +4,18 @@ In the data path: beside the checkpoints. The picture is drawn again at every ev
 """
 
 import logging
-import math
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jgpt.atomic_write import atomic_file
+from jgpt.report.fonts import drawable
+from jgpt.report.series import LEAST_SMOOTHED, QUIET_COLOR, TRAIN_COLOR, VAL_COLOR, above, limits, series, smooth
 from jgpt.report.warn_on_error import warn_on_error
 from jgpt.run_dir.metrics_file import best_validation, loss_text, read_metrics
 from jgpt.wording import format_count
 
 log = logging.getLogger(__name__)
-
-TRAIN_COLOR, VAL_COLOR, QUIET_COLOR = "#2f6fb3", "#d9541e", "#555555"
-SMOOTHED_SHARE = 0.02  # the smoothed curve averages over about this share of the run,
-SMOOTHED_POINTS = 3  # and over at least so many points
-Series = tuple[list[int], list[float]]  # steps and values; NaN is a gap
 
 
 def write_curves(run_dir: Path) -> None:
@@ -53,7 +48,7 @@ def _draw(records: list[dict[str, Any]], title: str) -> Any:
     _draw_loss(axes["loss"], records, title)
 
     for name, key, label in (("rate", "learning_rate", "learning rate"), ("speed", "tokens_per_second", "tokens/s")):
-        steps, values = _series(records, key)
+        steps, values = series(records, key)
         marker = "o" if len(values) == 1 else ""  # a line of one point is invisible
         axes[name].plot(steps, values, color=TRAIN_COLOR, lw=1.2, marker=marker, ms=4)
         axes[name].set_title(label, loc="left", fontsize=10)
@@ -74,19 +69,17 @@ def _draw(records: list[dict[str, Any]], title: str) -> Any:
 
 
 def _draw_loss(axis: Any, records: list[dict[str, Any]], title: str) -> None:
-    (steps, loss), (val_steps, val_loss) = _series(records, "loss"), _series(records, "val_loss")
-    if len(loss) >= 20:
+    (steps, loss), (val_steps, val_loss) = series(records, "loss"), series(records, "val_loss")
+    if len(loss) >= LEAST_SMOOTHED:
         axis.plot(steps, loss, color=TRAIN_COLOR, alpha=0.3, lw=0.8)
-        both_ways = zip(_smooth(loss), reversed(_smooth(loss[::-1])), strict=True)  # one direction alone lags behind
-        smoothed = [(forward + backward) / 2 for forward, backward in both_ways]
-        axis.plot(steps, smoothed, color=TRAIN_COLOR, lw=1.8, label="train (smoothed)")
+        axis.plot(steps, smooth(loss), color=TRAIN_COLOR, lw=1.8, label="train (smoothed)")
     elif loss:
         axis.plot(steps, loss, color=TRAIN_COLOR, lw=1.8, marker="o", ms=3, label="train")
     best = best_validation(records)
     if best:
         marker = "o" if len(val_loss) <= 50 else ""
         axis.plot(val_steps, val_loss, color=VAL_COLOR, lw=1.2, marker=marker, ms=4, label="validation")
-    low, high = _limits(loss, val_loss)
+    low, high = limits(loss, val_loss)
     axis.set_ylim(low, high)
     if best:
         inside = min(best["val_loss"], high)
@@ -99,44 +92,10 @@ def _draw_loss(axis: Any, records: list[dict[str, Any]], title: str) -> None:
         corner = (0.97, 0) if right else (0.03, 0)  # the line starts at this corner of the text
         arrow = {"arrowstyle": "-", "color": VAL_COLOR, "lw": 0.8, "relpos": corner}
         axis.annotate(text, (best["step"], inside), color=VAL_COLOR, fontsize=10, bbox=box, arrowprops=arrow, **place)
-    hidden = [(step, value) for step, value in zip(steps, loss, strict=True) if value > high]
-    if hidden:
-        step, value = max(hidden, key=lambda point: point[1])
-        note = f"above the scale: train loss up to {value:.4g}, at step {step:,}"
+    if note := above((steps, loss), high):
         axis.set_title(note, loc="right", fontsize=8, color=QUIET_COLOR)
     axis.set_ylabel("loss (nats per token)")
-    axis.set_title(title.replace("$", r"\$"), loc="left", fontsize=12)
+    shown, families = drawable(title)
+    axis.set_title(shown.replace("$", r"\$"), loc="left", fontsize=12, fontfamily=families)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="upper right", frameon=False)
-
-
-def _series(records: list[dict[str, Any]], key: str) -> Series:
-    """Return the steps and values of the records that have the key. Null stands for NaN or infinity: it becomes NaN."""
-    points = [(record["step"], record[key]) for record in records if key in record]
-    return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Return the exponential average, corrected for its start at zero (as in Adam); a gap stays a gap."""
-    past = 1 - 1 / max(SMOOTHED_POINTS, SMOOTHED_SHARE * len(values))
-    total = weight = 0.0
-    smoothed = []
-    for value in values:
-        if math.isfinite(value):
-            total, weight = past * total + value, past * weight + 1
-        smoothed.append(total / weight if math.isfinite(value) else math.nan)
-    return smoothed
-
-
-def _limits(loss: Sequence[float], val_loss: Sequence[float]) -> tuple[float, float]:
-    """Choose the limits of the y axis from the values after the first drop; rare later peaks may be cut off too.
-
-    >>> _limits([9.0, 5.0, *[3.0] * 50], [2.0])
-    (1.9, 3.1)
-    """
-    shown = sorted(value for value in [*loss[len(loss) // 20 :], *val_loss[len(val_loss) // 10 :]] if value == value)
-    if not shown:
-        return 0.0, 1.0
-    low, high = shown[0], shown[min(len(shown) - 1, int(0.99 * len(shown)))]
-    margin = 0.1 * (high - low) or 0.5
-    return round(low - margin, 6), round(high + margin, 6)

@@ -1,10 +1,9 @@
 """The report of a run: files of the run directory in, one page report.html out.
 
-In the data path: the last step of a run. This file collects the data, `page.html.jinja` lays them out, `page.css`
-styles them.
+In the data path: the last step of a run. This file collects the data, `page.html.jinja` lays them out with
+`chart.svg.jinja`, `page.css` styles them.
 """
 
-import base64
 import json
 import math
 import shlex
@@ -16,6 +15,7 @@ import jinja2
 
 from jgpt.atomic_write import write_file
 from jgpt.redaction import redact, redact_values
+from jgpt.report.chart import Panel, panels
 from jgpt.report.warn_on_error import warn_on_error
 from jgpt.run_dir.metrics_file import best_validation, read_metrics
 from jgpt.run_dir.samples import Sample, read_samples
@@ -61,7 +61,7 @@ class Report:
     state: str
     progress: str
     numbers: list[Number]
-    curves: str  # loss.png in base64
+    curves: list[Panel]
     commands: list[Command]
     samples: list[SampleGroup]
     more_samples: int  # earlier steps whose samples are only in samples.txt
@@ -100,13 +100,12 @@ def collect(run_dir: Path) -> Report:
     status, config, versions = (_read_json(run_dir / f"{name}.json") for name in ("status", "config", "versions"))
     samples = read_samples(run_dir / "samples.txt")
     steps = sorted({sample.step for sample in samples}, reverse=True)
-    curves = run_dir / "loss.png"
     return Report(
         name=run_dir.resolve().name,
         state=str(status.get("state", "")),
         progress=_progress(status),
         numbers=_numbers(records),
-        curves=base64.b64encode(curves.read_bytes()).decode() if curves.exists() else "",
+        curves=panels(records),
         commands=_commands(run_dir, status),
         samples=[_sample_group(samples, step) for step in steps[:SAMPLES_SHOWN]],
         more_samples=len(steps[SAMPLES_SHOWN:]),

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from jgpt.report import curves
+from jgpt.report import chart, curves
 from jgpt.report.curves import write_curves
+from jgpt.report.fonts import drawable
 from jgpt.report.page import SAMPLES_SHOWN, write_report
+from jgpt.report.series import limits
 from jgpt.run_dir.metrics_file import MetricsLog
 from jgpt.run_dir.samples import append_samples, drop_samples_after, read_samples
 
@@ -78,10 +80,10 @@ def test_curves_are_drawn(tmp_path: Path, name: str, no_warning: None) -> None:
 
 
 def test_loss_axis_leaves_out_the_first_values_and_rare_peaks() -> None:
-    low, high = curves._limits([1e6, *[50.0] * 3, *[3 + 1 / i for i in range(1, 200)], 1e9], [3.0, 2.9])
+    low, high = limits([1e6, *[50.0] * 3, *[3 + 1 / i for i in range(1, 200)], 1e9], [3.0, 2.9])
     assert 2.8 < low < 2.9 and 3 < high < 5
-    assert curves._limits([math.nan], []) == (0, 1)
-    assert curves._limits([3.0], []) == (2.5, 3.5)
+    assert limits([math.nan], []) == (0, 1)
+    assert limits([3.0], []) == (2.5, 3.5)
 
 
 def test_no_matplotlib_is_one_line_with_the_command(
@@ -136,11 +138,62 @@ def test_report_escapes_every_value_and_loads_nothing(tmp_path: Path, no_warning
     source = (run_dir / "report.html").read_text(encoding="utf-8")
     page = Page(source)
     assert not {"script", "link", "b>"} & {tag for tag, _ in page.tags}
-    images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert all(re.match("data:image/png;base64,[A-Za-z0-9+/=]+$", image) for image in images)
-    assert len(images) == (run_dir / "loss.png").exists()
+    assert [tag for tag, _ in page.tags].count("svg") == 1 and not re.search(r"url\((?!#)", source)
+    assert not {"src", "href", "xlink:href"} & {name for _, attributes in page.tags for name in attributes}
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert "<script>alert('x')</script>" in page.text and page.text.count("<img src=http://x>\"'&?") >= 7
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_report_has_the_curves_without_matplotlib(
+    tmp_path: Path, name: str, no_warning: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_report(make_run(tmp_path, RUNS[name]))
+    page = Page((tmp_path / "report.html").read_text())
+    assert [attributes["viewbox"] for tag, attributes in page.tags if tag == "svg"] == ["0 0 900 520"]
+    drawn = {
+        kind: [attributes["d"] or "" for tag, attributes in page.tags if tag == "path" and attributes["class"] == kind]
+        for kind in ("line train", "line train faint", "line validation")
+    }
+    finite = [kind for kind in ("loss", "val_loss") if any(math.isfinite(r.get(kind, math.nan)) for r in RUNS[name])]
+    assert len(drawn["line validation"]) == 2 * ("val_loss" in finite)  # the curve, and its line in the legend
+    assert len(drawn["line train faint"]) == (len(RUNS[name]) >= 30)
+    points = re.findall(r"[ML](-?[\d.]+),(-?[\d.]+)", " ".join(sum(drawn.values(), [])))
+    assert all(0 <= float(x) <= 900 and -270 <= float(y) <= 520 for x, y in points)
+    if name == "gap":
+        assert drawn["line train faint"][0].count("M") == 2
+
+
+def test_a_long_curve_keeps_its_peaks_and_gaps_in_few_points() -> None:
+    loss = [3 + math.sin(step / 50) for step in range(100_000)]
+    loss[77_777], loss[50_000:51_000] = 9.0, [math.nan] * 1000
+    thin = chart._thin(list(enumerate(loss)))
+    assert len(thin) <= chart.MOST_POINTS + 2
+    assert (77_777, 9.0) in thin and min(value for _, value in thin if value == value) < 2.01
+    assert any(value != value and 50_000 <= step < 51_000 for step, value in thin)
+
+
+def test_a_name_that_no_font_can_draw_is_left_out_without_a_warning(
+    tmp_path: Path, no_warning: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    font_manager = pytest.importorskip("matplotlib.font_manager").fontManager
+    monkeypatch.setattr(font_manager, "ttflist", [font for font in font_manager.ttflist if "DejaVu" in font.name])
+    drawable.cache_clear()
+    assert [drawable(text)[0] for text in ("中文故事", "run 中文-2", "Größe", "中-文")] == ["", "run -2", "Größe", ""]
+    write_curves(make_run(tmp_path / "中文故事", RUNS["many"]))  # in tests a warning is an error
+    assert (tmp_path / "中文故事" / "loss.png").stat().st_size > 10_000
+    drawable.cache_clear()
+
+
+def test_a_font_that_has_the_characters_draws_them(tmp_path: Path, no_warning: None) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    with matplotlib.rc_context({"font.family": "cmr10", "axes.formatter.use_mathtext": True}):  # it has no Cyrillic
+        drawable.cache_clear()
+        text, families = drawable("Привет")
+        assert text == "Привет" and len(families) == 2
+        write_curves(make_run(tmp_path / "Привет", RUNS["one point"]))
+    drawable.cache_clear()
 
 
 def test_report_has_the_numbers(tmp_path: Path, no_warning: None) -> None:
