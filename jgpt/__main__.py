@@ -23,6 +23,7 @@ COMMANDS = {
     "chat": FOLDER / "chat.py",
     "serve": FOLDER / "serve" / "__main__.py",
     "evaluate": FOLDER / "evaluate.py",
+    "compare": FOLDER / "compare.py",
     "plan": FOLDER / "plan.py",
     "convert": FOLDER / "convert.py",
     "check_env": FOLDER / "check_env.py",

@@ -31,7 +31,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 def run(main: Callable[..., int | None], doc: str | None) -> None:
     """Run a command: parse its flags, call `main`, and exit with one of the codes that --help lists.
 
-    Arguments that are not flags go to `main`: at most one for each of its parameters, which are strings with defaults.
+    Arguments that are not flags go to `main`: at most one for each of its parameters, which are strings with defaults,
+    or as many as there are where it takes `*names`.
     `doc` is the command's docstring, the beginning of its --help. Only a bug of ours shows a traceback.
     """
     try:
@@ -41,7 +42,7 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
                 print(help_text(doc or ""))
                 code = EXIT_DONE
             else:
-                code = main(*parse_flags(len(inspect.signature(main).parameters))) or EXIT_DONE
+                code = main(*parse_flags(_most_arguments(main))) or EXIT_DONE
         sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
@@ -75,6 +76,11 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
     if code == EXIT_INTERRUPTED:
         atexit.register(exit_at_once)  # runs before what was registered earlier, by JAX
     sys.exit(code)
+
+
+def _most_arguments(main: Callable[..., int | None]) -> int:
+    parameters = inspect.signature(main).parameters.values()
+    return sys.maxsize if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(parameters)
 
 
 def exit_at_once() -> None:
