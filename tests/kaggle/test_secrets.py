@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from jgpt.kaggle.session.secrets import provide_hub_token
+from jgpt.kaggle.session.secrets import provide_hub_token, provide_wandb_key
 
 
 class Client:
@@ -63,3 +63,14 @@ def test_no_secret_is_no_error(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "kaggle_secrets", None)  # an image without it
     provide_hub_token("owner/name")
     assert "HF_TOKEN" not in os.environ and caplog.text == ""
+
+
+def test_the_key_of_weights_and_biases_comes_from_its_own_label(monkeypatch, caplog, capfd):
+    caplog.set_level("DEBUG", "jgpt")
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setattr(Client, "labels", {"WANDB_API_KEY": "key_of_kaggle"})
+    provide_wandb_key()
+    assert os.environ["WANDB_API_KEY"] == "key_of_kaggle" and "HF_TOKEN" not in os.environ
+    shown = capfd.readouterr()
+    assert "key_of_kaggle" not in caplog.text + shown.out + shown.err

@@ -46,7 +46,7 @@ class WandbRun:
         except Exception as error:
             if mode != "online":
                 raise
-            mode, reason = "offline", f"{SERVER} refused: {redact(str(error))[:200]}"
+            mode, reason = "offline", f"the server refused it ({redact(str(error))[:200]})"
             self._run = self._open(mode, project, about)
         folder = Path(self._run.dir).parent
         if mode == "online":
