@@ -25,10 +25,10 @@ def waiting(what: str, stream: TextIO | None = None, clock: Callable[[], float] 
 
     `stream` is where a terminal is looked for: stdout where it is not given.
     """
-    stream = sys.stdout if stream is None else stream
+    place: TextIO = stream or sys.stdout
     done = threading.Event()
-    show = _on_terminal if stream.isatty() else _in_log
-    thread = threading.Thread(target=show, args=(what, done, stream, clock), daemon=True)
+    show = _on_terminal if place.isatty() else _in_log
+    thread = threading.Thread(target=show, args=(what, done, place, clock), daemon=True)
     thread.start()
     try:
         yield

@@ -122,7 +122,7 @@ def chat_model(command, tmp_path_factory) -> Path:
     exported = command("convert", "export", str(root / "run"), str(root / "exported"))
     assert exported.code == 0, exported.err
     adapters = {"out_dir": root / "lora", "init_from": root / "exported", "lora.rank": 2}
-    trained = command("train", "--config=base", *flags(SMALL | SHORT | settings | adapters))
+    trained = command("train", "--config=finetune_lora", *flags(SMALL | SHORT | settings | adapters))
     assert trained.code == 0, trained.err
     return root
 

@@ -95,7 +95,9 @@ def parse_flags(positional: int = 0) -> list[str]:
         )
     if path:
         _check_config(path, flags.FLAGS.config)
-        keep_given_length(flags.FLAGS.config, flags.FLAGS["config"].override_values)
+        from ml_collections import config_flags
+
+        keep_given_length(flags.FLAGS.config, config_flags.get_override_values(flags.FLAGS["config"]))
     return rest
 
 

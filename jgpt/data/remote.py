@@ -16,7 +16,18 @@ from jgpt.errors import UserError
 
 READ_AHEAD = 1 << 22  # bytes that one request brings
 # What file systems say of a file that changes with its content; the first that one has is taken.
-VERSIONS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "updated", "created")
+VERSIONS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "generation",
+    "blob_id",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+)
 
 
 class RemoteStat(NamedTuple):

@@ -68,7 +68,7 @@ def find_place(
         return None
     there = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
     raise UserError(
-        f"{there} was given, and not {' and not '.join(missing)}. A run of several processes needs all three, and each"
+        f"{there} without {' and '.join(missing)}. A run of several processes needs all three, and each"
         " process a process_id of its own from 0 on; leave out all of them for one process. Set"
         f" {' '.join(f'--{name}=...' for name in missing)}, or the environment variables JAX_COORDINATOR_ADDRESS,"
         " JAX_NUM_PROCESSES and JAX_PROCESS_ID."

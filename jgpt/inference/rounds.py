@@ -58,7 +58,8 @@ class Rows(NamedTuple):
 
 def compute_variables(model: GPT, variables: Mapping[str, Any]) -> Any:
     """Return the variables on the devices, with matrices in the dtype that the model computes in."""
-    return jax.device_put(Policy(compute=model.dtype).cast_to_compute(variables))
+    cast = Policy(compute=model.dtype).cast_to_compute(variables)
+    return jax.tree.map(jnp.asarray, cast)  # no device_put: it refuses arrays that several processes share
 
 
 def stop_row(stop_ids: Sequence[int]) -> np.ndarray:

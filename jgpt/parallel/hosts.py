@@ -108,11 +108,18 @@ def _firsts(devices: list[jax.Device]) -> list[jax.Device]:
     return [next(d for d in devices if d.process_index == i) for i in range(n_processes())]
 
 
+def comes_from_others(error: BaseException) -> bool:
+    """Tell whether an error is that of a collective or a barrier, which fails where another process has died."""
+    if isinstance(error, TimeoutError) and error.__cause__ is not None:  # Orbax's, of a barrier
+        error = error.__cause__
+    return n_processes() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
+
+
 class Agreement:
     """What any process asks for, known to all at the same step.
 
     The wishes of all are gathered over the devices, in the order of the steps, and are read one call later: the host
-    never waits for the devices. It costs a collective of `BYTES` a process, which a step hides.
+    never waits for the devices. It costs one collective a step, of `BYTES` a process, dispatched behind the step.
     """
 
     BYTES = 48

@@ -16,13 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed
 
 from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
-from jgpt.parallel.hosts import calls, is_first, n_processes, process_id, put_text, share
+from jgpt.parallel.hosts import calls, comes_from_others, is_first, n_processes, process_id, put_text, share
 from jgpt.redaction import redact
 
 POLL_SECONDS = 1.0  # between two looks at the others
@@ -51,7 +51,7 @@ def together(on_lost: Callable[[str], None] = lambda reason: None) -> Iterator[N
         yield
         share("")  # nobody leaves while others still work
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):  # such as "Gloo AllGather failed"
+        if comes_from_others(error):  # such as "Gloo AllGather failed"
             time.sleep(SILENT_SECONDS + 3 * POLL_SECONDS)  # until the watch has found who is gone, which ends this
         watch.leave(error)
         raise
@@ -102,9 +102,11 @@ class _Watch:
                 self._lost(int(i), EXIT_LOST, said_what)
 
     def _lost(self, i: int, code: int, reason: str) -> None:
-        """End this process, which waits for one that is gone."""
-        if self._over.is_set() or i == process_id():
-            return
+        """End this process, which waits for one that is gone, unless it is leaving by itself."""
+        if not self._over.is_set() and i != process_id():
+            self._end(i, code, reason)
+
+    def _end(self, i: int, code: int, reason: str) -> NoReturn:
         message = redact(f"process {i} of this run ({self._names[i]}) has ended: {reason}")
         with suppress(Exception):  # a full disk
             self._on_lost(message)
@@ -146,8 +148,9 @@ class _Watch:
             return
 
         def on_abort(_: int) -> None:
-            self._lost(0, EXIT_LOST, "JAX has lost the connection to it (see above)")
-            os._exit(128 + signal.SIGABRT)
+            if is_first():  # an error of XLA's own
+                os._exit(128 + signal.SIGABRT)
+            self._end(0, EXIT_LOST, "JAX has lost the connection to it (see above)")
 
         self._handler = HANDLER(on_abort)  # kept: C has only its address
         _libc_signal(signal.SIGABRT, self._handler)

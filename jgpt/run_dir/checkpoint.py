@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
-from jgpt.parallel.hosts import first_decides, get_text, is_first, n_processes, put_text
+from jgpt.parallel.hosts import comes_from_others, first_decides, get_text, is_first, n_processes, put_text
 from jgpt.run_dir.disk import cannot_write, check_room, remove_unfinished, room, silence_orbax
 from jgpt.run_dir.manifest import digest, read_meta, steps_without_manifest, val_loss_of, verify, whole_steps
 from jgpt.step.state import TrainState, tree_bytes
@@ -139,7 +139,7 @@ class Checkpoints:
         if self._error is not None:
             error, self._error, self._failed = self._error, None, True
             remove_unfinished(self.directory)
-            if isinstance(error, MemoryError):
+            if isinstance(error, MemoryError) or comes_from_others(error):
                 raise error
             raise UserError(
                 f"{cannot_write(self.directory, error)} Earlier checkpoints are whole. Make room (a smaller"

@@ -67,7 +67,7 @@ def open_run_dir(out_dir: str) -> Iterator[Path]:
 
 def _check_shared(run_dir: Path) -> None:
     """Raise UserError, in all processes of a run, where one of them does not see what the first one writes here."""
-    name = first_decides(lambda: f".seen-{os.getpid()}-{time.time_ns()}")
+    name, where = first_decides(lambda: [f".seen-{os.getpid()}-{time.time_ns()}", str(run_dir)])
     mark = run_dir / name
     if is_first():
         write_file(mark, "")
@@ -82,7 +82,7 @@ def _check_shared(run_dir: Path) -> None:
     for i, answer in enumerate(seen):
         if answer != "yes":
             raise UserError(
-                f"out_dir is {answer} in process {i}, and is not the directory where process 0 writes, {run_dir}. Each"
+                f"out_dir is {answer} in process {i}, and is not the directory where process 0 writes, {where}. Each"
                 " process writes its part of a checkpoint there, so it must be on a disk that all share (NFS, Lustre, a"
                 " mounted volume). Set --config.out_dir=DIR to such a directory."
             )

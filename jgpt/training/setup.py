@@ -53,7 +53,7 @@ def check_same_tokens(data: TokenData) -> None:
     """Refuse processes of one run whose tokens differ: each may have made its own, on a disk of its own."""
     meta = data.meta
     check_same(
-        {key: str(meta[key]) for key in ("train_sha256", "val_sha256", "tokenizer_sha256") if key in meta},
+        {key: str(meta[key])[:12] for key in ("train_sha256", "val_sha256", "tokenizer_sha256") if key in meta},
         "the tokens of their text",
         "All must have the same text (data.text_glob) and the same tokenizer. Copy the text, or data.cache_dir, from"
         " one machine to the others, or put it on a disk that all share.",

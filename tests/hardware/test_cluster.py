@@ -36,9 +36,9 @@ def test_flags_go_before_the_environment():
 @pytest.mark.parametrize(
     "given, said",
     [
-        (("a:1", None, None), "coordinator_address=a:1 was given, and not num_processes and not process_id"),
+        (("a:1", None, None), "coordinator_address=a:1 without num_processes and process_id"),
         ((None, 2, None), "--coordinator_address=... --process_id=..."),
-        ((None, 1, 1), "process_id=1 was given, and not coordinator_address"),
+        ((None, 1, 1), "process_id=1 without coordinator_address"),
         (("a:1", 2, 2), "from 0 to 1"),
         (("a:1", 0, 0), "num_processes=0"),
         (("a:1", 2, -1), "process_id=-1"),

@@ -141,4 +141,5 @@ def test_process_0_that_does_not_answer_is_named(tiny: list[str]):
         line = [sys.executable, "-m", "jgpt.train", *tiny, *place, "--coordinator_timeout_seconds=2"]
         done = subprocess.run(line, env=ENVIRONMENT, text=True, capture_output=True)
     assert done.returncode == 2, done.stderr
-    assert f"error: process 0 of this run, at {address}, does not answer for 2s (Connection refused)" in done.stderr
+    said = f"error: the coordinator of this run, process 0 at {address}, does not answer for 2s (Connection refused)"
+    assert said in done.stderr

@@ -45,23 +45,20 @@ def test_a_run_with_a_chinese_name_goes_on_by_the_command_in_its_status(
     assert stopped.code == 0 and "could not be written" not in stopped.out, stopped.out
     words = copied_command(run)
     assert words[:3] == ["python", "-m", "jgpt.train"] and f"--config.out_dir={run}" in words
-    for name in ("status.json", "config.json", "samples.txt", "report.html"):
-        text = (run / name).read_text(encoding="utf-8")
-        assert re.search("从前|故事", text) and not re.search(r"\\u[0-9a-f]{4}", text), name
     resumed = command("train", *words[3:])
     assert resumed.code == 0 and "resuming from step 2" in resumed.out, resumed.err
     assert status(run)["state"] == "finished"
+    for name in ("status.json", "config.json", "samples.txt", "report.html"):
+        text = (run / name).read_text(encoding="utf-8")
+        assert re.search("从前|故事", text) and not re.search(r"\\u[0-9a-f]{4}", text), name
 
 
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_its_report_and_its_command_work_in_every_locale(
-    locale: str, chinese: list[str], tmp_path: Path, command: Command
-) -> None:
+def test_its_command_works_in_the_locale_c(chinese: list[str], tmp_path: Path, command: Command) -> None:
     with stop_after(2):
         assert command("train", *chinese).code == 0
     words = copied_command(tmp_path / "中文故事")
     environment = {name: value for name, value in os.environ.items() if name not in ("LANG", "PYTHONUTF8")}
-    environment |= {"LC_ALL": locale, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment |= {"LC_ALL": "C", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     resumed = subprocess.run([sys.executable, *words[1:]], env=environment, capture_output=True, timeout=300)
     assert resumed.returncode == 0, resumed.stderr.decode()
     assert f"finished: {tmp_path / '中文故事'}" in resumed.stdout.decode("utf-8")

@@ -83,7 +83,7 @@ def read_arguments(arguments: Sequence[str]) -> ConfigDict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads the file by load_module
             values(argv)
-            keep_given_length(values.config, values["config"].override_values)
+            keep_given_length(values.config, config_flags.get_override_values(values["config"]))
             return values.config
     except Exception as error:  # the user's file may raise anything
         raise UserError(

@@ -31,7 +31,7 @@ log = logging.getLogger("jgpt")
 class Tracker(Protocol):
     """A copy of metrics.jsonl in the form of another program."""
 
-    def write(self, record: Mapping[str, float | None]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Add a record; None stands for a number that is not finite."""
 
     def close(self, failed: bool) -> None:
@@ -134,7 +134,7 @@ class TensorBoard:
             text = summary.text(name, in_markdown)
             self._file.write_event(self._event(wall_time=self._began, step=0, summary=text))
 
-    def write(self, record: Mapping[str, float | None]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         values = [
             self._summary.Value(tag=name, simple_value=float("nan") if value is None else value)
             for name, value in record.items() if name != "step"

@@ -70,7 +70,7 @@ class WandbRun:
         for folder in (self._run_dir / "wandb").glob(f"offline-run-*-{self._id}"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def write(self, record: Mapping[str, float | None]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         if record["step"] >= self._run.step:  # the server has the others
             values = {
                 name: float("nan") if value is None else value for name, value in record.items() if name != "step"
