@@ -180,5 +180,5 @@ def test_a_length_that_is_given_replaces_the_configs(caplog):
     o = changed(config_named("laptop"), {"optimizer.total_steps": 500}).optimizer
     assert (o.total_steps, o.budget_hours, o.budget_epochs) == (500, 0, 0)
     assert "optimizer.budget_epochs=3 in the place of the config's total_steps=800" in caplog.text
-    both = changed(config_named("quickstart"), {"optimizer.budget_epochs": 3.0, "optimizer.total_steps": 9})
-    assert "optimizer.budget_epochs=3 with optimizer.total_steps=9" in problems(both)[0]
+    both = changed(config_named("quickstart"), {"optimizer.budget_epochs": 3.0, "optimizer.total_steps": 900})
+    assert "optimizer.budget_epochs=3 with optimizer.total_steps=900" in problems(both)[0]

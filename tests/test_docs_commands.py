@@ -24,7 +24,7 @@ PROGRAMS = "jgpt python python3 pip bash git sudo ps nvidia-smi sha256sum cd . .
 NOT_RUN = {
     r"python3 -m venv |\. \.venv/|pip install |sudo apt ": "changes the machine, and needs the network",
     r"(\w+=\S+ )?bash scripts/(run_local|test|lint)\.sh|\.ci/run": "installs packages and takes minutes; CI runs them",
-    r"(\w+=\S+ )?bash scripts/launch_local\.sh": "starts several processes; tests/parallel/test_hosts.py starts them",
+    r"bash scripts/launch_local\.sh": "starts several processes; tests/parallel/test_hosts.py does",
     r"jgpt train .*--coordinator_address": "waits for other machines; tests/parallel/test_hosts.py starts all of them",
     r"git clone ": "needs the network",
     r"cd ": "is the folder in which the next command is run",

@@ -26,11 +26,23 @@ def test_cpu_devices_are_as_many_as_divide_the_batch():
 
 
 def test_gpus_are_all_used_or_the_batch_is_refused(monkeypatch):
-    pair = [SimpleNamespace(platform="gpu")] * 2
-    monkeypatch.setattr(jax, "local_devices", lambda: pair)
+    pair = [SimpleNamespace(platform="gpu", process_index=0)] * 2
+    monkeypatch.setattr(jax, "devices", lambda: pair)
     assert training_devices(config_of(12)) == pair
     with pytest.raises(UserError, match=r"is 7, and there are 2 devices.*multiple of 2.*global_batch_size=8"):
         training_devices(config_of(7))
+
+
+def test_several_processes_bring_equally_many_devices(monkeypatch):
+    two, one = ([SimpleNamespace(platform="cpu", process_index=i) for i in (0, 0, 1, 1)[:n]] for n in (4, 3))
+    monkeypatch.setattr(jax, "devices", lambda: two)
+    assert training_devices(config_of(12)) == two
+    assert training_devices(config_of(6)) == [two[0], two[2]]
+    with pytest.raises(UserError, match="must be a multiple of 4"):
+        training_devices(config_of(7))
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    with pytest.raises(UserError, match="processes of this run have 2, 1 devices.*the same number in each"):
+        training_devices(config_of(12))
 
 
 def test_a_batch_is_divided_among_devices_that_do_not_share_a_model():

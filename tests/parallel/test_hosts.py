@@ -59,8 +59,10 @@ def start() -> Iterator[Start]:
         port = free.getsockname()[1]
     yield begin
     for process in started:
+        assert process.stdout is not None
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def until(condition: Callable[[], bool], processes: list[subprocess.Popen[str]]) -> None:
