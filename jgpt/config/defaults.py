@@ -158,6 +158,11 @@ PRECISION = Group(
         "params": Key(
             "fp32", "dtype of the stored parameters; half precision loses small Adam updates", choices=DTYPES
         ),
+        "first_moment": Key(
+            "fp32",
+            "dtype of the mean of gradients that AdamW and Muon keep",
+            choices={"fp32": "", "bf16": "2 bytes a parameter less"},
+        ),
         "gradient_average": Key(
             "fp32",
             "what devices send each other",
@@ -234,9 +239,10 @@ EXECUTION = Group(
             },
         ),
         "gather": Key(
-            "step",
+            "auto",
             "with parallel=fsdp, when a device gets the parameters that the others keep",
             choices={
+                "auto": "step where that fits",
                 "step": "all, once a step: fast",
                 "layer": "those of a block, when it runs: least memory, much is sent",
             },

@@ -92,6 +92,21 @@ class Parts:
             self.train_step, state, self.abstract_frozen(), self.abstract_batch(), self.accumulation
         )
 
+    def params_in_loop(self) -> Any:
+        """Return the parameters that a device has in the loop over micro-batches, as shapes; their gradients have them.
+
+        All of them in the compute dtype; where they are gathered for each micro-batch, its parts as they are kept.
+        """
+        params = jax.eval_shape(self.init).params
+        if isinstance(self.strategy, FullySharded) and self.strategy.by_layer:
+            return self.strategy.part_of(params)
+        return jax.eval_shape(self.policy.cast_to_compute, params)
+
+    def gathered_bytes(self) -> int:
+        """Return the bytes of what the loop over micro-batches keeps: parameters, gradients, their fp32 sums."""
+        params = self.params_in_loop()
+        return 2 * tree_bytes(params) + 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
     def least_bytes(self) -> int:
         """Return the bytes of a device that any step takes: parameters, moments, the frozen ones of LoRA."""
         return self.strategy.bytes_per_device(jax.eval_shape(self.init), self.abstract_frozen())
@@ -123,10 +138,10 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
     attention = _attention(config, shapes, policy, devices[0])
     plain = GPT(shapes, policy.compute, execution.remat, lora)  # makes the parameters, so it needs no fused attention
     model = GPT(shared, policy.compute, execution.remat, lora, attention, policy.activations)
-    optimizer = make_optimizer(config.optimizer, policy.compute)
+    optimizer = make_optimizer(config.optimizer, policy.compute, DTYPES[precision.first_moment])
     stepped = model
     if isinstance(strategy, FullySharded) and strategy.by_layer:
-        stepped = model.clone(gather=strategy.gather_block(abstract_params(shapes)["h_0"]))
+        stepped = model.clone(gather=strategy.gather_block(abstract_params(shapes)["h_0"], policy.cast_to_compute))
     train_step = make_train_step(
         stepped,
         policy,
@@ -165,7 +180,7 @@ def make_strategy(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Dev
         return Sharded(devices, shared), shared
     if config.execution.parallel == "fsdp":
         group = fsdp_group(config.execution.mesh, len(devices))
-        return FullySharded(devices, group, by_layer=config.execution.gather == "layer"), shapes
+        return FullySharded(devices, group, by_layer=config.execution.gather == "layer"), shapes  # "auto": settled
     return Replicate(devices), shapes
 
 
