@@ -10,7 +10,7 @@ Dimensions, here and everywhere:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -277,9 +277,29 @@ class GPT(nn.Module):
         context, mode = Context(positions, mask, segments), Mode(prefill, deterministic)
         layers: list[LayerCache] = []
         for i, block in enumerate(self.h):
+            if self.gather is not None:
+                x = _call_gathering(block, x, context, mode)
+                continue
             x, layer = block(x, context, cache[i] if cache is not None else None, mode)
             layers += [layer] if layer is not None else []
         return Output(self.norm(x), tuple(layers) if cache is not None else None)
+
+
+def _call_gathering(block: Block, x: Array, context: Context, mode: Mode) -> Array:
+    """Run a block that gathers its parameters, so that its backward pass ends with their gradients.
+
+    XLA puts off what nobody waits for: left alone, it would keep the activations of all blocks until the gradients of
+    the first one's input are known, and would multiply and scatter all others then. The barrier makes the block before
+    wait for both.
+    """
+
+    def run(block: nn.Module, x: Array) -> Array:
+        return cast(Block, block)(x, context, None, mode)[0]
+
+    def backward(vjp: Callable[[Array], Any], cotangent: Array) -> Any:
+        return jax.lax.optimization_barrier(vjp(cotangent))
+
+    return nn.custom_vjp(run, forward_fn=partial(nn.vjp, run), backward_fn=backward)(block, x)
 
 
 def unembedding(params: Any) -> Array:

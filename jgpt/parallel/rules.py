@@ -89,17 +89,17 @@ def fsdp_group(mesh: str, n_devices: int) -> int:
 
 
 def split_axis(shape: tuple[int, ...], n: int) -> int:
-    """Return the axis along which `n` devices split an array of the state: the longest that divides; -1: none.
+    """Return the axis along which `n` devices split an array of the state: the first that divides; -1: none.
 
-    Vectors (norms, biases, counters) stay whole: they are small, and each would cost a collective.
+    Parts of the first axis lie behind one another where all are gathered. Of any other axis XLA keeps a transposed copy
+    beside the array. Vectors (norms, biases, counters) stay whole: they are small, and each would cost a collective.
 
-    >>> split_axis((50304, 768), 2), split_axis((768, 12, 3, 64), 4), split_axis((768,), 2), split_axis((3, 5), 2)
-    (0, 0, -1, -1)
+    >>> split_axis((768, 3072), 2), split_axis((25, 16, 3, 64), 4), split_axis((768,), 2), split_axis((3, 5), 2)
+    (0, 1, -1, -1)
     """
     if len(shape) < 2:
         return -1
-    divisible = [axis for axis, size in enumerate(shape) if size % n == 0]
-    return max(divisible, key=lambda axis: shape[axis], default=-1)
+    return next((axis for axis, size in enumerate(shape) if size % n == 0), -1)
 
 
 def split_bytes(params: Any, shardings: Any) -> int:
