@@ -249,8 +249,8 @@ EXECUTION = Group(
         ),
         "mesh": Key(
             "",
-            "with parallel=fsdp, the devices as groups, such as data=2,fsdp=4: 2 groups of 4, each of which holds the "
-            "whole state, split over its devices; '': one group",
+            "the devices as groups: with parallel=fsdp, data=2,fsdp=4 are 2 groups of 4, each of which holds the whole "
+            "state, split over its devices; with parallel=tensor, data=2,tensor=4; '': one group",
         ),
         "micro_batch_size": Key(
             32, "most sequences on a device at a time, others wait their turn; 0 or auto: search", 0, MOST_SEQUENCES

@@ -26,7 +26,7 @@ from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.fsdp import FullySharded
 from jgpt.parallel.mesh import Sharded
 from jgpt.parallel.replicate import Replicate
-from jgpt.parallel.rules import fsdp_group
+from jgpt.parallel.rules import AXIS, PARTS, group_size
 from jgpt.parallel.strategy import Strategy
 from jgpt.step.eval_step import EvalStep, make_eval_step
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
@@ -176,10 +176,11 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
 def make_strategy(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device]) -> tuple[Strategy, ModelConfig]:
     """Return how the step runs on the devices, and the model's shapes as they share it."""
     if _splits_model(config):
-        shared = for_devices(shapes, len(devices))
-        return Sharded(devices, shared), shared
+        group = group_size(config.execution.mesh, AXIS, len(devices))
+        shared = for_devices(shapes, group)
+        return Sharded(devices, shared, group), shared
     if config.execution.parallel == "fsdp":
-        group = fsdp_group(config.execution.mesh, len(devices))
+        group = group_size(config.execution.mesh, PARTS, len(devices))
         return FullySharded(devices, group, by_layer=config.execution.gather == "layer"), shapes  # "auto": settled
     return Replicate(devices), shapes
 
@@ -187,19 +188,19 @@ def make_strategy(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Dev
 def batch_shares(config: ConfigDict, n_devices: int) -> int:
     """Return how many equal parts the global batch is divided into on so many devices. Raises UserError.
 
-    One for each device, or one in all where the devices split the model.
+    One for each device; where devices split the model, one for each group that does.
     """
-    size = config.batch.global_batch_size
+    size, shares, name = config.batch.global_batch_size, n_devices, "devices"
     if _splits_model(config):
-        return 1
-    if size % n_devices:
-        nearest = max(1, round(size / n_devices)) * n_devices
+        shares, name = n_devices // group_size(config.execution.mesh, AXIS, n_devices), "groups of devices"
+    if size % shares:
+        nearest = max(1, round(size / shares)) * shares
         raise UserError(
-            f"batch.global_batch_size is {size}, and there are {n_devices} devices. Each takes the same number of"
-            f" sequences, so it must be a multiple of {n_devices}: set --config.batch.global_batch_size={nearest}, or"
+            f"batch.global_batch_size is {size}, and there are {shares} {name}. Each takes the same number of"
+            f" sequences, so it must be a multiple of {shares}: set --config.batch.global_batch_size={nearest}, or"
             " use fewer devices (CUDA_VISIBLE_DEVICES=0)."
         )
-    return n_devices
+    return shares
 
 
 def training_devices(config: ConfigDict) -> list[jax.Device]:

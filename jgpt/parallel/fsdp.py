@@ -22,11 +22,11 @@ import jax
 import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
 from jgpt.model.gpt import GATHERED
-from jgpt.parallel.rules import split_axis, split_bytes
+from jgpt.parallel.rules import COPIES, PARTS, device_mesh, split_axis, split_bytes
 from jgpt.parallel.strategy import laid_out, saved_from
 from jgpt.step.eval_step import EvalStep
 from jgpt.step.gradients import Cast, Exchange
@@ -34,7 +34,6 @@ from jgpt.step.muon import alone
 from jgpt.step.state import TrainState
 from jgpt.step.train_step import Numbers, Step, TrainStep
 
-COPIES, PARTS = "data", "fsdp"  # the mesh: `data` groups of devices; inside one, the state is split over `fsdp` devices
 EACH = PartitionSpec((COPIES, PARTS))  # the first axis: an element on each device
 SAME = PartitionSpec()  # on all devices
 
@@ -51,7 +50,7 @@ class FullySharded:
         self.devices = list(devices)
         self.shares = len(self.devices)
         self._group, self.by_layer = group, by_layer
-        self._mesh = Mesh(np.array(self.devices).reshape(-1, group), (COPIES, PARTS))
+        self._mesh = device_mesh(self.devices, group, PARTS)
 
     def _axes(self, tree: Any) -> Any:
         """Return the axis along which each array is split; -1 where each device has all of it."""

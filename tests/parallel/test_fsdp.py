@@ -17,7 +17,7 @@ from jgpt.errors import UserError
 from jgpt.model.shapes import model_config
 from jgpt.parallel.build import Parts, make_parts
 from jgpt.parallel.evaluation import evaluate
-from jgpt.parallel.rules import fsdp_group
+from jgpt.parallel.rules import group_size
 from jgpt.planning.audit import collectives
 from jgpt.planning.hlo import parse
 from jgpt.step.state import TrainState
@@ -181,7 +181,7 @@ def test_a_device_that_decodes_gets_all_parameters():
 
 
 def test_groups_of_devices_hold_a_copy_each():
-    assert fsdp_group("data=2,fsdp=1", 2) == 1
+    assert group_size("data=2,fsdp=1", "fsdp", 2) == 1
     config = config_of("fsdp")
     config.execution.mesh = "data=2,fsdp=1"
     p = make_parts(config, model_config(config.model, V), jax.local_devices())
@@ -195,7 +195,7 @@ def test_groups_of_devices_hold_a_copy_each():
 @pytest.mark.parametrize("mesh", ["fsdp=3", "data=2,fsdp=2", "fsdp", "fsdp=-2", "tensor=2", "data=2;fsdp=1", "2"])
 def test_a_mesh_that_is_not_the_devices_is_refused(mesh: str):
     with pytest.raises(UserError, match="there are 2 devices.*product.*--config.execution.mesh"):
-        fsdp_group(mesh, 2)
+        group_size(mesh, "fsdp", 2)
 
 
 def test_what_fsdp_does_not_go_with_is_named():
@@ -204,4 +204,4 @@ def test_what_fsdp_does_not_go_with_is_named():
     assert any("parallel='fsdp' with lora" in problem for problem in problems(config))
     config = config_of("data")
     config.execution.mesh = "data=2"
-    assert any("only fsdp divides the devices" in problem for problem in problems(config))
+    assert any("divide the devices into groups" in problem for problem in problems(config))
