@@ -227,16 +227,29 @@ class GPT(nn.Module):
         self.norm = Norm(kind=c.norm, epsilon=c.norm_eps, use_bias=c.bias, dtype=jnp.float32)
 
     def _block(self) -> type[Block]:
-        """Return Block, with what the backward pass computes again; with `gather`, all its parameters are that."""
-        block, policy = Block, REMAT_POLICY.get(self.remat)
-        if self.gather is not None:
-            block = nn.map_variables(block, "params", trans_in_fn=self.gather)
-            if self.remat == "none":
-                policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        elif self.remat == "none":
-            return block
+        """Return Block, with what the backward pass computes again."""
+        if self.remat == "none":
+            return Block
         # `mode` is argument 4 of Block.__call__, with self as 0. Only a positional argument can be static.
-        return nn.remat(block, static_argnums=4, policy=policy)
+        return nn.remat(Block, static_argnums=4, policy=REMAT_POLICY[self.remat])
+
+    def one_block(self, i: int, x: Array, context: Context, mode: Mode) -> Array:
+        """Run one block alone, without a cache."""
+        return self.h[i](x, context, None, mode)[0]
+
+    def _gathering(self, i: int, x: Array, context: Context, mode: Mode) -> Array:
+        """Run one block with `gather`: what the backward pass computes again begins with all its parameters."""
+        gather, name, alone = self.gather, f"h_{i}", self.clone(parent=None, gather=None, remat="none")
+        assert gather is not None and self.scope is not None
+        rngs = {kind: key.as_jax_rng() for kind, key in self.scope.rngs.items()}
+
+        def run(part: Any, x: Array) -> Array:
+            params = {"params": {name: gather(part)}}
+            return cast(Array, alone.apply(params, i, x, context, mode, rngs=rngs, method=GPT.one_block))
+
+        keep_all_else = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        policy = keep_all_else if self.remat == "none" else REMAT_POLICY[self.remat]
+        return in_turn(jax.checkpoint(run, policy=policy), self.variables["params"][name], x)
 
     def __call__(
         self,
@@ -278,28 +291,34 @@ class GPT(nn.Module):
         layers: list[LayerCache] = []
         for i, block in enumerate(self.h):
             if self.gather is not None:
-                x = _call_gathering(block, x, context, mode)
+                x = self._gathering(i, x, context, mode)
                 continue
             x, layer = block(x, context, cache[i] if cache is not None else None, mode)
             layers += [layer] if layer is not None else []
         return Output(self.norm(x), tuple(layers) if cache is not None else None)
 
 
-def _call_gathering(block: Block, x: Array, context: Context, mode: Mode) -> Array:
-    """Run a block that gathers its parameters, so that its backward pass ends with their gradients.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_turn(block: Callable[[Any, Array], Array], part: Any, x: Array) -> Array:
+    """Run block(part, x) such that XLA gathers for one block at a time, forward and backward.
 
-    XLA puts off what nobody waits for: left alone, it would keep the activations of all blocks until the gradients of
-    the first one's input are known, and would multiply and scatter all others then. The barrier makes the block before
-    wait for both.
+    XLA starts early what it can, and puts off what nobody waits for. Left alone it would gather the parameters of many
+    blocks at the start, and would keep the activations of all blocks until the gradient of the first one's input is
+    known, to multiply and scatter all gradients of parameters then. The barriers make gathering wait for `x`, and the
+    block before wait for the gradients of `part`.
     """
+    return block(*jax.lax.optimization_barrier((part, x)))
 
-    def run(block: nn.Module, x: Array) -> Array:
-        return cast(Block, block)(x, context, None, mode)[0]
 
-    def backward(vjp: Callable[[Array], Any], cotangent: Array) -> Any:
-        return jax.lax.optimization_barrier(vjp(cotangent))
+def _in_turn_forward(block: Callable[[Any, Array], Array], part: Any, x: Array) -> tuple[Array, Any]:
+    return jax.vjp(block, *jax.lax.optimization_barrier((part, x)))
 
-    return nn.custom_vjp(run, forward_fn=partial(nn.vjp, run), backward_fn=backward)(block, x)
+
+def _in_turn_backward(block: Callable[[Any, Array], Array], vjp: Callable[[Array], Any], cotangent: Array) -> Any:
+    return jax.lax.optimization_barrier(vjp(cotangent))
+
+
+in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 def unembedding(params: Any) -> Array:

@@ -101,7 +101,7 @@ class FullySharded:
 
         It casts here, where the block runs: no copy of this device's parts is kept in the compute dtype.
         """
-        axes = {"params": self._axes(block)}
+        axes = self._axes(block)
 
         def gather(params: Any) -> Any:
             params = checkpoint_name(cast(params), GATHERED)
