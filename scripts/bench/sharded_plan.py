@@ -62,13 +62,14 @@ def qwen(layers: int, width: int, heads: int, kv_heads: int, mlp: int, vocabular
     )  # fmt: skip
 
 
+HALF = {"precision.first_moment": "bf16"}
 ROWS = {
     "124M": Row(gpt2(12, 12, 768), "t4x2", 8, "none"),
     "355M": Row(gpt2(24, 16, 1024), "t4x2", 4, "none"),
     "774M": Row(gpt2(36, 20, 1280), "t4x2", 4, "block"),
-    "1558M": Row(gpt2(48, 25, 1600), "t4x2", 4, "block"),
-    "Qwen2.5-1.5B": Row(qwen(28, 1536, 12, 2, 8960, 151_936, True), "t4x2", 1, "block", ("step", "layer")),
-    "Qwen2.5-3B": Row(qwen(36, 2048, 16, 2, 11_008, 151_936, True), "t4x2", 1, "block", ("layer",)),
+    "1558M": Row(gpt2(48, 25, 1600), "t4x2", 2, "block", overrides=HALF),
+    "Qwen2.5-1.5B": Row(qwen(28, 1536, 12, 2, 8960, 151_936, True), "t4x2", 1, "block", ("step", "layer"), HALF),
+    "Qwen2.5-3B": Row(qwen(36, 2048, 16, 2, 11_008, 151_936, True), "t4x2", 1, "block", ("layer",), HALF),
     "Qwen2.5-7B": Row(qwen(28, 3584, 28, 4, 18_944, 152_064, False), "h100x8", 4, "block", ("step", "layer")),
 }
 

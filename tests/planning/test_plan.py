@@ -84,6 +84,14 @@ def test_the_parts_of_the_memory_are_those_of_the_state(small: Plan):
     assert plan.checkpoints == (4, tree_bytes(state))
 
 
+def test_sums_of_gradients_that_are_scattered_at_once_are_a_devices_part(tmp_path: Path):
+    """With gather=layer the loop over micro-batches carries parts: half of each matrix, on two devices."""
+    plan = plan_of(config_of(tmp_path, **{"execution.parallel": "fsdp", "execution.gather": "layer"}))
+    whole, part = bytes_of(jax.eval_shape(plan.found.parts.init).params), bytes_of(plan.found.parts.params_in_loop())
+    assert plan.found.memory["parameters"] == part < 0.52 * whole
+    assert part <= plan.found.memory["gradients"] < 1.05 * part and plan.found.memory["compute copy"] == 0
+
+
 def test_a_larger_micro_batch_takes_more_and_remat_less(small: Plan, tmp_path: Path):
     def peak(**execution: Any) -> int:
         changes = {f"execution.{key}": value for key, value in execution.items()}
