@@ -1,6 +1,5 @@
 """Packing loses nothing, fills rows well, and says what it had to cut."""
 
-
 import numpy as np
 import pytest
 
