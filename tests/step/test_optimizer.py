@@ -136,7 +136,7 @@ def test_a_first_moment_in_half_precision_takes_two_bytes_and_moves_little(kind:
     gradients = [jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), start) for _ in range(10)]
 
     def trained(dtype: Any, steps: int) -> tuple[np.ndarray, Any]:
-        optimizer, params = make_optimizer(o, jnp.float32, dtype), start
+        optimizer, params = make_optimizer(o, first_moment=dtype), start
         first = state = optimizer.init(params)
         for gradient in gradients[:steps]:
             updates, state = optimizer.update(gradient, state, params)
