@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 from ml_collections import ConfigDict
 
 from jgpt.errors import UserError
+from jgpt.model.attention import flash_tpu
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.build import batch_shares, make_parts, micro_batch_sizes
 from jgpt.planning.devices import CUDNN_LINE, Target, has_cudnn
@@ -188,9 +189,13 @@ def space_of(config: ConfigDict, shapes: ModelConfig, target: Target, everything
 
 def attentions_of(config: ConfigDict, shapes: ModelConfig, target: Target) -> list[str]:
     """List the forms of attention to try on a device: the one that "auto" takes there, then the others."""
-    auto = make_parts(Execution(1, "none", 0, "auto").put_into(config), shapes, target.devices).model.attention
-    if target.chip.compute_capability is None:
-        return [auto]  # on a CPU the others only move less memory
+    parts = make_parts(Execution(1, "none", 0, "auto").put_into(config), shapes, target.devices)
+    auto = parts.model.attention
+    if target.devices[0].platform == "cpu":
+        return [auto]  # the others only move less memory
+    if target.devices[0].platform == "tpu":
+        fused = flash_tpu.supports(shapes.d_head, parts.policy.compute) and config.execution.parallel != "tensor"
+        return ["flash", "chunked_vjp"] if fused else [auto]
     first = "flash" if auto == "cudnn" else auto  # by its name in a config
     forms = list(dict.fromkeys((first, *ATTENTIONS)))
     if auto == "cudnn" and not has_cudnn():
