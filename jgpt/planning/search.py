@@ -191,11 +191,11 @@ def attentions_of(config: ConfigDict, shapes: ModelConfig, target: Target) -> li
     """List the forms of attention to try on a device: the one that "auto" takes there, then the others."""
     parts = make_parts(Execution(1, "none", 0, "auto").put_into(config), shapes, target.devices)
     auto = parts.model.attention
-    if target.devices[0].platform == "cpu":
-        return [auto]  # the others only move less memory
     if target.devices[0].platform == "tpu":
         fused = flash_tpu.supports(shapes.d_head, parts.policy.compute) and config.execution.parallel != "tensor"
         return ["flash", "chunked_vjp"] if fused else [auto]
+    if target.chip.compute_capability is None:
+        return [auto]  # on a CPU the others only move less memory
     first = "flash" if auto == "cudnn" else auto  # by its name in a config
     forms = list(dict.fromkeys((first, *ATTENTIONS)))
     if auto == "cudnn" and not has_cudnn():
