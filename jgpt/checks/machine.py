@@ -16,10 +16,11 @@ from typing import Protocol
 
 import jax
 
+from jgpt.checks import tpu
 from jgpt.checks.software import software
 from jgpt.checks.verdict import Check
 from jgpt.errors import UserError
-from jgpt.hardware import devices, process, speed
+from jgpt.hardware import devices, pci, process, speed
 from jgpt.wording import GIB
 
 SECRETS = (
@@ -62,8 +63,11 @@ def check_all(run_dir: Path, quick: bool, place: Place | None = None) -> dict[st
     try:
         found = devices.local_devices()
     except RuntimeError as error:
-        fix = "unset JAX_PLATFORMS" if os.environ.get("JAX_PLATFORMS") else 'pip install "jax[cuda12]"'
+        install = tpu.install() if pci.tpu_chips() else 'pip install "jax[cuda12]"'
+        fix = "unset JAX_PLATFORMS" if os.environ.get("JAX_PLATFORMS") else install
         return sections | {"Devices": [Check("JAX", "FAIL", str(error).splitlines()[0], fix)]}
+    if pci.tpu_chips():
+        sections["Software"].append(tpu.libtpu())
     sections["Devices"] = [*describe(found), *accelerators(found, gpus_in_machine(), place)]
     if not quick:
         sections["Speed"] = [*matmul_speed(found[0]), *all_reduce_speed(found)]
@@ -145,7 +149,7 @@ def describe(found: Sequence[jax.Device]) -> list[Check]:
             parts.append("sm_{}{}".format(*chip.compute_capability))
         limit = (device.memory_stats() or {}).get("bytes_limit")
         if limit:
-            parts.append(f"{limit / GIB:.1f} GiB for JAX")
+            parts.append(f"{limit / GIB:.1f} GiB {'of HBM ' if device.platform == 'tpu' else ''}for JAX")
         checks.append(Check(f"device {device.id}", "ok", ", ".join(parts)))
     return checks
 
@@ -161,6 +165,8 @@ def gpus_in_machine() -> list[str]:
 def accelerators(found: Sequence[jax.Device], gpus: Sequence[str], place: Place | None = None) -> list[Check]:
     """Check that JAX sees all the `gpus` in the machine and, in a known `place`, that they are those it should have."""
     kinds = [device.device_kind for device in found if device.platform != "cpu"]
+    if (chips := pci.tpu_chips()) and (checks := tpu.chips(kinds, chips)):
+        return checks
     if gpus and not kinds:
         value = f"{len(gpus)} in the machine ({gpus[0]}), none seen by JAX"
         if os.environ.get("JAX_PLATFORMS"):
@@ -170,6 +176,8 @@ def accelerators(found: Sequence[jax.Device], gpus: Sequence[str], place: Place 
         return [Check("GPUs", "warn", f"JAX sees {len(kinds)} of {len(gpus)}", "unset CUDA_VISIBLE_DEVICES")]
     if place is not None:
         return place.accelerators(kinds)
+    if found[0].platform == "tpu":
+        return [Check(tpu.CHIPS, "ok", f"{len(kinds)}")]
     return [Check("GPUs", "ok", f"{len(kinds)}") if kinds else Check("GPUs", "-", "none: training runs on the CPU")]
 
 
@@ -177,12 +185,14 @@ def matmul_speed(device: jax.Device) -> list[Check]:
     """Measure the matrix product in each precision, and warn where bf16 is not the hardware's own."""
     size = 1024 if device.platform == "cpu" else 8192
     capability, peaks = devices.compute_capability(device), devices.describe(device).peak_flops
-    measured = {}
+    measured, on_tpu = {}, device.platform == "tpu"
     for dtype, jax_dtype in (("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32")):
+        if dtype == "fp16" and on_tpu:
+            continue  # its matrix unit has none
         try:
             measured[dtype] = speed.matmul_flops(device, jax_dtype, size, seconds=0.5)
         except RuntimeError as error:
-            fix = "nvidia-smi shows who else uses the GPU"
+            fix = tpu.ONE_PROCESS if on_tpu else "nvidia-smi shows who else uses the GPU"
             return [Check(f"{dtype} matmul", "FAIL", str(error).splitlines()[0], fix)]
     checks = []
     for dtype, flops in measured.items():
@@ -202,7 +212,9 @@ def all_reduce_speed(found: Sequence[jax.Device]) -> list[Check]:
     if len(found) < 2:
         return []
     fix = (
-        "try NCCL_P2P_DISABLE=1 NCCL_CUMEM_ENABLE=0 python -m jgpt.check_env; one device needs no all-reduce: "
+        "start a new session: this TPU is damaged"
+        if found[0].platform == "tpu"
+        else "try NCCL_P2P_DISABLE=1 NCCL_CUMEM_ENABLE=0 python -m jgpt.check_env; one device needs no all-reduce: "
         "CUDA_VISIBLE_DEVICES=0"
     )
     name = f"all-reduce over {len(found)}"

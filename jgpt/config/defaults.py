@@ -155,7 +155,7 @@ PRECISION = Group(
         "compute": Key(
             "auto",
             "dtype of the matrix products",
-            choices={"auto": "fp32 on CPU, fp16 on GPUs below sm_80, bf16 from sm_80", **DTYPES}
+            choices={"auto": "fp32 on CPU, fp16 on GPUs below sm_80, bf16 from sm_80 and on TPUs", **DTYPES}
             | {"bf16": "on a CPU faster than fp32 where `lscpu` shows avx512_bf16 or amx_bf16"},
         ),
         "params": Key(

@@ -227,7 +227,7 @@ def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
             raise UserError(f"{name} holds {largest}. Allowed: finite numbers. {RESTORE}")
         raise UserError(
             f"{name} does not fit in fp16: its largest value is {largest:g}. Allowed in fp16: up to 65504. Take bf16 on"
-            " a GPU of compute capability 8.0 or above, else fp32."
+            " a TPU, or a GPU of compute capability 8.0 or above, else fp32."
         )
     return converted
 

@@ -1,7 +1,7 @@
 """The known kinds of device, one record each: all that jgpt knows of a device before it runs on it.
 
 Beside the data path: `devices.py` finds the record of a device that is here, `planning/` those of devices that are not.
-To add a GPU, add a record; for plans on machines without that GPU, also add its file to `planning/devices/`.
+To add a GPU, add a record to GPUS; for plans on machines without that GPU, also add its file to `planning/devices/`.
 """
 
 from collections.abc import Mapping
@@ -37,8 +37,9 @@ class Chip:
     `pattern` is a regular expression for JAX's `device_kind`; `compute_capability` is NVIDIA's (major, minor).
     `peak_flops` maps "fp32", "fp16", "bf16" to the most floating-point operations a second that a matrix product of
     such arrays can reach in JAX, without sparsity and with fp32 sums. `memory_bytes` is the memory of the card,
-    `usable_bytes` what CUDA leaves of it (all of it where nobody has looked), `memory_bandwidth` its bytes a second.
-    `rates` are what a prediction assumes. `target_file` names the file in `planning/devices/` to compile with.
+    `usable_bytes` what CUDA or libtpu leaves of it (all of it where nobody has looked), `memory_bandwidth` its bytes a
+    second. `rates` are what a prediction assumes. `target_file` names the file in `planning/devices/` to compile with.
+    `matrix_side` is the side of its matrix unit, where products of other sides are padded to it.
     """
 
     name: str
@@ -50,10 +51,11 @@ class Chip:
     memory_bandwidth: float | None
     rates: Rates | None
     target_file: str | None
+    matrix_side: int | None = None
 
 
 def unknown_chip(name: str, compute_capability: tuple[int, int] | None) -> Chip:
-    """Return the record of a device that is not in the table: a CPU, or another GPU."""
+    """Return the record of a device that is not in the table: a CPU, another GPU or TPU."""
     peaks: dict[str, float | None] = {"fp32": None, "fp16": None, "bf16": None}
     return Chip(name, "", compute_capability, MappingProxyType(peaks), None, None, None, None, None)
 
@@ -94,7 +96,7 @@ def _gpu(
 # TF32 tensor cores' figure from sm_80 on, because JAX multiplies fp32 matrices there by default; bf16 below sm_80 is
 # the fp32 figure, because XLA converts. `usable_gib` is what deviceQuery prints as totalGlobalMem. The first pattern
 # that is found in `device_kind` wins.
-CHIPS = (
+GPUS = (
     # T4 data sheet, 2019; usable memory as seen on Kaggle. It sustains 24 of its 65 TFLOP/s in fp16: a product of
     # 4096^3 at its 70 W (NVIDIA's answer in its developer forum, thread 264462). Estimates: fp32 three quarters of 8.1,
     # memory 80% of 320 GB/s. Two on Kaggle talk through the host: 2 to 6 GB/s are expected, 4 is assumed.
@@ -142,3 +144,24 @@ CHIPS = (
         nvlink_gb_per_second=450,
     ),
 )  # fmt: skip
+
+TPUS = (
+    # Google's page of TPU v5e (cloud.google.com/tpu/docs/v5e): 197 TFLOP/s in bf16, 16 GB, 819 GB/s, of which programs
+    # get 15.75 GiB (XLA's own words where one does not fit). JAX multiplies fp32 matrices in one pass of bf16 there; no
+    # unit takes fp16. Plans take these rates as they are, not shares of them: the MFU is then a bound. Other work: 4
+    # ALUs of 8 x 128 lanes at 1.5 GHz. Link: a chip sends 45 GB/s to a neighbour, and a ring through 2 x 4 chips uses
+    # two (jax-ml.github.io/scaling-book/tpus).
+    Chip(
+        name="TPU v5e",
+        pattern=r"\bTPU v5 lite",
+        compute_capability=None,
+        peak_flops=MappingProxyType({"fp32": 197e12, "fp16": None, "bf16": 197e12}),
+        memory_bytes=16 * GIB,
+        usable_bytes=int(15.75 * GIB),
+        memory_bandwidth=819e9,
+        rates=Rates(fp16_flops=197e12, fp32_flops=6.1e12, bandwidth=819e9, link=90e9),
+        target_file=None,
+        matrix_side=128,
+    ),
+)
+CHIPS = (*GPUS, *TPUS)

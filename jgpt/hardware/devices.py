@@ -25,7 +25,7 @@ def all_devices() -> list[jax.Device]:
 
 
 def describe(device: jax.Device) -> Chip:
-    """Return the record of a device's kind; that of a CPU or an unknown GPU has little more than a name."""
+    """Return the record of a device's kind; that of a CPU or an unknown GPU or TPU has little more than a name."""
     kind, capability = device.device_kind, compute_capability(device)
     for chip in CHIPS:
         # A slice of a card (MIG) has its card's name in its own, and not its speed.

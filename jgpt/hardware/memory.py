@@ -12,12 +12,19 @@ from jgpt.hardware.devices import local_devices
 from jgpt.wording import gib
 
 # XLA says it in many ways: its allocators (as RESOURCE_EXHAUSTED, or on a CPU of jax 0.7 as INTERNAL), its constants,
-# CUDA graphs, cuBLAS and cuDNN. A full disk and a kernel's shared memory are other matters.
+# CUDA graphs, cuBLAS and cuDNN, and a TPU's compiler ("Ran out of memory in memory space hbm"). A full disk and a
+# kernel's shared memory are other matters.
 _SIGNS = r"out of memory|RESOURCE_EXHAUSTED|CUDA_ERROR_OUT_OF_MEMORY|_STATUS_ALLOC_FAILED|failed to allocate"
-_OTHERS = r"no space left|shared memory"
+_OTHERS = r"no space left|shared memory|memory space [sv]mem"  # the last: a TPU kernel's own scratch
 _AMOUNT = r"([\d.]+) ?([KMGTPE]iB|bytes)"
 _LARGEST = r"Buffer 1:\s+Size: (\S+)(?:\s+Operator: op_name=\"([^\"]+)\")?"  # of XLA's list of a program's arrays
 _UNITS = {"bytes": 1} | {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGTPE", 1)}
+
+
+def tpu_program_bytes(text: str) -> int | None:
+    """Return what a program takes of a TPU chip, from the words with which its compiler refuses it, else None."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", text)
+    return int(float(found[1]) * _UNITS[f"{found[2]}iB"]) if found else None
 
 
 def shortage(error: BaseException | None, device: jax.Device | None = None) -> str:
@@ -43,6 +50,8 @@ def _means_memory(text: str) -> bool:
 
 def _asked(text: str) -> str:
     """Read from a message what was asked for, in one piece, and by what."""
+    if taken := tpu_program_bytes(text):
+        return f"was asked for {gib(taken)} by one program"
     found = re.search(_AMOUNT, text)
     asked = f"was asked for {gib(float(found[1]) * _UNITS[found[2]])} in one piece" if found else "ran out of memory"
     if array := re.search(r"for an array with shape .*", text):  # NumPy's

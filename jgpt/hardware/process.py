@@ -29,7 +29,7 @@ def set_up_process(deterministic: bool = False) -> None:
     """
     if "tensorflow" in sys.modules:
         raise UserError(
-            "TensorFlow is imported in this process. JAX must have the GPUs to itself: beside TensorFlow its "
+            "TensorFlow is imported in this process. JAX must have the devices to itself: beside TensorFlow its "
             "all-reduce between two T4s fails or returns nonsense (jax issue 39167). Start jgpt in a process of its "
             "own, as `python -m jgpt.train`, without the import (keras, tensorflow_datasets and tensorboard import it)."
         )

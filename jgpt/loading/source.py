@@ -186,7 +186,7 @@ def load_adapters(source: Source) -> tuple[Any, LoRA]:
 def _in_range(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     if array.dtype == np.float16 and not np.isfinite(array).all():
         raise UserError(
-            f"{'/'.join(path)} does not fit in fp16, which ends at 65504. Take bf16 on a GPU of compute capability 8.0"
-            " or more, or fp32."
+            f"{'/'.join(path)} does not fit in fp16, which ends at 65504. Take bf16 on a TPU or on a"
+            " GPU of compute capability 8.0 or more, or fp32."
         )
     return array

@@ -50,6 +50,7 @@ def choose_policy(compute: str, params: str, platform: str, compute_capability: 
     `platform` is "cpu", "gpu" or "tpu"; `compute_capability` is (7, 5) for a T4, None where there is none. "auto" is
     fp32 on CPU, fp16 on GPUs below sm_80, bf16 above and on TPU. Raises UserError for bf16 below sm_80: XLA turns bf16
     matrix products there into fp32 ones, many times slower than fp16 (https://github.com/openxla/xla/issues/12429).
+    Also for fp16 on a TPU, whose matrix unit has none.
 
     >>> choose_policy("auto", "fp32", "gpu", (7, 5)).compute.__name__
     'float16'
@@ -63,6 +64,12 @@ def choose_policy(compute: str, params: str, platform: str, compute_capability: 
             f"precision.compute='bf16' on a GPU of compute capability {major}.{minor} (a T4 is 7.5): it has no bf16"
             " units, and XLA would run every product in fp32, many times slower. Allowed here: 'auto', 'fp16', 'fp32'."
             " Take --config.precision.compute=auto (fp16 with loss scaling)."
+        )
+    if compute == "fp16" and platform == "tpu":
+        raise UserError(
+            "precision.compute='fp16' on a TPU: its matrix unit multiplies bf16, and fp16 would only be converted."
+            " bf16 has the range of fp32, and so needs no loss scaling. Allowed here: 'auto', 'bf16', 'fp32'. Take"
+            " --config.precision.compute=auto (bf16). A run that computed in fp16 so far goes on with it."
         )
     # CPUs multiply bf16 (AVX-512 BF16, AMX), and do nothing else in it: XLA would convert each operand and result.
     activations = jnp.float32 if platform == "cpu" and compute == "bf16" else None

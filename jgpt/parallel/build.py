@@ -204,7 +204,8 @@ def batch_shares(config: ConfigDict, n_devices: int) -> int:
         raise UserError(
             f"batch.global_batch_size is {size}, and there are {shares} {name}. Each takes the same number of"
             f" sequences, so it must be a multiple of {shares}: set --config.batch.global_batch_size={nearest}, or"
-            " use fewer devices (CUDA_VISIBLE_DEVICES=0)."
+            " use fewer devices (CUDA_VISIBLE_DEVICES=0; of a TPU, TPU_VISIBLE_CHIPS=0"
+            " TPU_CHIPS_PER_PROCESS_BOUNDS=1,1,1 TPU_PROCESS_BOUNDS=1,1,1)."
         )
     return shares
 

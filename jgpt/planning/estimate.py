@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jgpt.errors import UserError
+from jgpt.hardware.memory import tpu_program_bytes
 from jgpt.model.scopes import SCOPES
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.build import Parts, make_parts
@@ -74,7 +75,12 @@ def estimate(config: ConfigDict, shapes: ModelConfig, target: Target) -> Estimat
             f" it needs cuDNN, which JAX does not find. Run: {CUDNN_LINE}. Or plan with another form:"
             " --config.execution.attention=chunked_vjp."
         )
-    compiled = compile_for(target, parts.lower())
+    try:
+        compiled = compile_for(target, parts.lower())
+    except jax.errors.JaxRuntimeError as error:
+        if not (taken := tpu_program_bytes(str(error))):
+            raise
+        return _refused(config, parts, taken, time.perf_counter() - start)
     text = compiled.as_text()
     program = parse(text) if text else None
     usage: Any = compiled.memory_analysis()
@@ -96,6 +102,14 @@ def estimate(config: ConfigDict, shapes: ModelConfig, target: Target) -> Estimat
         program=program,
         compile_seconds=time.perf_counter() - start,
     )
+
+
+def _refused(config: ConfigDict, parts: Parts, taken: int, compile_seconds: float) -> Estimate:
+    """Return what is known of a step that a TPU's compiler refuses to compile, because it takes too much memory."""
+    state, held = jax.eval_shape(parts.init), parts.strategy.bytes_per_device
+    memory = {"parameters": held(state.params, {}), "moments": held(state.opt_state, {})}
+    memory[ACTIVATIONS] = taken - sum(memory.values())
+    return Estimate(execution_of(config), parts, memory, 0, None, None, compile_seconds)
 
 
 def _of_the_loop(program: Program, parts: Parts) -> dict[str, int]:

@@ -15,10 +15,11 @@ _HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
 
 
 class Shape(NamedTuple):
-    """One array: `dtype` in HLO's names ("f32", "pred")."""
+    """One array: `dtype` in HLO's names ("f32", "pred"); `on_chip`: in a TPU's memory beside its units, not HBM."""
 
     dtype: str
     dims: tuple[int, ...]
+    on_chip: bool = False
 
     @property
     def elements(self) -> int:
@@ -35,6 +36,11 @@ class Shape(NamedTuple):
     def bytes(self) -> float:
         """Bytes of the array."""
         return self.elements * self.itemsize
+
+    @property
+    def hbm_itemsize(self) -> float:
+        """Bytes of an element that go to or come from the device's main memory, when it is written or read."""
+        return 0 if self.on_chip else self.itemsize
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,18 @@ class Op:
 
     @property
     def is_product(self) -> bool:
-        """Tell a matrix product: XLA's own, or a call of cuBLAS."""
-        return self.opcode == "dot" or "__cublas" in self.custom_call_target
+        """Tell a matrix product: XLA's own, which for a TPU are convolutions, or a call of cuBLAS."""
+        return self.opcode in ("dot", "convolution") or "__cublas" in self.custom_call_target
 
     @property
     def is_fused_attention(self) -> bool:
-        """Tell a call of fused attention: cuDNN's, or a kernel of our own."""
-        return self.custom_call_target.startswith("__cudnn$fmha") or self.is_our_attention
+        """Tell a call of fused attention: cuDNN's, JAX's for TPUs, or a kernel of our own."""
+        return self.custom_call_target.startswith("__cudnn$fmha") or self.is_our_attention or self.is_tpu_attention
+
+    @property
+    def is_tpu_attention(self) -> bool:
+        """Tell a call of the kernels in `model/attention/flash_tpu.py`; nothing else here is written in Pallas."""
+        return self.custom_call_target == "tpu_custom_call"
 
     @property
     def is_our_attention(self) -> bool:
@@ -119,8 +130,8 @@ def _op(line: str, start: re.Match[str]) -> Op:
     at = start.end()
     end = _closing(line, at) if line[at] == "(" else line.index(" ", at)  # the result: a tuple, or an array
     shapes = tuple(
-        Shape(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n))
-        for dtype, dims in re.findall(r"(\w+)\[([\d,<=]*)\]", line[at:end])
+        Shape(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n), on_chip="S(1)" in layout)
+        for dtype, dims, layout in re.findall(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?", line[at:end])
     )
     opening = line.index("(", end)
     closing = _closing(line, opening)

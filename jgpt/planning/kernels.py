@@ -6,9 +6,11 @@ Beside the data path: `planning/roofline.py` turns both into seconds, and has th
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from jgpt.planning.hlo import Op
+from jgpt.planning.hlo import Op, Shape
+from jgpt.planning.tpu_kernels import convolution_flops, tpu_attention_flops
 
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "domain"}
@@ -19,6 +21,8 @@ _SLOW |= {"rsqrt", "cbrt", "sine", "cosine", "tan", "erf", "atan2", "remainder"}
 _SLOW_FLOPS = 8
 # Of the rate of a large product, as our kernels should reach it on a T4: 20 and 16 of 24 TFLOP/s (docs/flash.md).
 OUR_SHARES = {"forward": 20 / 24, "backward_q": 16 / 24, "backward_kv": 16 / 24}
+# Calls with which XLA names memory of a TPU, and tells its compiler facts: they run nothing.
+_NOTES = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
 PRODUCT_KINDS = ("fp16 gemm", "bf16 gemm", "fp32 gemm", "fused attention")  # by the operands
 
 
@@ -34,16 +38,22 @@ class Work(NamedTuple):
 def work_of(opcode: str, body: list[Op]) -> Work:
     """Add up a kernel: the computation of a fusion, or a lone op behind its parameters."""
     inner = {op.name: op for op in body}
+    if body[-1].custom_call_target in _NOTES:
+        return Work(opcode, 0.0, 0.0, 0.0)
     fp16, fp32, kind = 0.0, sum(_elementwise_flops(op, inner) for op in body), opcode
     for op in body:
         if op.is_product:
             narrow = all(inner[name].shapes[0].itemsize <= 2 for name in op.operands[:2])
             flops = _product_flops(op, inner)
+            if op.opcode == "convolution":  # a TPU's matrix unit rounds fp32 to bf16, unless more was asked for
+                narrow = "highest" not in op.find(r"operand_precision=\{([^}]*)\}")
             fp16, fp32 = (fp16 + flops, fp32) if narrow else (fp16, fp32 + flops)
             left = inner[op.operands[0]].shapes[0].dtype
-            kind = ("bf16 gemm" if left == "bf16" else "fp16 gemm") if narrow else "fp32 gemm"
+            kind = ("fp16 gemm" if left == "f16" else "bf16 gemm") if narrow else "fp32 gemm"
         elif op.is_fused_attention:
             fp16, kind = fp16 + _attention_flops(op, inner), "fused attention"
+            if op.is_tpu_attention:
+                fp32 += tpu_attention_flops(op, [inner[name].shapes[0] for name in op.operands]).other
     return Work(kind, _bytes(body, inner), fp16, fp32)
 
 
@@ -64,22 +74,26 @@ def _bytes(body: list[Op], inner: dict[str, Op]) -> float:
         if result.opcode in ("dynamic-update-slice", "scatter"):
             in_place.add(result.name)
             update = inner[result.operands[1 if result.opcode == "dynamic-update-slice" else -1]]
-            written += update.elements * result.shapes[0].itemsize
+            written += update.elements * result.shapes[0].hbm_itemsize
         elif result.is_product:
-            written += result.shapes[0].bytes
+            written += _moved(result.shapes[:1])
         elif result.is_fused_attention:
-            written += sum(shape.bytes for shape in result.shapes if shape.dtype != "u8")  # which is scratch space
+            written += _moved(shape for shape in result.shapes if shape.dtype != "u8")  # which is scratch space
         elif not _is_scratch(result, inner):
-            written += sum(shape.bytes for shape in result.shapes)
+            written += _moved(result.shapes)
         asked[result.name] = result.elements
     read = 0.0
     for op in reversed(body):
         share = min(asked[op.name] / op.elements, 1.0) if op.elements else 0.0
         if op.opcode == "parameter":
-            read += share * sum(shape.bytes for shape in op.shapes)
+            read += share * _moved(op.shapes)
         for place, name in enumerate(op.operands):
             asked[name] += share * _touched(op, place, inner, op.name in in_place)
     return read + written
+
+
+def _moved(shapes: Iterable[Shape]) -> float:
+    return sum(shape.elements * shape.hbm_itemsize for shape in shapes)
 
 
 def _touched(op: Op, place: int, inner: dict[str, Op], in_place: bool) -> float:
@@ -98,6 +112,8 @@ def _is_scratch(op: Op, inner: dict[str, Op]) -> bool:
 
 def _product_flops(op: Op, inner: dict[str, Op]) -> float:
     """Return 2 for every element of the result and every place of the contracted dimensions."""
+    if op.opcode == "convolution":
+        return convolution_flops(op, *(inner[name].shapes[0] for name in op.operands[:2]))
     contracted = re.findall(
         r"\d+", op.find(r"lhs_contracting_dims=\{([\d,]*)\}") or op.find(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
     )
@@ -112,6 +128,8 @@ def _attention_flops(op: Op, inner: dict[str, Op]) -> float:
     """
     if op.is_our_attention:
         return _our_attention_flops(op, inner)
+    if op.is_tpu_attention:
+        return tpu_attention_flops(op, [inner[name].shapes[0] for name in op.operands]).products
     (batch, queries, heads, width), keys = (inner[name].shapes[0].dims for name in op.operands[:2])
     products = 5 if "Backward" in op.custom_call_target else 2
     share = 0.5 if op.find(r'"mask_type": ?"(\w*CAUSAL)') else 1.0
@@ -135,7 +153,7 @@ def _our_attention_flops(op: Op, inner: dict[str, Op]) -> float:
 
 
 def _elementwise_flops(op: Op, inner: dict[str, Op]) -> float:
-    if op.opcode in _MOVES or op.opcode in ("custom-call", "dot"):
+    if op.opcode in _MOVES or op.opcode in ("custom-call", "dot", "convolution"):
         return 0.0
     elements = inner[op.operands[0]].elements if op.opcode.startswith("reduce") else op.elements
     return elements * (_SLOW_FLOPS if op.opcode in _SLOW else 1)

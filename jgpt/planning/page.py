@@ -14,6 +14,7 @@ from jgpt.model.parameters import count_parameters
 from jgpt.model.precision import dtype_name
 from jgpt.planning.audit import Collective, collectives, products
 from jgpt.planning.estimate import ACTIVATIONS, Estimate
+from jgpt.planning.matrix_unit import wasted
 from jgpt.planning.roofline import OpCost, Prediction
 from jgpt.planning.summary import Plan
 from jgpt.wording import GIB, format_count, format_duration
@@ -28,7 +29,9 @@ def page(plan: Plan, top: int) -> str:
     if found.prediction is not None:
         sections += [f"Speed ({plan.target.constants()})\n" + _speed(plan), _ops(found.prediction, top)]
     else:
-        sections.append(f"Speed: {plan.target.constants()}.")
+        known = found.program is not None or plan.target.rates is None
+        unknown = "not known: the compiler refused a step that does not fit"
+        sections.append(f"Speed: {plan.target.constants() if known else unknown}.")
     sections.append("The whole run\n" + _run(plan))
     if plan.searched is not None:
         tried = sorted(plan.searched.tried.values(), key=lambda tried: tried.seconds or 0.0)
@@ -76,6 +79,8 @@ def _model(plan: Plan) -> str:
         ),
         _line("step", f"{plan.found.execution.described()}, computing in {compute}"),
     ]
+    if side := plan.target.chip.matrix_side:
+        lines += [_line("wasted matrix unit", waste) for waste in wasted(s, side)]
     return "\n".join([f"Plan for {plan.target.kind} ({plan.target.name})", *lines])
 
 
@@ -233,6 +238,7 @@ def as_dict(plan: Plan, top: int) -> dict[str, Any]:
         "runs": plan.runs,
         "checkpoint_bytes": count * size,
         "compile_seconds": found.compile_seconds,
+        "wasted_matrix_unit": wasted(found.parts.shapes, plan.target.chip.matrix_side or 1),
     }
     if found.prediction is not None:
         assert found.program is not None

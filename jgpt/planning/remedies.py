@@ -20,9 +20,10 @@ def explain(shortage: str, doing: str, on_host: bool, config: ConfigDict, parts:
     plan = command if "-m jgpt.train" in command else "python -m jgpt.train --config FILE"
     lines = [f"out of memory in {doing}: {shortage}. Take {first}.", *(f"  or {other}" for other in others)]
     if not on_host and doing != SAMPLING:
+        device = " --device=this" if parts.strategy.devices[0].platform == "tpu" else ""
         lines += [
             f"Parameters and moments take {gib(state)}, whatever the batch. What fits, and how fast it is:",
-            f"  {plan.replace('jgpt.train', 'jgpt.plan')} --tune",
+            f"  {plan.replace('jgpt.train', 'jgpt.plan')} --tune{device}",
         ]
     if doing != SAMPLING:
         lines += ["Saved checkpoints are whole: the same command with such an override continues from the last one."]

@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 from ml_collections import ConfigDict
 
 from jgpt.errors import UserError
+from jgpt.model.attention import flash_tpu
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.build import batch_shares, make_parts, micro_batch_sizes
 from jgpt.planning.devices import CUDNN_LINE, Target, has_cudnn
@@ -192,7 +193,11 @@ def space_of(config: ConfigDict, shapes: ModelConfig, target: Target, everything
 
 def attentions_of(config: ConfigDict, shapes: ModelConfig, target: Target) -> list[str]:
     """List the forms of attention to try on a device: the one that "auto" takes there, then the others."""
-    auto = make_parts(Execution(1, "none", 0, "auto").put_into(config), shapes, target.devices).model.attention
+    parts = make_parts(Execution(1, "none", 0, "auto").put_into(config), shapes, target.devices)
+    auto = parts.model.attention
+    if target.devices[0].platform == "tpu":
+        fused = flash_tpu.supports(shapes.d_head, parts.policy.compute) and config.execution.parallel != "tensor"
+        return ["flash", "chunked_vjp"] if fused else [auto]
     if target.chip.compute_capability is None:
         return [auto]  # on a CPU the others only move less memory
     first = "flash" if auto == "cudnn" else auto  # by its name in a config

@@ -12,7 +12,7 @@ import pytest
 
 from jgpt.errors import UserError
 from jgpt.hardware import devices, process
-from jgpt.hardware.chips import CHIPS, unknown_chip
+from jgpt.hardware.chips import CHIPS, GPUS, unknown_chip
 
 
 def fake_gpu(kind: str, capability: str) -> Any:
@@ -66,7 +66,7 @@ def test_a_gpu_with_a_similar_name_has_no_peaks_rather_than_wrong_ones(kind):
 
 def test_table_is_consistent():
     assert len({chip.name for chip in CHIPS}) == len({chip.pattern for chip in CHIPS}) == len(CHIPS)
-    for chip in CHIPS:
+    for chip in GPUS:
         fp32, fp16, bf16 = (chip.peak_flops[dtype] for dtype in ("fp32", "fp16", "bf16"))
         assert fp32 and fp16 and bf16 and chip.compute_capability and chip.memory_bytes and chip.memory_bandwidth
         assert bf16 == (fp16 if chip.compute_capability >= (8, 0) else fp32)  # no bf16 units before Ampere
@@ -179,3 +179,12 @@ def test_free_memory_is_what_the_allocator_says_else_the_cards():
     assert devices.free_memory(counts) == 7  # type: ignore[arg-type]
     assert devices.free_memory(silent) == devices.describe(silent).usable_bytes  # type: ignore[arg-type]
     assert devices.free_memory(jax.local_devices()[0]) is None
+
+
+def test_a_tpu_is_known_by_its_name_and_fits_bf16_only():
+    chip = devices.describe(SimpleNamespace(device_kind="TPU v5 lite", platform="tpu"))  # type: ignore[arg-type]
+    assert chip.name == "TPU v5e" and chip.compute_capability is None and chip.matrix_side == 128
+    assert chip.peak_flops["bf16"] == 197e12 and chip.peak_flops["fp16"] is None
+    assert chip.usable_bytes and chip.memory_bytes and chip.usable_bytes < chip.memory_bytes == 16 * 2**30
+    other = devices.describe(SimpleNamespace(device_kind="TPU v5", platform="tpu"))  # type: ignore[arg-type]
+    assert other.name == "TPU v5" and other.rates is None  # a v5p

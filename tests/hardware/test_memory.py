@@ -61,6 +61,20 @@ def test_what_xla_says_on_gpus(text, asked):
     assert found.endswith("has 13.43 GiB for JAX, of which 2.00 GiB are taken")
 
 
+def test_what_the_compiler_of_a_tpu_says():
+    """Its words as in EasyDeL issue 166; vmem is a kernel's own scratch, and no batch changes that."""
+    words = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space {0}. Used 63.80G of"
+        " 15.75G {0}. Exceeded {0} capacity by 48.05G.\n\nTotal {0} usage >= 65.05G:\n    reserved 1.25G"
+    )
+    chip: Any = SimpleNamespace(
+        platform="tpu", device_kind="TPU v5 lite", memory_stats=lambda: {"bytes_limit": 2**34, "bytes_in_use": 0}
+    )
+    found = shortage(jax.errors.JaxRuntimeError(words.format("hbm")), chip)
+    assert found.startswith("the TPU v5 lite was asked for 63.80 GiB by one program, and has 16.00 GiB for JAX")
+    assert shortage(jax.errors.JaxRuntimeError(words.format("vmem")), chip) == ""
+
+
 def test_memory_in_fragments_and_an_allocator_that_does_not_count():
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8.00GiB.")
     assert "2.00 GiB are taken and 1.00 GiB the largest free piece" in shortage(error, IN_PIECES)

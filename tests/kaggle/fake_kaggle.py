@@ -71,6 +71,7 @@ class FakeKaggle(Storage, ThreadingHTTPServer):
         self.ranges: list[str] = []  # the Range headers among them
         self.slept: list[float] = []  # the seconds that clients would have waited
         self.used_hours, self.allowed_hours = 0.0, 30.0
+        self.used_tpu_hours = 0.0
         self.on_save: Callable[[Version, list[Version]], None] = lambda version, earlier: None
 
     @property
@@ -134,7 +135,8 @@ class FakeKaggle(Storage, ThreadingHTTPServer):
     def get_accelerator_quota_statistics(self, request: dict[str, Any]) -> dict[str, Any]:
         del request
         gpu = {"timeUsed": f"{self.used_hours * 3600:.0f}s", "totalTimeAllowed": f"{self.allowed_hours * 3600:.0f}s"}
-        return {"quotaRefreshTime": "2026-11-28T00:00:00.000Z", "gpuQuota": gpu}
+        tpu = {"timeUsed": f"{self.used_tpu_hours * 3600:.0f}s", "totalTimeAllowed": "72000s"}
+        return {"quotaRefreshTime": "2026-11-28T00:00:00.000Z", "gpuQuota": gpu, "tpuQuota": tpu}
 
     def _version(self, request: dict[str, Any]) -> Version | None:
         versions = self.kernels.get(f"{request['userName']}/{request['kernelSlug']}", [])

@@ -42,10 +42,10 @@ def python_without(packages: tuple[str, ...], folder: Path) -> Path:
 
 
 class Machine:
-    """One session: an empty working folder below `root`, and what is mounted."""
+    """One session: an empty working folder below `root`, and what is mounted; so many CPU devices are its GPUs."""
 
-    def __init__(self, root: Path, python: Path, compiled: Path) -> None:
-        self.root, self.python, self.compiled = root, python, compiled
+    def __init__(self, root: Path, python: Path, compiled: Path, devices: int = 2) -> None:
+        self.root, self.python, self.compiled, self.devices = root, python, compiled, devices
         self.outputs = root / "working" / "outputs"
         (root / "working").mkdir(parents=True)
         (root / "temp").mkdir()
@@ -65,7 +65,7 @@ class Machine:
         return {
             "PATH": os.environ["PATH"], "HOME": str(self.root), "TMPDIR": str(self.root / "temp"),
             "KAGGLE_KERNEL_RUN_TYPE": "Batch", "JGPT_KAGGLE_ROOT": str(self.root), "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={self.devices}",
             "JAX_COMPILATION_CACHE_DIR": str(self.compiled), "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",

@@ -30,7 +30,15 @@ def archive(code: str) -> str:
 
 
 def start(code: str, *arguments: str, trains: bool = False, internet: bool = False) -> None:
-    bootstrap.start(archive(code), "tiny", list(arguments), inputs=["datasets me/a"], internet=internet, trains=trains)
+    bootstrap.start(
+        archive(code),
+        "tiny",
+        list(arguments),
+        inputs=["datasets me/a"],
+        accelerator="TpuV5E8",
+        internet=internet,
+        trains=trains,
+    )
 
 
 @pytest.fixture
@@ -79,10 +87,10 @@ def test_the_child_has_the_project_its_caches_in_scratch_and_no_hub_when_offline
     names = ("PYTHONPATH", "PYTHONUNBUFFERED", "JAX_COMPILATION_CACHE_DIR", "HF_HOME", "HF_HUB_OFFLINE")
     monkeypatch.setenv("PYTHONPATH", "mine")
     scratch = outputs.parents[1] / "temp" / "jgpt"
-    start(code, *names, "JGPT_KAGGLE_INPUTS")
+    start(code, *names, "JGPT_KAGGLE_INPUTS", "JGPT_KAGGLE_ACCELERATOR")
     printed = capfd.readouterr().out
     path = f"{scratch}/code:{scratch}/code/packages:mine"
-    assert str([path, "1", f"{scratch}/jax", f"{scratch}/huggingface", "1", "datasets me/a"]) in printed
+    assert str([path, "1", f"{scratch}/jax", f"{scratch}/huggingface", "1", "datasets me/a", "TpuV5E8"]) in printed
     assert f"\n{scratch}/code\n" in printed and "secret-value" not in printed
     start(code, *names, internet=True)
     assert str([path, "1", f"{scratch}/jax", f"{scratch}/huggingface", None]) in capfd.readouterr().out
@@ -132,7 +140,7 @@ def test_only_the_last_lines_are_kept(outputs):
 
 
 def test_an_archive_that_is_none_ends_without_an_exception(outputs, capfd):
-    bootstrap.start("AAAA", "tiny", [], inputs=[], internet=False, trains=False)
+    bootstrap.start("AAAA", "tiny", [], inputs=[], accelerator="", internet=False, trains=False)
     assert status(outputs)["state"] == "failed"
     assert (
         status(outputs)["reason"].startswith("it could not be started\n") and "ReadError" in status(outputs)["reason"]
@@ -163,7 +171,7 @@ while True: time.sleep(0.05)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_the_child_which_has_the_time_it_needs(outputs, number):
-    call = f"start({archive(WAITS)!r}, 'tiny', [], inputs=[], internet=False, trains=False)"
+    call = f"start({archive(WAITS)!r}, 'tiny', [], inputs=[], accelerator='', internet=False, trains=False)"
     code = Path(bootstrap.__file__).read_text() + f"\n{call}\nprint('end of the cell')\n"
     with subprocess.Popen(
         [sys.executable, "-c", "import sys; exec(sys.stdin.read(), {})"], env=os.environ, text=True,

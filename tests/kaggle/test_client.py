@@ -150,8 +150,10 @@ def test_status(server, client):
 
 def test_quota(server, client):
     server.used_hours = 26.5
-    quota = client.quota()
+    quota = client.quota("GPU")
     assert (quota.used, quota.allowed, quota.left) == (26.5, 30.0, 3.5) and quota.refresh.day == 28
+    server.used_tpu_hours = 4.5
+    assert (client.quota("TPU").allowed, client.quota("TPU").left) == (20.0, 15.5)
 
 
 def test_log(server, client):

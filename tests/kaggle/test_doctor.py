@@ -70,8 +70,8 @@ def test_a_part_that_fails_leaves_a_hole(kaggle: Path, monkeypatch: pytest.Monke
     report = json.loads((kaggle / "working" / "doctor.json").read_text())
     assert report["matmul"] == report["training"] | {"error": "RuntimeError: matmul cannot be measured"}
     assert report["session"] == {"token": False, "account": "me", "reason": "", "upload": None}
-    assert set(report) == set("time seconds versions environment gpus devices all_reduce matmul memory_gb_per_second "
-        "training disks internet session sigterm".split())  # fmt: skip
+    assert set(report) == set("time seconds versions environment gpus tpu_chips devices all_reduce matmul "
+        "memory_gb_per_second training disks internet session sigterm".split())  # fmt: skip
     assert all(
         f"    {name}" in (doctor.__doc__ or "") for name in report if name not in ("time", "seconds", "all_reduce")
     )

@@ -173,7 +173,7 @@ def test_a_module_without_a_config_has_no_run_directory(tmp_path):
         ({"models": ("google/gemma",)}, "model 'google/gemma': it must be owner/model/framework/variation/version"),
         ({"models": ("a/b/c/d/latest",)}, "the version a number"),
         ({"accelerator": "NvidiaTeslaP100"}, "accelerator='NvidiaTeslaP100': it must be NvidiaTeslaT4,"),
-        ({"accelerator": "TpuV5E8"}, "accelerator='TpuV5E8'"),
+        ({"accelerator": "TpuV38"}, "accelerator='TpuV38'"),
         ({"module": "jgpt/train.py"}, "module='jgpt/train.py'"),
         ({"config": "nowhere.py"}, "config='nowhere.py': there is no such file"),
         ({"arguments": ("--config.out_dir=/tmp",)}, "--config.out_dir: on Kaggle a run's directory is"),

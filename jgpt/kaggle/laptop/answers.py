@@ -33,7 +33,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Quota:
-    """The GPU hours of this week."""
+    """The hours of this week that Kaggle lends its GPUs, or its TPUs."""
 
     used: float
     allowed: float

@@ -14,7 +14,7 @@ from jgpt.errors import UserError
 from jgpt.kaggle.laptop.answers import Status
 from jgpt.kaggle.laptop.kernel import Kernel
 from jgpt.kaggle.laptop.progress import Progress, is_finished, last_progress, write_next
-from jgpt.kaggle.session.limits import DEADLINE_HOURS
+from jgpt.kaggle.session.machines import machine_of
 
 if TYPE_CHECKING:
     from jgpt.kaggle.laptop.client import Kaggle
@@ -84,18 +84,20 @@ class Chain:
         if left < LEAST_HOURS:
             say(f"stopping here: {trained:.1f} of --hours={self.hours:g} are trained. To train longer, raise --hours")
             return None
-        quota = self.kaggle.quota() if self.base.accelerator else None
+        machine = machine_of(self.base.accelerator)
+        quota = self.kaggle.quota(machine.unit) if self.base.accelerator else None
         if quota is None:
             return left
         if quota.left < LEAST_HOURS + SPARE_HOURS:
-            say(f"stopping here. GPU hours: {quota}. Then repeat the same command")
+            say(f"stopping here. {machine.unit} hours: {quota}. Then repeat the same command")
             return None
         return min(left, quota.left - SPARE_HOURS)
 
     def hours_for_steps(self) -> float:
         """Return the hours that sessions can use: the last one is not pushed where it would be too short."""
-        last = self.hours % DEADLINE_HOURS
-        return self.hours - last if self.hours > DEADLINE_HOURS and last < LEAST_HOURS else self.hours
+        longest = machine_of(self.base.accelerator).deadline_hours
+        last = self.hours % longest
+        return self.hours - last if self.hours > longest and last < LEAST_HOURS else self.hours
 
     def check_session(self, version: int, status: Status, ended_before: bool) -> None:
         """Raise UserError when a session failed, or when someone cancelled it while we waited."""

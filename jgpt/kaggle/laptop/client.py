@@ -95,15 +95,21 @@ class Kaggle:
         answer = self._ask(what, lambda kernels: kernels.get_kernel_session_status(request))
         return Status(answer.status.name, self.retries.clean(answer.failure_message or "").strip())
 
-    def quota(self) -> Quota | None:
-        """Return the week's GPU hours; None when Kaggle does not say."""
+    def quotas(self) -> dict[str, Quota]:
+        """Return the week's hours of "GPU" and "TPU"; without those of which Kaggle does not say."""
         request = ApiGetAcceleratorQuotaStatisticsRequest()
         answer = self._ask("asking for the quota", lambda kernels: kernels.get_accelerator_quota_statistics(request))
-        gpu = answer.gpu_quota
-        if gpu is None or gpu.total_time_allowed is None:
-            return None
-        used = gpu.time_used.total_seconds() / 3600 if gpu.time_used else 0.0
-        return Quota(used, gpu.total_time_allowed.total_seconds() / 3600, answer.quota_refresh_time)
+        found = {}
+        for unit, quota in (("GPU", answer.gpu_quota), ("TPU", answer.tpu_quota)):
+            if quota is not None and quota.total_time_allowed is not None:
+                used = quota.time_used.total_seconds() / 3600 if quota.time_used else 0.0
+                allowed = quota.total_time_allowed.total_seconds() / 3600
+                found[unit] = Quota(used, allowed, answer.quota_refresh_time)
+        return found
+
+    def quota(self, unit: str) -> Quota | None:
+        """Return the week's hours of "GPU" or "TPU"; None when Kaggle does not say."""
+        return self.quotas().get(unit)
 
     def log_lines(self, slug: str, version: int | None = None) -> list[str]:
         """Return the log of a session that has ended."""

@@ -24,6 +24,7 @@ from typing import Any
 from jgpt.atomic_write import atomic_file
 from jgpt.errors import UserError
 from jgpt.kaggle.session import bootstrap
+from jgpt.kaggle.session.machines import TPU_V5E_8
 from jgpt.version import __version__
 
 CODE_FILE, METADATA_FILE, KERNEL_FILE = "kernel.py", "kernel-metadata.json", "kernel.json"
@@ -35,7 +36,7 @@ PROJECT = Path(__file__).parents[3]  # a checkout, or site-packages
 # What `kaggle kernels push --accelerator` accepts and jgpt trains on (kaggle-cli docs/kernels.md, February 2026); some
 # are for certain competitions only. The P100 is gone: asked for one, Kaggle gives a T4 without a message.
 ACCELERATORS = ("NvidiaTeslaT4", "NvidiaTeslaT4Highmem", "NvidiaL4", "NvidiaL4X1", "NvidiaTeslaA100", "NvidiaH100")
-ACCELERATORS += ("NvidiaRtxPro6000", "")  # "": none, a CPU
+ACCELERATORS += ("NvidiaRtxPro6000", TPU_V5E_8, "")  # "": none, a CPU
 SLUG = r"[A-Za-z0-9][A-Za-z0-9_-]*/[a-z0-9]+(?:-[a-z0-9]+)*"  # owner/name, as in the address of its page
 
 
@@ -123,8 +124,8 @@ def metadata(kernel: Kernel) -> dict[str, object]:
         "language": "python",
         "kernel_type": "script",
         "is_private": True,
-        "enable_gpu": bool(kernel.accelerator),
-        "enable_tpu": False,
+        "enable_gpu": kernel.accelerator not in ("", TPU_V5E_8),
+        "enable_tpu": kernel.accelerator == TPU_V5E_8,
         "enable_internet": kernel.internet,  # the client's default is true
         "machine_shape": kernel.accelerator,
         "dataset_sources": list(kernel.datasets),
@@ -158,6 +159,12 @@ def _problems(kernel: Kernel) -> Iterator[str]:
     if kernel.accelerator not in ACCELERATORS:
         known = ", ".join(filter(None, ACCELERATORS))
         yield f"accelerator={kernel.accelerator!r}: it must be {known} or empty; set --accelerator=NvidiaTeslaT4"
+    if kernel.accelerator == TPU_V5E_8 and kernel.docker_image:
+        yield (
+            f"docker_image={kernel.docker_image!r} with accelerator={TPU_V5E_8!r}: a TPU's machine has an image of its"
+            " own, and with any other Kaggle gives a CPU instead, without a word (kaggle-cli issue 1197); leave"
+            " --docker_image out, or empty it where an earlier push named one: --docker_image="
+        )
     if not re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*", kernel.module):
         yield f"module={kernel.module!r}: it must be the name of a module, such as jgpt.train"
     if kernel.config and not Path(kernel.config.split(":")[0]).is_file():
@@ -176,7 +183,7 @@ def code_file(kernel: Kernel) -> str:
     inputs = [("datasets", kernel.datasets), ("models", kernel.models), ("notebooks", kernel.kernels)]
     named = [f"{kind} {name}" for kind, names in inputs for name in names]
     call = f"module={kernel.module!r}, arguments={arguments!r}, inputs={named!r}, "
-    call += f"internet={kernel.internet}, trains={bool(kernel.config)}"
+    call += f"accelerator={kernel.accelerator!r}, internet={kernel.internet}, trains={bool(kernel.config)}"
     return (
         f"# {kernel.slug}: python -m {' '.join([kernel.module, *arguments])}\n"
         f"# Written by jgpt {version()}; do not edit. Below: the source of jgpt/kaggle/session/bootstrap.py, an\n"

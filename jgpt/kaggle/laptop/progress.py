@@ -19,7 +19,7 @@ from jgpt.cli.flags import AUTO
 from jgpt.config.length import keep_given_length
 from jgpt.errors import UserError
 from jgpt.kaggle.laptop.kernel import Kernel, write_folder
-from jgpt.kaggle.session.limits import DEADLINE_HOURS
+from jgpt.kaggle.session.machines import machine_of
 
 if TYPE_CHECKING:
     from jgpt.kaggle.laptop.client import Kaggle
@@ -92,9 +92,7 @@ def read_arguments(arguments: Sequence[str]) -> ConfigDict:
         ) from None
 
 
-def write_next(
-    base: Kernel, folder: Path, resumes: bool, most_hours: float = DEADLINE_HOURS, run_hours: float = 0.0
-) -> Path:
+def write_next(base: Kernel, folder: Path, resumes: bool, most_hours: float = math.inf, run_hours: float = 0.0) -> Path:
     """Write the kernel of the next version after `base` into a folder of its own, and return the folder.
 
     With `resumes`, the output so far is its input, and it fails instead of starting from step 0 when that holds no run.
@@ -106,7 +104,7 @@ def write_next(
         arguments.append("--config.checkpoint.resume=must")
         kernels = kernels if base.slug in kernels else (*kernels, base.slug)
     config = read_arguments(base.arguments)
-    if most_hours < (config.deadline_hours or DEADLINE_HOURS):
+    if most_hours < (config.deadline_hours or machine_of(base.accelerator).deadline_hours):
         arguments.append(f"--config.deadline_hours={most_hours:.2f}")
     if run_hours and not config.optimizer.total_steps:
         hours = min(run_hours, config.optimizer.budget_hours or run_hours)

@@ -19,8 +19,10 @@ from jgpt.errors import UserError
 from jgpt.exchange.hub import is_hub_name
 from jgpt.kaggle.laptop.kernel import KERNEL_FILE, METADATA_FILE, Kernel, read_folder
 from jgpt.kaggle.laptop.progress import read_arguments
-from jgpt.kaggle.session.limits import DEADLINE_HOURS, with_budget
+from jgpt.kaggle.session.limits import with_budget
+from jgpt.kaggle.session.machines import machine_of
 from jgpt.kaggle.session.publish import parse_target
+from jgpt.model.precision import choose_policy
 
 if TYPE_CHECKING:
     from jgpt.kaggle.laptop.client import Kaggle
@@ -44,10 +46,10 @@ def define_dry_run() -> None:
 
 def define_machine() -> None:
     """Define the flags of the machine that a kernel runs on."""
-    machines = "the machine; default: NvidiaTeslaT4 (two T4s); empty: a CPU"
+    machines = "the machine; default: NvidiaTeslaT4 (two T4s); TpuV5E8: a TPU of 8 chips; empty: a CPU"
     flags.DEFINE_string("accelerator", None, machines)
     flags.DEFINE_bool("internet", None, "turn the internet on; your Kaggle account needs a verified phone number")
-    flags.DEFINE_string("docker_image", "", "the image to run in, by its digest; default: Kaggle's newest")
+    flags.DEFINE_string("docker_image", None, "the image to run in, by its digest; default: Kaggle's newest")
 
 
 def define_kernel() -> None:
@@ -99,11 +101,15 @@ def kernel_of_flags(earlier: Kernel | None = None) -> Kernel:
         models=tuple(args.model or ()) or kernel.models,
         accelerator=kernel.accelerator if args.accelerator is None else args.accelerator,
         internet=kernel.internet if args.internet is None else args.internet,
-        docker_image=args.docker_image or kernel.docker_image,
+        docker_image=kernel.docker_image if args.docker_image is None else args.docker_image,
     )
     kernel.check()
     config = load_config() if "config" in args else read_arguments(kernel.arguments)
-    check(with_budget(config, DEADLINE_HOURS))  # as the session has it
+    machine = machine_of(kernel.accelerator)
+    check(with_budget(config, machine.deadline_hours))  # as the session has it
+    machine.check_deadline(config.deadline_hours)
+    if machine.unit == "TPU":
+        choose_policy(config.precision.compute, config.precision.params, "tpu", None)  # refuses fp16, as training would
     if config.checkpoint.upload:
         parse_target(config.checkpoint.upload)  # Kaggle would refuse it there, when the first upload begins
     if not kernel.internet:

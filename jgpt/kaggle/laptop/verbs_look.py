@@ -29,7 +29,7 @@ def define_version() -> None:
 
 
 def status() -> None:
-    """Show the state of a kernel, the progress of its training, and the GPU hours left this week.
+    """Show the state of a kernel, the progress of its training, and the GPU and TPU hours left this week.
 
         python -m jgpt.kaggle status --slug me/my-gpt
 
@@ -37,7 +37,7 @@ def status() -> None:
     """
     slug = slug_of_flags()
     if flags.FLAGS.dry_run:
-        print(f"Would ask for the status of {slug}, the status.json of its last output, and the GPU hours.")
+        print(f"Would ask for the status of {slug}, the status.json of its last output, and the GPU and TPU hours.")
         return
     kaggle = connect()
     version = flags.FLAGS.version or newest_version(kaggle, slug)
@@ -47,8 +47,8 @@ def status() -> None:
         write(f"Kaggle says: {session.message}\n")
     progress = last_progress(kaggle, slug, version)
     print(f"last output: {progress}, {progress.trained_hours:.1f} h trained" if progress else "last output: none yet")
-    if quota := kaggle.quota():
-        print(f"GPU hours: {quota}")
+    for unit, quota in kaggle.quotas().items():
+        print(f"{unit} hours: {quota}")
 
 
 def define_logs() -> None:

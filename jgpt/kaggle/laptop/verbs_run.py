@@ -103,9 +103,10 @@ def chain() -> None:
         python -m jgpt.kaggle chain --config configs/kaggle_t4.py --slug me/my-gpt --dataset me/my-texts --hours 40
         python -m jgpt.kaggle chain --slug me/my-gpt --hours 40
 
-    It ends when the config's steps are done, when the run has trained for --hours in all, or when the week's GPU hours
-    are used up; the last session gets an earlier deadline, to use only the hours left. Ctrl-C ends the waiting and not
-    the run: the same command waits for it again. A session that failed ends the chain, with the end of its log.
+    It ends when the config's steps are done, when the run has trained for --hours in all, or when the week's GPU
+    (or TPU) hours are used up; the last session gets an earlier deadline, to use only the hours left. Ctrl-C ends the
+    waiting and not the run: the same command waits for it again. A session that failed ends the chain, with the end of
+    its log.
     """
     args = flags.FLAGS
     if args.hours is None:
@@ -140,7 +141,7 @@ def doctor() -> None:
         python -m jgpt.kaggle doctor --slug me/jgpt-doctor
         python -m jgpt.kaggle doctor --slug me/jgpt-doctor --internet --upload dataset:me/jgpt-doctor-test
 
-    It measures the speed of the GPUs, between them, and of the disks: see jgpt/kaggle/session/doctor.py.
+    It measures the speed of the GPUs or TPU chips, between them, and of the disks: see jgpt/kaggle/session/doctor.py.
     """
     args, folder = flags.FLAGS, folder_of_flags()
     if args.upload:
@@ -148,7 +149,7 @@ def doctor() -> None:
     accelerator = "NvidiaTeslaT4" if args.accelerator is None else args.accelerator
     kernel = Kernel(
         slug_of_flags(), "jgpt.kaggle.session.doctor", (f"--upload={args.upload}",) if args.upload else (),
-        accelerator=accelerator, internet=bool(args.internet), docker_image=args.docker_image,
+        accelerator=accelerator, internet=bool(args.internet), docker_image=args.docker_image or "",
     )  # fmt: skip
     write_folder(kernel, folder)
     if args.dry_run:

@@ -42,12 +42,21 @@ def scratch_dir() -> Path:
     return scratch
 
 
-def start(archive: str, module: str, arguments: list[str], *, inputs: list[str], internet: bool, trains: bool) -> None:
+def start(
+    archive: str,
+    module: str,
+    arguments: list[str],
+    *,
+    inputs: list[str],
+    accelerator: str,
+    internet: bool,
+    trains: bool,
+) -> None:
     """Run `python -m MODULE ARGUMENTS` from `archive` (base64 of a .tar.xz) and return, however that ends.
 
-    `inputs` must be mounted, each is "KIND NAME"; jgpt.train does not start without them. `trains` says that the
-    arguments name a config: its run directory is then working/outputs, and its token files are in scratch. An error is
-    recorded in working/outputs/status.json.
+    `inputs` must be mounted, each is "KIND NAME"; jgpt.train does not start without them. `accelerator` is what was
+    asked for, in Kaggle's words. `trains` says that the arguments name a config: its run directory is then
+    working/outputs, and its token files are in scratch. An error is recorded in working/outputs/status.json.
     """
     outputs, scratch = kaggle_root() / "working" / "outputs", scratch_dir() / "jgpt"
     if trains:
@@ -63,6 +72,7 @@ def start(archive: str, module: str, arguments: list[str], *, inputs: list[str],
 
         child.clean = redact
         environment = child_environment(code, scratch, inputs, internet)
+        environment["JGPT_KAGGLE_ACCELERATOR"] = accelerator  # machines.py
         with child.forwards_signals():
             child.run([sys.executable, "-m", module, *arguments], code, environment)
             record_end(outputs, child)

@@ -9,8 +9,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from jgpt.checks import tpu
 from jgpt.checks.verdict import Check
 from jgpt.kaggle.session.limits import KEPT_GB
+from jgpt.kaggle.session.machines import TPU, this_machine
 from jgpt.kaggle.session.paths import input_dir, mounts, scratch_dir, working_dir
 from jgpt.redaction import redact
 from jgpt.run_dir.disk import bytes_below
@@ -18,6 +20,11 @@ from jgpt.run_dir.disk import bytes_below
 TWO_T4S = (
     'kaggle kernels push --accelerator NvidiaTeslaT4, or "machine_shape": "NvidiaTeslaT4" in kernel-metadata.json, '
     "or in the editor: Settings > Accelerator > GPU T4 x2"
+)
+TPU_CHIPS = 8  # of the TPU v5e-8
+A_TPU = (
+    "push with --accelerator TpuV5E8 and without --docker_image: with an image of its own Kaggle gives a CPU instead "
+    "(kaggle-cli issue 1197); or in the editor: Settings > Accelerator > TPU v5e-8"
 )
 INTERNET_ON = (
     'in the editor: Settings > Internet on (it needs a phone-verified account), or "enable_internet": true in '
@@ -35,7 +42,14 @@ def machine(online: bool | None) -> list[Check]:
 
 
 def accelerators(kinds: Sequence[str]) -> list[Check]:
-    """Check that the accelerators that JAX sees, by their kinds, are the two T4s."""
+    """Check that the accelerators that JAX sees, by their kinds, are the two T4s, or the TPU's eight chips."""
+    chips = sum(kind.startswith("TPU") for kind in kinds)
+    if chips == TPU_CHIPS:
+        return [Check(tpu.CHIPS, "ok", f"all {chips} of the TPU v5e-8")]
+    if chips:
+        return [Check(tpu.CHIPS, "warn", f"{chips} of the {TPU_CHIPS} of a TPU v5e-8", A_TPU)]
+    if this_machine() is TPU:
+        return [Check(tpu.CHIPS, "FAIL", "none, and a TPU v5e-8 was asked for", A_TPU)]
     n_t4s = sum(kind.endswith("T4") for kind in kinds)
     if n_t4s == 2:
         return [Check("GPUs", "ok", "both T4s")]

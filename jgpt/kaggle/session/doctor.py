@@ -9,12 +9,14 @@ It holds no variable's value, only names. Its keys, which do not change:
     versions                  python, packages by name, driver, image (git_commit, build_date); null where absent
     environment               names of the variables that begin with KAGGLE_
     gpus                      nvidia-smi's [name, memory in MiB, power limit in W]
+    tpu_chips                 how many are on the PCI bus
     devices                   JAX's [{kind, compute_capability, bytes_for_jax}]
     all_reduce.default, .cumem_off
                               {devices, correct, gb_per_second_by_mib, transport}: over all devices, without and with
-                              NCCL_CUMEM_HOST_ENABLE=0; transport in NCCL's words ("SHM/direct/direct"), or null
-    matmul                    FLOP/s: {fp16,fp32}_{first_second, alone, together}; size; clocks: by GPU and quantity
-                              [least, mean, most] of sm_mhz, watts, celsius during it
+                              NCCL_CUMEM_HOST_ENABLE=0 (null on a TPU, which has no NCCL); transport in NCCL's words
+                              ("SHM/direct/direct"), or null
+    matmul                    FLOP/s: {fp16,fp32}_{first_second, alone, together} (on a TPU bf16 for fp16); size;
+                              clocks: by GPU and quantity [least, mean, most] of sm_mhz, watts, celsius during it
     memory_gb_per_second      of each device, read and written
     training                  {tokens_per_second, flops, compute, share_of_matmul, ...} of a small GPT
     disks                     working, scratch, tmp: {total_gb, free_gb, write_mb_per_second}
@@ -43,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from jgpt.errors import UserError
+from jgpt.hardware.pci import tpu_chips
 from jgpt.kaggle.session import checks
 from jgpt.kaggle.session.paths import on_kaggle, scratch_dir, working_dir
 from jgpt.kaggle.session.publish import publish
@@ -51,8 +54,8 @@ from jgpt.redaction import redact
 from jgpt.run_dir.identity import write_json
 
 PACKAGES = (
-    "jgpt", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "flax", "optax", "orbax-checkpoint", "tensorstore",
-    "numpy", "ml_collections", "transformers", "tokenizers", "huggingface_hub", "kaggle", "kagglehub",
+    "jgpt", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "libtpu", "flax", "optax", "orbax-checkpoint",
+    "tensorstore", "numpy", "ml_collections", "transformers", "tokenizers", "huggingface_hub", "kaggle", "kagglehub",
     "nvidia-nccl-cu12", "nvidia-nccl-cu13", "nvidia-cudnn-cu12", "nvidia-cublas-cu12", "nvidia-cuda-runtime-cu12",
 )  # fmt: skip
 HOSTS = ("api.kaggle.com", "huggingface.co", "pypi.org")
@@ -67,10 +70,11 @@ def examine(seconds: float, upload: str) -> dict[str, Any]:
         "versions": versions,
         "environment": lambda: sorted(name for name in os.environ if name.startswith("KAGGLE_")),
         "gpus": lambda: [line.split(", ") for line in _nvidia_smi("name,memory.total,power.limit")],
+        "tpu_chips": tpu_chips,
         "devices": lambda: measure("devices", 0),
         "all_reduce": lambda: {
             "default": all_reduce(seconds / 12, ""),  # empty: NCCL's default. Where it is not set, jgpt sets 0
-            "cumem_off": all_reduce(seconds / 12, "0"),
+            "cumem_off": None if tpu_chips() else all_reduce(seconds / 12, "0"),
         },
         "matmul": lambda: matmul(seconds),
         "memory_gb_per_second": lambda: measure("memory", seconds / 12),

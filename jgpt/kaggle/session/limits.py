@@ -1,4 +1,4 @@
-"""The limits of Kaggle's machine: a session ends after 12 hours, and 20 GB of its working folder are kept.
+"""The limits of Kaggle's machine: a session ends after 12 hours (a TPU's after 9), and 20 GB of its folder are kept.
 
 Beside the data path: `jgpt.train` adapts its config to the machine first. On other machines nothing changes.
 """
@@ -10,13 +10,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from jgpt.kaggle.session.machines import this_machine
 from jgpt.kaggle.session.paths import on_kaggle, scratch_dir, working_dir
 from jgpt.run_dir.disk import bytes_below
 
-SESSION_HOURS = 12.0  # then Kaggle kills a GPU session, and may delete what it wrote
-WEEKLY_HOURS = 30.0  # of GPUs, about
-LENT_GPUS = ("t4x2", "p100")  # the devices of jgpt.plan that Kaggle lends
-DEADLINE_HOURS = 11.0  # one hour is left for packing, the last upload and Kaggle's own copying
 LEAST_HOURS = 0.25  # in a session that seems to be older: time for some steps and a checkpoint
 KEPT_GB = 19.5  # of the 20 GB, as a filesystem takes a little more than its files hold
 
@@ -26,19 +23,22 @@ log = logging.getLogger("jgpt")
 def fit_to_kaggle(config: ConfigDict) -> ConfigDict:
     """Return the config with the limits of Kaggle's machine in keys that were not set; unchanged on other machines.
 
-    `deadline_hours` becomes 11 minus the age of the session, and so does the `budget_hours` of a run that leaves its
-    steps open. Where the run directory is in the working folder,
-    `checkpoint.disk_gb` becomes 19.5 minus the size of other files there, and token files go to scratch.
+    `deadline_hours` becomes 11 (on a TPU 8.25) minus the age of the session, and so does the `budget_hours` of a run
+    that leaves its steps open. Where the run directory is in the working folder, `checkpoint.disk_gb` becomes 19.5
+    minus the size of other files there, and token files go to scratch. Raises UserError for a deadline that comes after
+    the end of the session.
     """
     if not on_kaggle():
         return config
-    config = config.copy_and_resolve_references()
+    config, machine = config.copy_and_resolve_references(), this_machine()
+    machine.check_deadline(config.deadline_hours)
     if not config.deadline_hours:
         age = session_hours()
-        config.deadline_hours = round(max(DEADLINE_HOURS - age, LEAST_HOURS), 2)
+        config.deadline_hours = round(max(machine.deadline_hours - age, LEAST_HOURS), 2)
         log.info(
-            "deadline_hours=%g: Kaggle kills a session after %g hours, this one is %.2f hours old, and the last hour is"
-            " for packing and uploading", config.deadline_hours, SESSION_HOURS, age,
+            "deadline_hours=%g: Kaggle kills a session after %g hours, this one is %.2f hours old, and the last %g"
+            " minutes are for packing and uploading",
+            config.deadline_hours, machine.session_hours, age, 60 * (machine.session_hours - machine.deadline_hours),
         )  # fmt: skip
     config = with_budget(config, config.deadline_hours)
     run_dir, working = Path(config.out_dir).expanduser().resolve(), working_dir().resolve()

@@ -21,6 +21,7 @@ from jgpt.hardware import speed
 from jgpt.hardware.devices import describe, local_devices
 from jgpt.hardware.process import set_up_process
 from jgpt.model.parameters import flops_per_token
+from jgpt.model.precision import DTYPES
 from jgpt.model.shapes import model_config
 from jgpt.run_dir.identity import read_config
 from jgpt.training import start
@@ -55,16 +56,16 @@ def all_reduce(seconds: float) -> dict[str, Any]:
 def matmul(seconds: float) -> dict[str, Any]:
     """Multiply matrices for `seconds` in all: each device alone and all together, in fp16 and in fp32, in FLOP/s.
 
-    Compare with "fp16_first_second": heat and the power limit slow a GPU down later.
+    A TPU multiplies bf16 instead of fp16. Compare with "fp16_first_second": heat and the power limit slow a GPU down
+    later.
     """
     local = local_devices()
     size = 512 if local[0].platform == "cpu" else 8192
-    shares = {"fp16": (1 / 3, 1 / 3), "fp32": (1 / 6, 1 / 6)}  # of the time: alone, shared by the devices, and together
     measured: dict[str, Any] = {"size": size}
-    for name, dtype in (("fp16", "float16"), ("fp32", "float32")):
-        alone, together = (seconds * share for share in shares[name])
+    for name, share in ((half_precision(), 1 / 3), ("fp32", 1 / 6)):
+        alone = together = seconds * share  # the devices share the first
 
-        def flops(device: jax.Device, for_seconds: float, dtype: str = dtype) -> float:
+        def flops(device: jax.Device, for_seconds: float, dtype: Any = DTYPES[name]) -> float:
             return speed.matmul_flops(device, dtype, size, for_seconds)
 
         measured[f"{name}_first_second"] = flops(local[0], min(1.0, alone / 4))
@@ -72,6 +73,11 @@ def matmul(seconds: float) -> dict[str, Any]:
         with ThreadPoolExecutor(len(local)) as pool:
             measured[f"{name}_together"] = list(pool.map(flops, local, [together] * len(local)))
     return measured
+
+
+def half_precision() -> str:
+    """Return the 16-bit format of the machine's matrix products: fp16, on a TPU bf16."""
+    return "bf16" if local_devices()[0].platform == "tpu" else "fp16"
 
 
 def memory(seconds: float) -> list[float]:
@@ -97,7 +103,7 @@ def training(seconds: float) -> dict[str, Any]:
     return {
         "tokens_per_second": rate,
         "flops": rate * flops_per_token(model_config(saved.model, n_ids)),
-        "compute": "fp32" if on_cpu else "fp16",
+        "compute": "fp32" if on_cpu else half_precision(),
         "steps": config.optimizer.total_steps,
         "seconds_in_all": took,
     }
@@ -115,7 +121,7 @@ def _small_gpt(folder: str, on_cpu: bool) -> ConfigDict:
         config.model.update({"n_layers": 2, "n_heads": 2, "d_model": 64, "context_length": 64})
         config.batch.global_batch_size, config.execution.micro_batch_size = 8, 4
     else:
-        config.precision.compute = "fp16"
+        config.precision.compute = half_precision()
         config.model.update({"n_layers": 12, "n_heads": 12, "d_model": 768, "context_length": 1024})
         config.batch.global_batch_size, config.execution.micro_batch_size = 32, 4
     return config

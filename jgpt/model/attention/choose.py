@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jgpt.errors import UserError
-from jgpt.model.attention import flash
+from jgpt.model.attention import flash, flash_tpu
 from jgpt.model.attention.chunked import attend_in_chunks, chunk_bounds
 from jgpt.model.attention.plain import attend
 
@@ -34,28 +34,31 @@ def choose_attention(
     for a T4, None where there is none; `d_head` is the width of a head.
 
     - "flash" is the fused kernel of the device: ours in fp16 from sm_75 on, else "cudnn" from sm_80 on, where results
-      need not be `deterministic`. Raises UserError where there is neither.
+      need not be `deterministic`; on a TPU "flash_tpu". Raises UserError where there is none.
     - "auto" is a fused kernel on the devices where one has been measured to be the fastest (docs/benchmarks: from sm_80
-      on), else "chunked_vjp".
+      on), or is predicted to be (docs/planning.md: on a TPU, with heads that fill its matrix unit), else "chunked_vjp".
 
     >>> choose_attention("auto", jnp.float16, "gpu", (7, 5)), choose_attention("auto", jnp.float32, "cpu", None)
     ('chunked_vjp', 'chunked_vjp')
     """
     major, minor = compute_capability or (0, 0)
     capability = (major, minor)
+    on_tpu = platform == "tpu" and flash_tpu.supports(d_head, compute)
     ours = capability >= (7, 5) and flash.supports(d_head, compute)
     cudnn = capability >= (8, 0) and compute != jnp.float32 and d_head % 8 == 0 and d_head <= 128
-    fused = "flash" if ours and _can_launch() else "cudnn" if cudnn and not deterministic else ""
+    fused = "flash_tpu" if on_tpu else "flash" if ours and _can_launch() else ""
+    fused = fused or ("cudnn" if cudnn and not deterministic else "")
     if attention == "auto":
-        measured = fused and capability >= (8, 0)
-        return fused if measured else "chunked_vjp"
+        fastest = flash_tpu.fills_unit(d_head) if on_tpu else capability >= (8, 0)
+        return fused if fused and fastest else "chunked_vjp"
     if attention == "flash" and not fused:
         device = "sm_{}{}".format(*compute_capability) if compute_capability else platform
         exact = " with execution.deterministic=False" if deterministic else ""
         raise UserError(
             f"execution.attention='flash' on {device} in {jnp.dtype(compute).name} with heads {d_head} wide: there is"
             " no fused attention for this. Allowed: fp16 and heads 32, 64, 96 or 128 wide on a GPU of compute"
-            f" capability 7.5 (a T4) or more; fp16 or bf16 and heads of 8, 16, ... 128 from 8.0 on{exact}. Take"
+            f" capability 7.5 (a T4) or more; fp16 or bf16 and heads of 8, 16, ... 128 from 8.0 on{exact}; bf16 or fp32"
+            " and heads up to 128 wide, or of a multiple of 128, on a TPU. Take"
             " --config.execution.attention=auto."
         )
     return fused if attention == "flash" else attention
@@ -93,6 +96,7 @@ def attend_causally(
     - "chunked": the queries in four chunks, each with the keys up to its end: 5/8 of the work and of the memory.
     - "chunked_vjp", "chunked_vjp_recompute": the same chunks, with a backward pass of our own (`chunked.py`).
     - "flash": our fused kernels, fp16 only (`flash/`).
+    - "flash_tpu": JAX's fused kernel for TPUs (`flash_tpu.py`), bf16 and fp32.
     - "cudnn": cuDNN's fused kernel, fp16 and bf16.
 
     Only "plain" and "chunked" support `drop` and `scores_dtype`; with these, the other forms compute as "chunked".
@@ -101,6 +105,8 @@ def attend_causally(
     supports_vjp = drop is None and scores_dtype is None
     if attention == "flash" and supports_vjp:
         return flash.flash(q, k, v, segments)
+    if attention == "flash_tpu" and supports_vjp:
+        return flash_tpu.flash_on_tpu(q, k, v, segments)
     if attention == "cudnn" and supports_vjp and mask.shape[0] == 1:
         heads = q.reshape(*q.shape[:2], -1, q.shape[-1])  # [B, T, N, H]: G neighbouring query heads share a key head
         return jax.nn.dot_product_attention(heads, k, v, is_causal=True, implementation="cudnn").reshape(q.shape)

@@ -1,8 +1,8 @@
 """The devices that a step can be planned for: those of this machine, and compile-only ones that are not here.
 
 Beside the data path: a plan compiles for them, and asks what they hold and how fast they are. What is known of each
-kind is its record in `hardware/chips.py`. The files beside this one are what XLA must know of a GPU to compile for it:
-its GpuTargetConfigProto as text, with what CUDA's deviceQuery says.
+kind is its record in `hardware/chips.py`. The text files beside this one are what XLA must know of a GPU to compile for
+it: its GpuTargetConfigProto as text, with what CUDA's deviceQuery says. TPUs are described by libtpu (`tpu.py`).
 """
 
 import importlib.metadata
@@ -18,6 +18,7 @@ from jgpt.errors import UserError
 from jgpt.hardware.chips import CHIPS, NETWORK, Chip, Rates
 from jgpt.hardware.devices import MEMORY_SHARE, describe
 from jgpt.parallel.hosts import own_devices
+from jgpt.planning.devices.tpu import TPU_TARGETS, tpu_devices
 from jgpt.wording import did_you_mean
 
 OLDEST_JAX = (0, 10)  # that compiles a pmap for devices that are not there, and shows the program
@@ -73,10 +74,17 @@ def this_machine(devices: list[jax.Device]) -> Target:
 def compile_only(name: str, hosts: int = 1, network: float = NETWORK) -> Target:
     """Return devices of a kind that is not here: those of `name` on each host, which sends `network` bytes a second.
 
-    Raises UserError for an unknown name, and without the wheels.
+    Raises UserError for an unknown name, for several hosts of TPUs, and without the wheels.
     """
+    if name in TPU_TARGETS:
+        if hosts > 1:
+            raise UserError(f"--hosts={hosts} with --device={name}: plans for TPUs are for one host. Take --hosts=1.")
+        check_jax()
+        devices = tpu_devices(name)
+        chip = describe(devices[0])
+        return Target(name, devices, chip, _for_jax(chip), chip.rates)
     if name not in TARGETS:
-        known = [*TARGETS, THIS]
+        known = [*TARGETS, *TPU_TARGETS, THIS]
         hint = did_you_mean(name.lower(), known, cutoff=0.5)
         raise UserError(f"--device={name} is not known.{hint} Allowed: {', '.join(known)}.")
     kind, count = TARGETS[name]
@@ -92,25 +100,33 @@ def compile_only(name: str, hosts: int = 1, network: float = NETWORK) -> Target:
 
 
 def _for_jax(chip: Chip) -> int | None:
-    return int(MEMORY_SHARE * chip.usable_bytes) if chip.usable_bytes else None
+    """Return what JAX takes of a device: a share of a GPU, all that libtpu leaves of a TPU."""
+    share = MEMORY_SHARE if chip.compute_capability else 1.0
+    return int(share * chip.usable_bytes) if chip.usable_bytes else None
 
 
 def check_wheels() -> None:
     """Raise UserError, with the pip line for this JAX, where a package for compiling without a GPU is missing."""
-    version, jaxlib = jax.__version__, importlib.metadata.version("jaxlib")
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_JAX:
-        oldest = ".".join(map(str, OLDEST_JAX))
-        raise UserError(
-            f"jax {version} cannot compile this step for devices that are not here: that needs jax {oldest} or newer. "
-            "In another environment: pip install -U jax jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12. "
-            "Or plan for the devices that are here: --device=this."
-        )
+    jaxlib = importlib.metadata.version("jaxlib")
+    check_jax()
     found = {name: _version(name) for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt")}
     if any(there != jaxlib for there in found.values()):
         have = ", ".join(f"{name} {there or 'is missing'}" for name, there in found.items())
         raise UserError(
             f"compiling for GPUs that are not here needs JAX's CUDA wheels of jaxlib's version, {jaxlib}: {have}. No"
             f" GPU and no driver are needed. {pip_line(jaxlib)}"
+        )
+
+
+def check_jax() -> None:
+    """Raise UserError for a JAX that compiles for no device but those that are here."""
+    version = jax.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_JAX:
+        oldest = ".".join(map(str, OLDEST_JAX))
+        raise UserError(
+            f"jax {version} cannot compile this step for devices that are not here: that needs jax {oldest} or newer. "
+            "In another environment: pip install -U jax jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12. "
+            "Or plan for the devices that are here: --device=this."
         )
 
 
