@@ -8,6 +8,7 @@ everything here returns at once.
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -112,7 +113,9 @@ def comes_from_others(error: BaseException) -> bool:
     """Tell whether an error is that of a collective or a barrier, which fails where another process has died."""
     if isinstance(error, TimeoutError) and error.__cause__ is not None:  # Orbax's, of a barrier
         error = error.__cause__
-    return n_processes() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
+    # jax 0.7 raises ValueError where an array is read that a collective did not bring.
+    read = isinstance(error, ValueError) and re.search("gloo|nccl|coordination", str(error), re.IGNORECASE)
+    return n_processes() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or bool(read))
 
 
 class Agreement:

@@ -16,7 +16,14 @@ from conftest import Command
 from training.runs import assert_close, metrics, status
 
 from jgpt.errors import UserError
-from jgpt.parallel.hosts import Agreement, check_same, first_before_others, first_decides, share
+from jgpt.parallel.hosts import (
+    Agreement,
+    check_same,
+    comes_from_others,
+    first_before_others,
+    first_decides,
+    share,
+)
 from jgpt.run_dir.manifest import verify
 
 LAUNCHER = Path(__file__).parents[2] / "scripts" / "launch_local.sh"
@@ -38,6 +45,17 @@ def test_processes_that_differ_are_named(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="seed: 2 in process 1, 1 in process 0") as error:
         check_same({}, "their config", "Start them with the same.")
     assert "same: x" not in str(error.value) and str(error.value).endswith("Start them with the same.")
+
+
+def test_errors_that_another_process_may_have_caused(monkeypatch: pytest.MonkeyPatch):
+    collective = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    barrier = TimeoutError("Timed out while waiting for async_write_complete barrier.")
+    barrier.__cause__ = collective
+    monkeypatch.setattr("jgpt.parallel.hosts.n_processes", lambda: 2)
+    assert all(map(comes_from_others, (collective, barrier, ValueError(str(collective)))))  # the last one: jax 0.7
+    assert not any(map(comes_from_others, (UserError("a full disk"), ValueError("NOT_FOUND: a file"), TimeoutError())))
+    monkeypatch.undo()
+    assert not comes_from_others(collective)  # alone
 
 
 @pytest.fixture
