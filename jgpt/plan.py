@@ -18,14 +18,17 @@ from jgpt.cli.flags import define_config, load_config
 from jgpt.cli.run import EXIT_DONE, EXIT_MEMORY, run
 from jgpt.cli.terminal import say
 from jgpt.config.check import check
+from jgpt.errors import UserError
 
 
 def define_flags() -> None:
     """Define the flags."""
     define_config()
     flags.DEFINE_string(
-        "device", "t4x2", "what to plan for: a GPU such as t4x2, t4, l4, a100, h100; or this: what is here"
+        "device", "t4x2", "what to plan for: t4x2, t4, p100, l4, l4x4, a100, h100, h100x8; or this: what is here"
     )
+    flags.DEFINE_integer("hosts", 1, "how many machines with these devices work together", lower_bound=1)
+    flags.DEFINE_float("network_gb", 12.5, "GB (1e9 bytes) a second that a machine sends to the others", 1e-3)
     flags.DEFINE_bool("tune", False, "search micro-batch, remat and loss chunk for the fastest step that fits")
     flags.DEFINE_bool("json", False, "print one JSON object")
     flags.DEFINE_integer("top", 10, "how many kinds of op to list", lower_bound=0)
@@ -44,6 +47,11 @@ def main() -> int:
     from jgpt.planning.summary import make_plan
 
     args, config = flags.FLAGS, load_config()
+    if args.hosts > 1 and args.device == THIS:
+        raise UserError(
+            f"--hosts={args.hosts} with --device=this: a plan for several machines needs the name of their devices."
+            " Allowed: --hosts=1, or a name, as --device=h100x8."
+        )
     if args.device != THIS:
         jax.config.update("jax_platforms", "cpu")  # there is no driver for a GPU that is not here
     set_up_process(config.execution.deterministic)
@@ -55,6 +63,8 @@ def main() -> int:
     plan = make_plan(
         config,
         args.device,
+        hosts=args.hosts,
+        network=1e9 * args.network_gb,
         tune=args.tune,
         run_hours=args.run_hours,
         weekly_hours=args.weekly_hours,

@@ -272,10 +272,10 @@ def _fine_tuning(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
             "execution.parallel='fsdp' with lora: adapters are small, and the frozen base is what needs splitting; set "
             "execution.parallel='tensor', or lora.rank=0"
         )
-    if config.execution.mesh and config.execution.parallel != "fsdp":
+    if config.execution.mesh and config.execution.parallel == "data":
         yield (
-            f"execution.mesh={config.execution.mesh!r} with execution.parallel={config.execution.parallel!r}: only "
-            "fsdp divides the devices into groups; set execution.mesh='', or execution.parallel='fsdp'"
+            f"execution.mesh={config.execution.mesh!r} with execution.parallel='data': only fsdp and tensor divide the "
+            "devices into groups; set execution.mesh='', or execution.parallel='fsdp'"
         )
     if config.execution.parallel == "tensor" and not rank:
         yield (

@@ -158,6 +158,11 @@ PRECISION = Group(
         "params": Key(
             "fp32", "dtype of the stored parameters; half precision loses small Adam updates", choices=DTYPES
         ),
+        "first_moment": Key(
+            "fp32",
+            "dtype of the mean of gradients that AdamW and Muon keep",
+            choices={"fp32": "", "bf16": "2 bytes a parameter less"},
+        ),
         "gradient_average": Key(
             "fp32",
             "what devices send each other",
@@ -234,17 +239,18 @@ EXECUTION = Group(
             },
         ),
         "gather": Key(
-            "step",
+            "auto",
             "with parallel=fsdp, when a device gets the parameters that the others keep",
             choices={
+                "auto": "step where that fits",
                 "step": "all, once a step: fast",
                 "layer": "those of a block, when it runs: least memory, much is sent",
             },
         ),
         "mesh": Key(
             "",
-            "with parallel=fsdp, the devices as groups, such as data=2,fsdp=4: 2 groups of 4, each of which holds the "
-            "whole state, split over its devices; '': one group",
+            "the devices as groups: with parallel=fsdp, data=2,fsdp=4 are 2 groups of 4, each of which holds the whole "
+            "state, split over its devices; with parallel=tensor, data=2,tensor=4; '': one group",
         ),
         "micro_batch_size": Key(
             32, "most sequences on a device at a time, others wait their turn; 0 or auto: search", 0, MOST_SEQUENCES

@@ -12,16 +12,22 @@ from jgpt.wording import GIB
 
 # Where nothing was measured: the shares of the data sheet that large products and copies commonly reach, and a link.
 _SHARE_OF_FLOPS, _SHARE_OF_BANDWIDTH, _LINK = 0.6, 0.8, 4e9
+NETWORK = 12.5e9  # bytes a second between hosts: 100 Gbit/s Ethernet
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device sustains: FLOP/s of GEMMs with 16-bit and other operands, bytes/s of its memory and of its link."""
+    """What a device sustains: FLOP/s of GEMMs with 16-bit and other operands, bytes/s of its memory and of its link.
+
+    `link` goes to the other devices of its host. `network` is what a host sends to other hosts, all its devices
+    together.
+    """
 
     fp16_flops: float
     fp32_flops: float
     bandwidth: float
     link: float
+    network: float = NETWORK
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,11 @@ def _gpu(
     gb_per_second: float,
     usable_gib: float | None = None,
     rates: Rates | None = None,
+    nvlink_gb_per_second: float = 0.0,  # one way
     target_file: str | None = None,
 ) -> Chip:
     """Build a record from the units of a data sheet; without `rates` they are shares of it."""
+    link = 1e9 * _SHARE_OF_BANDWIDTH * nvlink_gb_per_second or _LINK
     single, half, brain = (1e12 * peak for peak in tflops)
     products16 = half if capability >= (7, 0) else single  # before, no tensor cores, and XLA sums fp16 products in fp32
     bandwidth = 1e9 * gb_per_second
@@ -77,7 +85,7 @@ def _gpu(
         usable_bytes=int((usable_gib or gib) * GIB),
         memory_bandwidth=bandwidth,
         rates=rates
-        or Rates(_SHARE_OF_FLOPS * products16, _SHARE_OF_FLOPS * single, _SHARE_OF_BANDWIDTH * bandwidth, _LINK),
+        or Rates(_SHARE_OF_FLOPS * products16, _SHARE_OF_FLOPS * single, _SHARE_OF_BANDWIDTH * bandwidth, link),
         target_file=target_file,
     )
 
@@ -127,7 +135,10 @@ CHIPS = (
     _gpu("H100 PCIe", r"\bH100 PCIE", (9, 0), tflops=(378, 756, 756), gib=80, gb_per_second=2000),
     _gpu(
         "H100 SXM", r"\bH100 80GB HBM3", (9, 0), tflops=(494.7, 989.4, 989.4), gib=80, usable_gib=79.1,
-        gb_per_second=3350, target_file="h100",
+        gb_per_second=3350, nvlink_gb_per_second=450, target_file="h100",
     ),
-    _gpu("H200 SXM", r"\bH200$", (9, 0), tflops=(494.7, 989.4, 989.4), gib=141e9 / GIB, gb_per_second=4800),
+    _gpu(
+        "H200 SXM", r"\bH200$", (9, 0), tflops=(494.7, 989.4, 989.4), gib=141e9 / GIB, gb_per_second=4800,
+        nvlink_gb_per_second=450,
+    ),
 )  # fmt: skip

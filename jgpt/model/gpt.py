@@ -10,11 +10,12 @@ Dimensions, here and everywhere:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import LazyRng
 from jax import Array
 
 from jgpt.model.attention.choose import attend_causally
@@ -227,16 +228,29 @@ class GPT(nn.Module):
         self.norm = Norm(kind=c.norm, epsilon=c.norm_eps, use_bias=c.bias, dtype=jnp.float32)
 
     def _block(self) -> type[Block]:
-        """Return Block, with what the backward pass computes again; with `gather`, all its parameters are that."""
-        block, policy = Block, REMAT_POLICY.get(self.remat)
-        if self.gather is not None:
-            block = nn.map_variables(block, "params", trans_in_fn=self.gather)
-            if self.remat == "none":
-                policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        elif self.remat == "none":
-            return block
+        """Return Block, with what the backward pass computes again."""
+        if self.remat == "none":
+            return Block
         # `mode` is argument 4 of Block.__call__, with self as 0. Only a positional argument can be static.
-        return nn.remat(block, static_argnums=4, policy=policy)
+        return nn.remat(Block, static_argnums=4, policy=REMAT_POLICY[self.remat])
+
+    def one_block(self, i: int, x: Array, context: Context, mode: Mode) -> Array:
+        """Run one block alone, without a cache."""
+        return self.h[i](x, context, None, mode)[0]
+
+    def _gathering(self, i: int, x: Array, context: Context, mode: Mode) -> Array:
+        """Run one block with `gather`: what the backward pass computes again begins with all its parameters."""
+        gather, name, alone = self.gather, f"h_{i}", self.clone(parent=None, gather=None, remat="none")
+        assert gather is not None and self.scope is not None
+        rngs = {kind: LazyRng.create(key).as_jax_rng() for kind, key in self.scope.rngs.items()}
+
+        def run(part: Any, x: Array) -> Array:
+            params = {"params": {name: gather(part)}}
+            return cast(Array, alone.apply(params, i, x, context, mode, rngs=rngs, method=GPT.one_block))
+
+        keep_all_else = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        policy = keep_all_else if self.remat == "none" else REMAT_POLICY[self.remat]
+        return in_turn(jax.checkpoint(run, policy=policy), self.variables["params"][name], x)
 
     def __call__(
         self,
@@ -277,9 +291,35 @@ class GPT(nn.Module):
         context, mode = Context(positions, mask, segments), Mode(prefill, deterministic)
         layers: list[LayerCache] = []
         for i, block in enumerate(self.h):
+            if self.gather is not None:
+                x = self._gathering(i, x, context, mode)
+                continue
             x, layer = block(x, context, cache[i] if cache is not None else None, mode)
             layers += [layer] if layer is not None else []
         return Output(self.norm(x), tuple(layers) if cache is not None else None)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_turn(block: Callable[[Any, Array], Array], part: Any, x: Array) -> Array:
+    """Run block(part, x) such that XLA gathers for one block at a time, forward and backward.
+
+    XLA starts early what it can, and puts off what nobody waits for. Left alone it would gather the parameters of many
+    blocks at the start, and would keep the activations of all blocks until the gradient of the first one's input is
+    known, to multiply and scatter all gradients of parameters then. The barriers make gathering wait for `x`, and the
+    block before wait for the gradients of `part`.
+    """
+    return block(*jax.lax.optimization_barrier((part, x)))
+
+
+def _in_turn_forward(block: Callable[[Any, Array], Array], part: Any, x: Array) -> tuple[Array, Any]:
+    return jax.vjp(block, *jax.lax.optimization_barrier((part, x)))
+
+
+def _in_turn_backward(block: Callable[[Any, Array], Array], vjp: Callable[[Array], Any], cotangent: Array) -> Any:
+    return jax.lax.optimization_barrier(vjp(cotangent))
+
+
+in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 def unembedding(params: Any) -> Array:

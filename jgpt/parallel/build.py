@@ -26,7 +26,7 @@ from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.fsdp import FullySharded
 from jgpt.parallel.mesh import Sharded
 from jgpt.parallel.replicate import Replicate
-from jgpt.parallel.rules import fsdp_group
+from jgpt.parallel.rules import AXIS, PARTS, group_size
 from jgpt.parallel.strategy import Strategy
 from jgpt.step.eval_step import EvalStep, make_eval_step
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
@@ -92,6 +92,21 @@ class Parts:
             self.train_step, state, self.abstract_frozen(), self.abstract_batch(), self.accumulation
         )
 
+    def params_in_loop(self) -> Any:
+        """Return the parameters that a device has in the loop over micro-batches, as shapes; their gradients have them.
+
+        All of them in the compute dtype; where they are gathered for each micro-batch, its parts as they are kept.
+        """
+        params = jax.eval_shape(self.init).params
+        if isinstance(self.strategy, FullySharded) and self.strategy.by_layer:
+            return self.strategy.part_of(params)
+        return jax.eval_shape(self.policy.cast_to_compute, params)
+
+    def gathered_bytes(self) -> int:
+        """Return the bytes of what the loop over micro-batches keeps: parameters, gradients, their fp32 sums."""
+        params = self.params_in_loop()
+        return 2 * tree_bytes(params) + 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
     def least_bytes(self) -> int:
         """Return the bytes of a device that any step takes: parameters, moments, the frozen ones of LoRA."""
         return self.strategy.bytes_per_device(jax.eval_shape(self.init), self.abstract_frozen())
@@ -123,10 +138,10 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
     attention = _attention(config, shapes, policy, devices[0])
     plain = GPT(shapes, policy.compute, execution.remat, lora)  # makes the parameters, so it needs no fused attention
     model = GPT(shared, policy.compute, execution.remat, lora, attention, policy.activations)
-    optimizer = make_optimizer(config.optimizer, policy.compute)
+    optimizer = make_optimizer(config.optimizer, policy.compute, DTYPES[precision.first_moment])
     stepped = model
     if isinstance(strategy, FullySharded) and strategy.by_layer:
-        stepped = model.clone(gather=strategy.gather_block(abstract_params(shapes)["h_0"]))
+        stepped = model.clone(gather=strategy.gather_block(abstract_params(shapes)["h_0"], policy.cast_to_compute))
     train_step = make_train_step(
         stepped,
         policy,
@@ -161,30 +176,31 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
 def make_strategy(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device]) -> tuple[Strategy, ModelConfig]:
     """Return how the step runs on the devices, and the model's shapes as they share it."""
     if _splits_model(config):
-        shared = for_devices(shapes, len(devices))
-        return Sharded(devices, shared), shared
+        group = group_size(config.execution.mesh, AXIS, len(devices))
+        shared = for_devices(shapes, group)
+        return Sharded(devices, shared, group), shared
     if config.execution.parallel == "fsdp":
-        group = fsdp_group(config.execution.mesh, len(devices))
-        return FullySharded(devices, group, by_layer=config.execution.gather == "layer"), shapes
+        group = group_size(config.execution.mesh, PARTS, len(devices))
+        return FullySharded(devices, group, by_layer=config.execution.gather == "layer"), shapes  # "auto": settled
     return Replicate(devices), shapes
 
 
 def batch_shares(config: ConfigDict, n_devices: int) -> int:
     """Return how many equal parts the global batch is divided into on so many devices. Raises UserError.
 
-    One for each device, or one in all where the devices split the model.
+    One for each device; where devices split the model, one for each group that does.
     """
-    size = config.batch.global_batch_size
+    size, shares, name = config.batch.global_batch_size, n_devices, "devices"
     if _splits_model(config):
-        return 1
-    if size % n_devices:
-        nearest = max(1, round(size / n_devices)) * n_devices
+        shares, name = n_devices // group_size(config.execution.mesh, AXIS, n_devices), "groups of devices"
+    if size % shares:
+        nearest = max(1, round(size / shares)) * shares
         raise UserError(
-            f"batch.global_batch_size is {size}, and there are {n_devices} devices. Each takes the same number of"
-            f" sequences, so it must be a multiple of {n_devices}: set --config.batch.global_batch_size={nearest}, or"
+            f"batch.global_batch_size is {size}, and there are {shares} {name}. Each takes the same number of"
+            f" sequences, so it must be a multiple of {shares}: set --config.batch.global_batch_size={nearest}, or"
             " use fewer devices (CUDA_VISIBLE_DEVICES=0)."
         )
-    return n_devices
+    return shares
 
 
 def training_devices(config: ConfigDict) -> list[jax.Device]:

@@ -7,7 +7,8 @@ the compute dtype, which come from the other devices in one of two ways:
 - gather=step: all of them once a step. Each device then sums gradients alone, and receives its part of their average:
   one gather and one scatter, whatever the accumulation.
 - gather=layer: those of a block whenever the block runs, forward and backward, and the block's gradients are scattered
-  at once (FSDP, Zhao et al., arXiv 2304.11277). Nothing of the model's size is on one device, and much more is sent.
+  at once; the embeddings' once a micro-batch (FSDP, Zhao et al., arXiv 2304.11277). Nothing of the model's size is on
+  one device, and much more is sent.
 
 The gradients are computed in a `shard_map`, where nothing moves that is not written down: left to itself, XLA
 exchanges gradients after each micro-batch. The update is element by element, but for a norm, and XLA divides it.
@@ -21,19 +22,18 @@ import jax
 import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
 from jgpt.model.gpt import GATHERED
-from jgpt.parallel.rules import split_axis, split_bytes
+from jgpt.parallel.rules import COPIES, PARTS, device_mesh, split_axis, split_bytes
 from jgpt.parallel.strategy import laid_out, saved_from
 from jgpt.step.eval_step import EvalStep
-from jgpt.step.gradients import Exchange
+from jgpt.step.gradients import Cast, Exchange
 from jgpt.step.muon import alone
 from jgpt.step.state import TrainState
 from jgpt.step.train_step import Numbers, Step, TrainStep
 
-COPIES, PARTS = "data", "fsdp"  # the mesh: `data` groups of devices; inside one, the state is split over `fsdp` devices
 EACH = PartitionSpec((COPIES, PARTS))  # the first axis: an element on each device
 SAME = PartitionSpec()  # on all devices
 
@@ -50,7 +50,7 @@ class FullySharded:
         self.devices = list(devices)
         self.shares = len(self.devices)
         self._group, self.by_layer = group, by_layer
-        self._mesh = Mesh(np.array(self.devices).reshape(-1, group), (COPIES, PARTS))
+        self._mesh = device_mesh(self.devices, group, PARTS)
 
     def _axes(self, tree: Any) -> Any:
         """Return the axis along which each array is split; -1 where each device has all of it."""
@@ -72,7 +72,8 @@ class FullySharded:
             def on_one_device(state: TrainState, frozen: Any, batch: Batch) -> tuple[Any, Array]:
                 exchange = Exchange(
                     average=partial(self._average, axes),
-                    gather=lambda params: self._gather(params, axes),
+                    gather=partial(self._gather, axes),
+                    gathers_each=self.by_layer,
                     device=jax.lax.axis_index((COPIES, PARTS)),
                 )
                 return step.gradient(state, frozen, _own(batch), exchange)
@@ -89,18 +90,24 @@ class FullySharded:
 
         return jax.jit(on_all, donate_argnums=0)
 
-    def _gather(self, params: Any, axes: Any) -> Any:
-        """Return all of each parameter, but not of those that a block gathers itself."""
-        gathered = _gather(params, axes)
-        return gathered | {name: params[name] for name in params if self._is_left_to_block(name)}
+    def _gather(self, axes: Any, params: Any, cast: Cast) -> Any:
+        """Return all of each parameter, cast; those that a block gathers itself are left as they are."""
+        left = {name: params[name] for name in params if self.by_layer and name.startswith("h_")}
+        mine = {name: params[name] for name in params if name not in left}
+        return left | _gather(cast(mine), {name: axes[name] for name in mine})
 
-    def _is_left_to_block(self, name: str) -> bool:
-        return self.by_layer and name.startswith("h_")
+    def gather_block(self, block: Any, cast: Cast) -> Callable[[Any], Any]:
+        """Return what makes all of a block's parameters, cast, out of this device's part; `block` are full shapes.
 
-    def gather_block(self, block: Any) -> Callable[[Any], Any]:
-        """Return what makes all of a block's parameters out of this device's part; `block` are its full shapes."""
-        axes = {"params": self._axes(block)}
-        return lambda params: checkpoint_name(_gather(params, axes), GATHERED)
+        It casts here, where the block runs: no copy of this device's parts is kept in the compute dtype.
+        """
+        axes = self._axes(block)
+
+        def gather(params: Any) -> Any:
+            params = checkpoint_name(cast(params), GATHERED)
+            return checkpoint_name(_gather(params, axes), GATHERED)
+
+        return gather
 
     def _average(self, axes: Any, gradient_and_loss: tuple[Any, Array]) -> tuple[Any, Array]:
         """Average a gradient and a loss over all devices; of the gradient each device receives its part.
@@ -108,16 +115,16 @@ class FullySharded:
         Each share is divided before it is added, so that fp16 holds the sum.
         """
 
-        def average(path: Any, x: Array, axis: int) -> Array:
+        def average(x: Array, axis: int) -> Array:
             if axis < 0:
                 return jax.lax.psum(x / self.shares, (COPIES, PARTS))
-            if not self._is_left_to_block(path[0].key):  # those are averaged over the group already
+            if not self.by_layer:  # there each micro-batch has averaged over the group already
                 x = _scatter(x, axis, self._group)
             copies = self.shares // self._group
             return jax.lax.psum(x / copies, COPIES) if copies > 1 else x
 
         gradient, loss = gradient_and_loss
-        averaged = jax.tree_util.tree_map_with_path(average, gradient, axes)
+        averaged = jax.tree.map(average, gradient, axes)
         return averaged, jax.lax.psum(loss / self.shares, (COPIES, PARTS))
 
     def eval_step(self, step: EvalStep) -> EvalStep:
@@ -127,7 +134,7 @@ class FullySharded:
             parts, axes = self._specs(params), self._axes(params)
 
             def on_one_device(params: Any, frozen: Any, batch: Batch) -> Array:
-                return jax.lax.psum(step(self._gather(params, axes), frozen, _own(batch)), (COPIES, PARTS))
+                return jax.lax.psum(step(params, frozen, _own(batch), partial(self._gather, axes)), (COPIES, PARTS))
 
             return jax.shard_map(
                 on_one_device, mesh=self._mesh, in_specs=(parts, SAME, EACH), out_specs=SAME, check_vma=False
@@ -164,6 +171,14 @@ class FullySharded:
     def bytes_per_device(self, state: Any, frozen: Any) -> int:
         """Return the bytes that a device holds: its part of the state."""
         return split_bytes((state, frozen), self.shardings((state, frozen)))
+
+    def part_of(self, tree: Any) -> Any:
+        """Return the shapes of what one device holds of a tree."""
+
+        def one(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(sharding.shard_shape(x.shape), x.dtype)
+
+        return jax.tree.map(one, tree, self.shardings(tree))
 
     def for_decoding(self, tree: Any) -> Any:
         """Return all of a tree on the first device, which decodes alone."""

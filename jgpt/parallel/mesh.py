@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.rules import device_mesh, param_shardings, place, split_bytes
+from jgpt.parallel.rules import COPIES, device_mesh, param_shardings, place, split_bytes
 from jgpt.parallel.strategy import laid_out, saved_from
 from jgpt.step.eval_step import EvalStep
 from jgpt.step.gradients import Exchange
@@ -23,20 +23,25 @@ from jgpt.step.train_step import Numbers, Step, TrainStep
 
 
 class Sharded:
-    """Run a step on several devices: the frozen parameters split over them, the state and the batch on each.
+    """Run a step on several devices: the frozen parameters split over each group of them, the state on each device.
 
-    A `Strategy`. `config` is what `for_devices` made; the model that the step was made with has it, too.
+    A `Strategy`. The `group` devices of a group (0: all) work on the same sequences together. `config` is what
+    `for_devices` made of the model for them; the model that the step was made with has it, too.
+
+    `FullySharded` is another class because its step is another: there each device runs alone and names what it
+    exchanges, here XLA finds the exchanges in the placement of the parameters, between the two halves of a layer.
     """
 
-    shares = 1  # the devices work on the same sequences together
-
-    def __init__(self, devices: Sequence[jax.Device], config: ModelConfig) -> None:
+    def __init__(self, devices: Sequence[jax.Device], config: ModelConfig, group: int = 0) -> None:
         self.devices, self._config = list(devices), config
-        self._mesh = device_mesh(self.devices)
+        self._mesh = device_mesh(self.devices, group)
+        self.shares = self._mesh.shape[COPIES]
         self._copied = NamedSharding(self._mesh, PartitionSpec())
+        self._batch = NamedSharding(self._mesh, PartitionSpec(None, COPIES))  # [A, shares * B, ...]
+        self._sequences = NamedSharding(self._mesh, PartitionSpec(COPIES))
 
     def train_step(self, step: Step) -> TrainStep:
-        """Compile (state, frozen, batch [A, B, ...]) -> (state, metrics); the state's memory is reused."""
+        """Compile (state, frozen, batch [A, shares * B, ...]) -> (state, metrics); the state's memory is reused."""
 
         def on_all(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Numbers]:
             # Whole gradients, before the optimizer: else each device updates its part, and exchanges moments as well.
@@ -46,7 +51,7 @@ class Sharded:
         return jax.jit(on_all, donate_argnums=0, out_shardings=self._copied)
 
     def eval_step(self, step: EvalStep) -> EvalStep:
-        """Compile (params, frozen, batch [B, ...]) -> the loss summed over the batch."""
+        """Compile (params, frozen, batch [shares * B, ...]) -> the loss summed over the batch."""
         return jax.jit(step, out_shardings=self._copied)
 
     def lower(self, step: TrainStep, state: Any, frozen: Any, batch: Batch, accumulation: int) -> jax.stages.Lowered:
@@ -56,8 +61,8 @@ class Sharded:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         split = jax.tree.map(lying, frozen, param_shardings(frozen, self._config, self._mesh))
-        given = jax.tree.map(lying, state), split, jax.tree.map(lying, laid_out(batch, accumulation))
-        return step.lower(*given)  # type: ignore[attr-defined]
+        shares = jax.tree.map(lambda x: lying(x, self._batch), laid_out(batch, accumulation))
+        return step.lower(jax.tree.map(lying, state), split, shares)  # type: ignore[attr-defined]
 
     def place_state(self, state: Any) -> Any:
         """Copy a state (or adapters) to every device, laid out as the step returns it (else it compiles twice)."""
@@ -72,12 +77,12 @@ class Sharded:
         return place(path, array, self._config, self._mesh)
 
     def place_batch(self, batch: Batch, accumulation: int) -> Batch:
-        """Put a host batch [G, ...] on the devices as [A, B, ...], all of it on each."""
-        return jax.device_put(laid_out(batch, accumulation), self._copied)
+        """Put a host batch [G, ...] on the devices as [A, shares * B, ...], each group's share on all its devices."""
+        return jax.device_put(laid_out(batch, accumulation), self._batch)
 
     def place_sequences(self, batch: Batch) -> Batch:
-        """Put a host batch [B, ...] on every device."""
-        return jax.device_put(batch, self._copied)
+        """Put a host batch [G, ...] on the devices, each group's share on all its devices."""
+        return jax.device_put(batch, self._sequences)
 
     def bytes_per_device(self, state: Any, frozen: Any) -> int:
         """Return the bytes that a device holds: all of the state, its part of the frozen parameters."""

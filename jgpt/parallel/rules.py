@@ -18,12 +18,12 @@ from jgpt.errors import UserError
 from jgpt.model.columns import path_names, regroup
 from jgpt.model.shapes import ModelConfig
 
-AXIS = "model"
+COPIES, PARTS, AXIS = "data", "fsdp", "tensor"  # the axes of a mesh, by their names in execution.mesh
 
 
-def device_mesh(devices: Any) -> Mesh:
-    """Return the mesh of the devices that share one model."""
-    return Mesh(np.array(devices), (AXIS,))
+def device_mesh(devices: Any, group: int = 0, axis: str = AXIS) -> Mesh:
+    """Return the mesh of devices in groups of so many (0: all). Those of a group share one state, or one model."""
+    return Mesh(np.array(devices).reshape(-1, group or len(devices)), (COPIES, axis))
 
 
 def partition_spec(path: tuple[str, ...], shape: tuple[int, ...], config: ModelConfig, n: int) -> PartitionSpec:
@@ -52,7 +52,7 @@ def param_shardings(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
     """Return the tree of shardings for a tree of parameters (arrays or their shapes)."""
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, partition_spec(path_names(path), leaf.shape, config, mesh.size))
+        return NamedSharding(mesh, partition_spec(path_names(path), leaf.shape, config, mesh.shape[AXIS]))
 
     return jax.tree_util.tree_map_with_path(sharding, params)
 
@@ -60,46 +60,48 @@ def param_shardings(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
 def place(path: tuple[str, ...], array: Any, config: ModelConfig, mesh: Mesh) -> Array:
     """Put one parameter of the plain model on the devices of `mesh`, which share it; each is sent its own part only."""
     array = regroup(path, array, config)
-    return jax.device_put(array, NamedSharding(mesh, partition_spec(path, array.shape, config, mesh.size)))
+    return jax.device_put(array, NamedSharding(mesh, partition_spec(path, array.shape, config, mesh.shape[AXIS])))
 
 
 def cache_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
     """Return the sharding of a layer's keys or values [B, K, S, H]: by heads, where attention is."""
-    split = config.n_kv_heads % mesh.size == 0
+    split = config.n_kv_heads % mesh.shape[AXIS] == 0
     return NamedSharding(mesh, PartitionSpec(None, AXIS) if split else PartitionSpec())
 
 
-def fsdp_group(mesh: str, n_devices: int) -> int:
-    """Return how many devices share one state, by `execution.mesh`. Raises UserError.
+def group_size(mesh: str, axis: str, n_devices: int) -> int:
+    """Return how many devices share one state (axis "fsdp") or one model ("tensor"), by `execution.mesh`.
 
-    >>> fsdp_group("", 8), fsdp_group("data=2,fsdp=4", 8), fsdp_group("fsdp=8", 8)
+    Raises UserError where the sizes do not multiply to the number of devices.
+
+    >>> group_size("", "fsdp", 8), group_size("data=2,fsdp=4", "fsdp", 8), group_size("tensor=8", "tensor", 8)
     (8, 4, 8)
     """
     if not mesh:
         return n_devices
-    found = dict(re.findall(r"(?:^|,)\s*(data|fsdp)\s*=\s*(\d{1,6})(?=\s*(?:,|$))", mesh))
-    data, fsdp = int(found.get("data", 1)), int(found.get("fsdp", 1))
-    if len(found) != mesh.count("=") or not found or data * fsdp != n_devices:
+    found = dict(re.findall(rf"(?:^|,)\s*({COPIES}|{axis})\s*=\s*(\d{{1,6}})(?=\s*(?:,|$))", mesh))
+    data, group = int(found.get(COPIES, 1)), int(found.get(axis, 1))
+    if len(found) != mesh.count("=") or not found or data * group != n_devices:
         raise UserError(
-            f"execution.mesh={mesh!r}, and there are {n_devices} devices. Allowed: the sizes of the axes 'data' and"
-            f" 'fsdp', whose product is the number of devices. Set --config.execution.mesh=data=1,fsdp={n_devices}, or"
-            " --config.execution.mesh='' for one group."
+            f"execution.mesh={mesh!r}, and there are {n_devices} devices. Allowed with execution.parallel={axis!r}: the"
+            f" sizes of the axes '{COPIES}' and '{axis}', whose product is the number of devices. Set"
+            f" --config.execution.mesh={COPIES}=1,{axis}={n_devices}, or --config.execution.mesh='' for one group."
         )
-    return fsdp
+    return group
 
 
 def split_axis(shape: tuple[int, ...], n: int) -> int:
-    """Return the axis along which `n` devices split an array of the state: the longest that divides; -1: none.
+    """Return the axis along which `n` devices split an array of the state: the first that divides; -1: none.
 
-    Vectors (norms, biases, counters) stay whole: they are small, and each would cost a collective.
+    Parts of the first axis lie behind one another where all are gathered. Of any other axis XLA keeps a transposed copy
+    beside the array. Vectors (norms, biases, counters) stay whole: they are small, and each would cost a collective.
 
-    >>> split_axis((50304, 768), 2), split_axis((768, 12, 3, 64), 4), split_axis((768,), 2), split_axis((3, 5), 2)
-    (0, 0, -1, -1)
+    >>> split_axis((768, 3072), 2), split_axis((25, 16, 3, 64), 4), split_axis((768,), 2), split_axis((3, 5), 2)
+    (0, 1, -1, -1)
     """
     if len(shape) < 2:
         return -1
-    divisible = [axis for axis, size in enumerate(shape) if size % n == 0]
-    return max(divisible, key=lambda axis: shape[axis], default=-1)
+    return next((axis for axis, size in enumerate(shape) if size % n == 0), -1)
 
 
 def split_bytes(params: Any, shardings: Any) -> int:

@@ -1,13 +1,15 @@
-"""What a compiled program multiplies and exchanges: the dtypes of its matrix products, the bytes of its all-reduces.
+"""What a compiled program multiplies and exchanges: the dtypes of its matrix products, what its collectives send.
 
 Beside the data path: a plan reports both, because one fp32 product in an fp16 step, or a second exchange of
 gradients, costs a T4 much time.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jgpt.planning.hlo import Program
+from jgpt.planning.roofline import COLLECTIVES, trips
 
 
 class Product(NamedTuple):
@@ -37,13 +39,34 @@ def products(program: Program) -> Counter[Product]:
     return found
 
 
-def all_reduces(program: Program, at_least: int = 0) -> list[int]:
-    """Return the bytes that each all-reduce of a program sums, of those with `at_least` so many."""
-    found = []
-    for ops in program.computations.values():
-        sizes = {op.name: sum(shape.bytes for shape in op.shapes) for op in ops}
-        summed = (
-            sum(sizes[name] for name in op.operands) for op in ops if op.opcode in ("all-reduce", "all-reduce-start")
-        )
-        found += [int(size) for size in summed if size >= at_least]
-    return found
+class Collective(NamedTuple):
+    """One exchange between the devices, of arrays."""
+
+    kind: str  # HLO's opcode: "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+    bytes: int  # of its operands on a device, each time
+    times: int  # how often it runs in a step
+    in_loop: bool
+
+
+def collectives(program: Program) -> list[Collective]:
+    """List the exchanges of a program, those of loops with the number of their rounds; no exchange of single numbers.
+
+    XLA may exchange several arrays in one collective.
+    """
+    return list(_collectives(program, program.entry, 1, in_loop=False))
+
+
+def _collectives(program: Program, computation: str, times: int, in_loop: bool) -> Iterator[Collective]:
+    ops = program.computations[computation]
+    shapes = {op.name: op.shapes for op in ops}
+    for op in ops:
+        kind = op.opcode.removesuffix("-start")
+        given = [shape for name in op.operands for shape in shapes.get(name, ())]
+        if op.opcode == "while":
+            yield from _collectives(program, op.called("body")[0], times * trips(program, op), in_loop=True)
+        elif kind in COLLECTIVES:
+            if any(shape.dims for shape in given):
+                yield Collective(kind, int(sum(shape.bytes for shape in given)), times, in_loop)
+        else:
+            for name in op.called("to_apply") + op.called("calls") + op.called("branch_computations"):
+                yield from _collectives(program, name, times, in_loop)

@@ -1,4 +1,4 @@
-"""Choose the micro-batch and remat that a config leaves to the device: search once, then remember the answer.
+"""Choose the gather, micro-batch and remat that a config leaves to the device: search once, then remember the answer.
 
 In the data path: before the parts of a run are built. A resumed run keeps what it started with, because sums of other
 micro-batches are rounded differently.
@@ -20,6 +20,7 @@ from jgpt.hardware.process import user_cache
 from jgpt.model.shapes import ModelConfig
 from jgpt.planning.devices import Target, this_machine
 from jgpt.planning.execution import Execution, execution_of
+from jgpt.planning.gather import with_gather
 from jgpt.planning.search import refusal, search
 from jgpt.run_dir.identity import read_config, was_last_here
 from jgpt.version import __version__
@@ -29,25 +30,27 @@ log = logging.getLogger("jgpt")
 
 
 def is_auto(config: ConfigDict) -> bool:
-    """Tell whether a config leaves its micro-batch or its remat to the device."""
+    """Tell whether a config leaves its micro-batch or its remat to a search."""
     return not config.execution.micro_batch_size or config.execution.remat == "auto"
 
 
 def with_execution_of_run(config: ConfigDict, run_dir: Path) -> ConfigDict:
     """Return a config with what was chosen when the run in `run_dir` started; unchanged if it ran on other devices."""
-    if not is_auto(config) or not (run_dir / "config.json").is_file() or not was_last_here(run_dir):
+    is_open = is_auto(config) or config.execution.gather == "auto"
+    if not is_open or not (run_dir / "config.json").is_file() or not was_last_here(run_dir):
         return config
     return _fill_in(config, execution_of(read_config(run_dir)))
 
 
 def choose_execution(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device]) -> ConfigDict:
-    """Return a config whose micro-batch and remat are chosen for the devices that are here. Raises UserError.
+    """Return a config whose gather, micro-batch and remat are chosen for the devices that are here. Raises UserError.
 
-    The choice is kept in the user's cache directory. An unreadable cache is ignored.
+    The choice of a search is kept in the user's cache directory. An unreadable cache is ignored.
     """
+    target = this_machine(devices)
+    config = with_gather(config, shapes, target)
     if not is_auto(config):
         return config
-    target = this_machine(devices)
     cache, key = _read_cache(), _key(config, shapes, target)
     if key in cache:
         chosen, how = cache[key], "as found before"
@@ -79,6 +82,7 @@ def _fill_in(config: ConfigDict, chosen: Execution) -> ConfigDict:
     return own._replace(
         micro_batch_size=own.micro_batch_size or chosen.micro_batch_size,
         remat=chosen.remat if own.remat == "auto" else own.remat,
+        gather=chosen.gather if own.gather == "auto" else own.gather,
     ).put_into(config)
 
 
@@ -98,8 +102,8 @@ def _cache_file() -> Path:
 def _read_cache() -> dict[str, Execution]:
     try:
         return {
-            key: Execution(int(micro), str(remat), int(chunk), str(attention))
-            for key, (micro, remat, chunk, attention) in json.loads(_cache_file().read_text()).items()
+            key: Execution(int(micro), str(remat), int(chunk), str(attention), str(gather))
+            for key, (micro, remat, chunk, attention, gather) in json.loads(_cache_file().read_text()).items()
         }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

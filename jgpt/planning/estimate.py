@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jgpt.errors import UserError
@@ -83,7 +84,7 @@ def estimate(config: ConfigDict, shapes: ModelConfig, target: Target) -> Estimat
     memory = {"parameters": held(state.params, {}), "moments": held(state.opt_state, {})}
     memory["batch, frozen parameters"] = usage.argument_size_in_bytes + made - sum(memory.values())
     if program is not None:
-        memory |= _of_the_loop(program, state.params, parts)
+        memory |= _of_the_loop(program, parts)
     taken = usage.argument_size_in_bytes + made + usage.temp_size_in_bytes
     memory[ACTIVATIONS] = taken - sum(memory.values())
     return Estimate(
@@ -91,26 +92,26 @@ def estimate(config: ConfigDict, shapes: ModelConfig, target: Target) -> Estimat
         parts=parts,
         memory=memory,
         logits=_logits(program, shapes) if program else 0,
-        prediction=predict(program, target.rates, SCOPES) if program and target.rates else None,
+        prediction=predict(program, target.rates, SCOPES, target.hosts) if program and target.rates else None,
         program=program,
         compile_seconds=time.perf_counter() - start,
     )
 
 
-def _of_the_loop(program: Program, params: Any, parts: Parts) -> dict[str, int]:
+def _of_the_loop(program: Program, parts: Parts) -> dict[str, int]:
     """Return the bytes of the gradients' sums and of the compute copy, which the loop over micro-batches carries.
 
-    Both are recognized by their shapes, which are the parameters'. With one micro-batch there is no such loop, and both
-    are among the activations.
+    Both are recognized by their shapes, which are those of the parameters on a device. With one micro-batch there is no
+    such loop, and both are among the activations.
     """
     loops = [op.shapes for op in program.computations[program.entry] if op.opcode == "while"]
     if parts.accumulation == 1 or not loops:
         return {}
     carried = Counter(max(loops, key=lambda shapes: sum(shape.bytes for shape in shapes)))
-    leaves, copied = jax.tree.leaves(params), jax.tree.leaves(jax.eval_shape(parts.policy.cast_to_compute, params))
-    dims = {leaf.shape for leaf in leaves}
+    params = jax.tree.leaves(parts.params_in_loop())
+    dims = {leaf.shape for leaf in params}
     # Parameters that the step computes with as they are (vectors; all in fp32) are carried as well, and are no sums.
-    as_they_are = Counter(old.shape for old, new in zip(leaves, copied, strict=True) if new.dtype == old.dtype)
+    as_they_are = Counter(leaf.shape for leaf in params if leaf.dtype == jnp.float32)
     sums = copies = 0.0
     for shape, count in carried.items():
         if shape.dims in dims and shape.dtype == "f32":

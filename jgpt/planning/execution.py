@@ -15,6 +15,7 @@ class Execution(NamedTuple):
     remat: str
     loss_chunk_tokens: int
     attention: str
+    gather: str = "auto"  # see planning/gather.py
 
     def put_into(self, config: ConfigDict) -> ConfigDict:
         """Return a copy of a config with these values."""
@@ -23,13 +24,15 @@ class Execution(NamedTuple):
         return config.lock()
 
     def overrides(self) -> dict[str, Any]:
-        """Return the values by their keys in a config."""
-        return {f"execution.{key}": value for key, value in self._asdict().items()}
+        """Return the values by their keys in a config; of `gather` only what a default would not choose first."""
+        values = {f"execution.{key}": value for key, value in self._asdict().items()}
+        return values if self.gather == "layer" else {key: values[key] for key in values if key != "execution.gather"}
 
     def described(self) -> str:
         """Say it in words."""
         chunk = f"loss in chunks of {self.loss_chunk_tokens}" if self.loss_chunk_tokens else "loss in one chunk"
-        return f"micro-batch {self.micro_batch_size}, remat {self.remat}, attention {self.attention}, {chunk}"
+        gather = ", gather layer" if self.gather == "layer" else ""
+        return f"micro-batch {self.micro_batch_size}, remat {self.remat}, attention {self.attention}, {chunk}{gather}"
 
     def flags(self) -> str:
         """Return the values as a command line has them."""
@@ -39,4 +42,4 @@ class Execution(NamedTuple):
 def execution_of(config: ConfigDict) -> Execution:
     """Return what a config says."""
     e = config.execution
-    return Execution(e.micro_batch_size, e.remat, e.loss_chunk_tokens, e.attention)
+    return Execution(e.micro_batch_size, e.remat, e.loss_chunk_tokens, e.attention, e.gather)

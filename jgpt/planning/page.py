@@ -4,7 +4,7 @@ Beside the data path: `jgpt.plan` prints one of them.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,12 @@ import numpy as np
 
 from jgpt.model.parameters import count_parameters
 from jgpt.model.precision import dtype_name
-from jgpt.planning.audit import all_reduces, products
+from jgpt.planning.audit import Collective, collectives, products
 from jgpt.planning.estimate import ACTIVATIONS, Estimate
 from jgpt.planning.roofline import OpCost, Prediction
 from jgpt.planning.summary import Plan
 from jgpt.wording import GIB, format_count, format_duration
 
-GRADIENT = 1 << 20  # bytes: an all-reduce of more sums gradients, of less numbers
 LABEL = 26  # columns of what a line is about
 
 
@@ -116,11 +115,24 @@ def _program(found: Estimate) -> list[str]:
     counted = products(found.program)
     wide = sum(n for product, n in counted.items() if product.is_wide) if _compute(found) != "float32" else 0
     warning = f"; {wide} OF THEM NOT IN 16 BITS" if wide else ""
-    exchanged = all_reduces(found.program, GRADIENT)
     return [
         _line("matrix products", ", ".join(f"{n} {product}" for product, n in counted.most_common()) + warning),
-        _line("all-reduces", f"{len(exchanged)}, {sum(exchanged) / 1e6:.1f} MB a step"),
+        *_exchanged(collectives(found.program)),
     ]
+
+
+def _exchanged(found: list[Collective]) -> list[str]:
+    """Say what the devices exchange in a step, in loops (over micro-batches, say) and once."""
+    lines = []
+    for label, in_loop in (("exchanged in loops", True), ("exchanged once a step", False)):
+        those = [one for one in found if one.in_loop == in_loop]
+        kinds = Counter[str]()
+        for one in those:
+            kinds[one.kind] += one.times
+        size = sum(one.bytes * one.times for one in those)
+        if those:
+            lines.append(_line(label, f"{', '.join(f'{n} {kind}' for kind, n in kinds.items())}; {size / 1e6:,.1f} MB"))
+    return lines
 
 
 def _compute(found: Estimate) -> str:
@@ -206,7 +218,7 @@ def as_dict(plan: Plan, top: int) -> dict[str, Any]:
     if found.prediction is not None:
         assert found.program is not None
         facts["matrix_products"] = {str(product): n for product, n in products(found.program).items()}
-        facts["all_reduce_bytes"] = all_reduces(found.program)
+        facts["collectives"] = [one._asdict() for one in collectives(found.program)]
         facts["seconds_by_group"] = found.prediction.by_group()
         facts["top_ops"] = [vars(op) for op in merge_layers(found.prediction)[:top]]
     if plan.searched is not None:

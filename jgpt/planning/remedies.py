@@ -54,8 +54,10 @@ def device_remedies(doing: str, config: ConfigDict, parts: Parts) -> list[str]:
     n_devices = len(parts.strategy.devices)
     if parts.model.lora is None and n_devices > 1 and c.execution.parallel == "data":
         found.append(f"--config.execution.parallel=fsdp (each of {n_devices} devices keeps its part of the state)")
-    elif c.execution.parallel == "fsdp" and c.execution.gather == "step":
+    elif c.execution.parallel == "fsdp" and c.execution.gather != "layer":
         found.append("--config.execution.gather=layer (no device holds all parameters; slower)")
+    elif c.execution.parallel == "fsdp" and c.precision.first_moment == "fp32":
+        found.append("--config.precision.first_moment=bf16 (2 bytes a parameter less; rounds the mean of gradients)")
     if parts.model.lora is None:
         found.append("a smaller model in a new --config.out_dir: fewer model.n_layers, a smaller model.d_model")
         found.append(

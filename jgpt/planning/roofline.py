@@ -13,7 +13,9 @@ here. Nothing is fitted to a measurement. The assumptions, all of them:
 - A GEMM whose operands are 16 bits wide runs on tensor cores (`fp16_flops`), any other at `fp32_flops`.
 - Element-wise work runs at `fp32_flops`, one FLOP for each op and element, and `_SLOW_FLOPS` where it takes several
   instructions (exponential, division, ...).
-- A ring moves 2 (n - 1) / n of an all-reduce's bytes over `link`, and waits for nothing; no collective overlaps.
+- A ring moves 2 (n - 1) / n of an all-reduce's bytes over `link`, and waits for nothing; no collective overlaps. Where
+  its devices are on several hosts it moves them over `network`, of which each device has the share that is left to it
+  when all devices of a host exchange at once.
 - A loop runs as often as XLA or its condition says (once where neither does), a conditional takes its slowest branch.
 """
 
@@ -23,12 +25,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from jgpt.hardware.chips import Rates
 from jgpt.planning.hlo import Op, Program, Shape
 from jgpt.planning.kernels import FREE, PRODUCT_KINDS, work_of
 
 COLLECTIVE, OTHER = "collective", "other"  # the groups of ops that no scope has
-_COLLECTIVES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "collective-permute": 1}
+# The share of the bytes that a ring moves, times n / (n - 1).
+COLLECTIVES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "collective-permute": 1}
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,13 @@ class Prediction:
         return seconds
 
 
-def predict(program: Program, rates: Rates, scopes: Mapping[str, str]) -> Prediction:
-    """Predict the seconds of a program at a device's `rates`.
+def predict(program: Program, rates: Rates, scopes: Mapping[str, str], hosts: int = 1) -> Prediction:
+    """Predict the seconds of a program at a device's `rates`, its devices in equal numbers on so many `hosts`.
 
     `scopes` maps the names of JAX scopes to the groups in which their ops are added up.
     """
     groups = (*dict.fromkeys(scopes.values()), COLLECTIVE, OTHER)
-    return Prediction(tuple(_Walk(program, rates, scopes).costs(program.entry, 1)), groups)
+    return Prediction(tuple(_Walk(program, rates, scopes, program.devices // hosts).costs(program.entry, 1)), groups)
 
 
 def group_of(op_name: str, scopes: Mapping[str, str]) -> str:
@@ -98,6 +103,7 @@ class _Walk:
     program: Program
     rates: Rates
     scopes: Mapping[str, str]
+    devices_per_host: int
 
     def costs(self, computation: str, times: int) -> Iterator[OpCost]:
         """Yield the cost of every op of a computation that runs so many `times`."""
@@ -107,25 +113,34 @@ class _Walk:
             if op.opcode in FREE or op.opcode.endswith(("-done", "-update")):
                 continue
             if op.opcode == "while":
-                yield from self.costs(op.called("body")[0], times * _trips(self.program, op))
+                yield from self.costs(op.called("body")[0], times * trips(self.program, op))
             elif op.opcode == "conditional":
                 either = op.called("true_computation") + op.called("false_computation")
                 branches = [list(self.costs(name, times)) for name in op.called("branch_computations") or either]
                 yield from max(branches, key=lambda branch: sum(cost.seconds for cost in branch))
             elif op.opcode in ("call", "async-start"):
                 yield from self.costs((op.called("to_apply") or op.called("calls"))[0], times)
-            elif (kind := op.opcode.removesuffix("-start")) in _COLLECTIVES:
+            elif (kind := op.opcode.removesuffix("-start")) in COLLECTIVES:
                 yield self._collective(op, kind, shapes, times)
             else:
                 yield self._kernel(op, shapes, times)
 
     def _collective(self, op: Op, kind: str, shapes: dict[str, tuple[Shape, ...]], times: int) -> OpCost:
         sent = sum(shape.bytes for name in op.operands for shape in shapes[name])
-        n = _group_size(op, self.program.devices)
-        share = 1.0 if kind == "collective-permute" else _COLLECTIVES[kind] * (n - 1) / n
+        group = _group(op, self.program.devices)
+        n = len(group)
+        share = 1.0 if kind == "collective-permute" else COLLECTIVES[kind] * (n - 1) / n
         moved = sent * (n if kind == "all-gather" else 1) * share * times
-        seconds = moved / self.rates.link
+        seconds = moved / self._rate(group)
         return OpCost(op.name, "collective", COLLECTIVE, op.op_name, times, moved, 0.0, "link", seconds)
+
+    def _rate(self, group: list[int]) -> float:
+        """Return the bytes a second at which a device sends to the next in a ring of these devices."""
+        here = sum(device // self.devices_per_host == group[0] // self.devices_per_host for device in group)
+        if here == len(group):
+            return self.rates.link
+        # One of the `here` devices sends to another host; as many rings as there are such parts of a host share it.
+        return min(self.rates.link, self.rates.network * here / self.devices_per_host)
 
     def _kernel(self, op: Op, shapes: dict[str, tuple[Shape, ...]], times: int) -> OpCost:
         """Cost one kernel: a fusion, or a lone op, which is a fusion of itself."""
@@ -157,7 +172,7 @@ class _Walk:
         )
 
 
-def _trips(program: Program, loop: Op) -> int:
+def trips(program: Program, loop: Op) -> int:
     """Return how often a loop runs: as XLA noted it, else the bound in a condition "i < constant", else 1."""
     known = loop.find(r'"known_trip_count":\{"n":"(\d+)"')
     if known:
@@ -167,13 +182,19 @@ def _trips(program: Program, loop: Op) -> int:
     return int(constants[0]) if len(constants) == 1 and constants[0] else 1
 
 
-def _group_size(op: Op, devices: int) -> int:
-    """Return how many devices take part, from any of the three ways in which XLA prints replica_groups."""
+def _group(op: Op, devices: int) -> list[int]:
+    """Return the devices of the first group, from any of the three ways in which XLA prints replica_groups."""
     if listed := op.find(r"replica_groups=\{\{([\d,]+)\}"):
-        return listed.count(",") + 1
+        return [int(device) for device in listed.split(",")]
     if shape := op.find(r"replica_groups=\[([\d,]+)\]<="):
-        return int(shape.split(",")[-1])
+        # [groups, size]<=[dims]T(permutation): 0, 1, ... laid out as dims, transposed, then cut into groups.
+        dims = [int(n) for n in op.find(r"replica_groups=\[[\d,]+\]<=\[([\d,]+)\]").split(",")]
+        order = [int(n) for n in op.find(r"\]<=\[[\d,]+\]T\(([\d,]+)\)").split(",") if n] or range(len(dims))
+        grid = np.arange(math.prod(dims)).reshape(dims).transpose(list(order))
+        return [int(device) for device in grid.reshape([int(n) for n in shape.split(",")])[0]]
     if mesh := op.find(r"replica_groups=mesh\[([^\]]*)\]"):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", op.find(r"\] \{([^}]*)\}")))
-    return devices
+        axes = re.findall(r"'(\w+)'=(\d+)", mesh)
+        taken = re.findall(r"'(\w+)'", op.find(r"\] \{([^}]*)\}"))
+        grid = np.arange(math.prod(int(size) for _, size in axes)).reshape([int(size) for _, size in axes])
+        return [int(d) for d in grid[tuple(slice(None) if axis in taken else 0 for axis, _ in axes)].reshape(-1)]
+    return list(range(devices))

@@ -27,7 +27,10 @@ MIN_BUSY_TOKENS = 4096  # a smaller micro-batch leaves the device idle; with mor
 FIRST_TOKENS = 8192  # of the micro-batch that is tried first, where as many may fit
 TIE = 0.005  # step times within 0.5% are equal; then less memory wins
 EXTRAPOLATION_MARGIN = 0.1, 0.02  # of the memory: 10% from one compiled size, 2% from two
-SMALLER = "Take a smaller model, or train adapters beside a frozen one (--config.lora.rank=16 with init_from)"
+SMALLER = (
+    "Take a smaller model, or train adapters beside a frozen one (--config.lora.rank=16 with init_from; on several"
+    " devices also --config.execution.parallel=tensor)"
+)
 
 log = logging.getLogger("jgpt")
 
@@ -53,7 +56,7 @@ class Space:
     """What may be chosen: `sizes` of a micro-batch, smallest first; the others likely best first.
 
     `ways` are remat and attention: those without recomputation, then those with, the one that takes least last.
-    `first_size` is about the micro-batch to try first.
+    `first_size` is about the micro-batch to try first. `gather` is settled before: see `gather.py`.
     """
 
     sizes: Sequence[int]
@@ -61,6 +64,7 @@ class Space:
     chunks: Sequence[int]
     sequence_length: int
     first_size: int
+    gather: str = "auto"
 
 
 @dataclass
@@ -84,7 +88,7 @@ class Search(Generic[Found]):
             busy = best and (best.seconds is None or self._tokens(best) >= MIN_BUSY_TOKENS)
             if busy and (remat != "none" or attention == "chunked_vjp_recompute"):
                 break
-            self._try_sizes(Execution(0, remat, space.chunks[0], attention))
+            self._try_sizes(Execution(0, remat, space.chunks[0], attention, space.gather))
             if any(tried.state > self.limit for tried in self.tried.values()):
                 return None  # the parameters and what goes with them alone are too much
         if best := self.best():
@@ -183,7 +187,7 @@ def space_of(config: ConfigDict, shapes: ModelConfig, target: Target, everything
             sizes = [max(n for n in sizes if n <= e.micro_batch_size)]
         ways = [(remat, e.attention) for remat in (REMATS if e.remat == "auto" else [e.remat])]
         chunks = [e.loss_chunk_tokens]
-    return Space(sizes, ways, chunks, length, first_size=_first_size(config, shapes, target, length))
+    return Space(sizes, ways, chunks, length, _first_size(config, shapes, target, length), e.gather)
 
 
 def attentions_of(config: ConfigDict, shapes: ModelConfig, target: Target) -> list[str]:
@@ -219,15 +223,22 @@ def check_parameters_fit(config: ConfigDict, shapes: ModelConfig, target: Target
         raise UserError(
             f"this model does not fit {target.kind}: its parameters and the optimizer's moments alone take"
             f" {least / GIB:.2f} GiB of each, {(least - limit) / GIB:.2f} more than the {limit / GIB:.2f} that there"
-            f" are. {_split_over(config, target)}{SMALLER}."
+            f" are. {_instead(config, target, gathered=False)}{SMALLER}."
         )
 
 
-def _split_over(config: ConfigDict, target: Target) -> str:
-    """Name the way to split the state over several devices, where it is not taken yet."""
-    if len(target.devices) == 1 or config.lora.rank or config.execution.parallel != "data":
+def _instead(config: ConfigDict, target: Target, gathered: bool = True) -> str:
+    """Name the next way to have less on each of several devices; "" where all are taken. `gathered`: all count."""
+    e, n = config.execution, len(target.devices)
+    if n == 1 or config.lora.rank or e.parallel not in ("data", "fsdp"):
         return ""
-    return f"Split them over the {len(target.devices)} devices with --config.execution.parallel=fsdp. Or: "
+    if e.parallel == "data":
+        return f"Split them over the {n} devices with --config.execution.parallel=fsdp. Or: "
+    if gathered and e.gather != "layer":
+        return "Gather the parameters of one block at a time with --config.execution.gather=layer. Or: "
+    if config.precision.first_moment == "fp32":
+        return "Keep the mean of gradients in 2 bytes with --config.precision.first_moment=bf16. Or: "
+    return ""
 
 
 def refusal(found: Search[Estimate], config: ConfigDict, target: Target) -> str:
@@ -237,5 +248,5 @@ def refusal(found: Search[Estimate], config: ConfigDict, target: Target) -> str:
         f"this model does not fit {target.kind}: the least that was found, {least.execution.flags()}, takes"
         f" {least.peak / GIB:.2f} GiB of each, {(least.peak - found.limit) / GIB:.2f} more than the"
         f" {found.limit / GIB:.2f} that there are; {least.state / GIB:.2f} of it are parameters, moments and gradients."
-        f" {_split_over(config, target)}{SMALLER}, or shorten --config.batch.sequence_length."
+        f" {_instead(config, target)}{SMALLER}, or shorten --config.batch.sequence_length."
     )

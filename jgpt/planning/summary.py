@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jgpt.config.files import user_path
 from jgpt.data.tokenizer import load_pretrained
+from jgpt.hardware.chips import NETWORK
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import ModelConfig, model_config
 from jgpt.parallel.build import batch_shares, training_devices
@@ -21,6 +22,7 @@ from jgpt.planning.budget import steps_that_fit
 from jgpt.planning.devices import THIS, Target, compile_only, this_machine
 from jgpt.planning.estimate import Estimate, estimate
 from jgpt.planning.execution import Execution, execution_of
+from jgpt.planning.gather import with_gather
 from jgpt.planning.search import Search, check_parameters_fit, refusal, search
 
 GPT2_IDS = 50_257
@@ -87,6 +89,8 @@ def make_plan(
     config: ConfigDict,
     device: str,
     *,
+    hosts: int = 1,
+    network: float = NETWORK,
     tune: bool,
     run_hours: float,
     weekly_hours: float,
@@ -94,16 +98,19 @@ def make_plan(
 ) -> Plan:
     """Compile the step of a config for a device of `devices.TARGETS`, or "this" machine's. Raises UserError.
 
+    A device of `TARGETS` is one of so many `hosts`, each of which sends `network` bytes a second to the others.
+
     The keys of `execution` that the config leaves open are searched for, and with `tune` all of them. Where the config
     does not fit as it is, its micro-batch and remat are searched for. `on_compiled` is called after each compile. A run
     takes `run_hours` at most, and a week has `weekly_hours` of them.
     """
-    target = None if device == THIS else compile_only(device)
+    target = None if device == THIS else compile_only(device, hosts, network)
     config, source = adopt_source(config, user_path(config.out_dir).absolute())
     ids, vocabulary = (source.tokenizer.vocab_size, "of init_from") if source else vocabulary_of(config)
     shapes = model_config(config.model, ids)
     target = target or this_machine(training_devices(config))
     batch_shares(config, len(target.devices))  # refuses a batch that they cannot share, as training would
+    config = with_gather(config, shapes, target)
 
     def plan(found: Estimate, searched: Search[Estimate] | None) -> Plan:
         return Plan(config, target, vocabulary, found, searched, run_hours, weekly_hours)

@@ -14,12 +14,21 @@ from jax import Array
 from jgpt.data.batches import Batch
 from jgpt.step.muon import Share, alone
 
+Cast = Callable[[Any], Any]  # parameters in, those that the step computes with out: the matrices in another dtype
+Gather = Callable[[Any, Cast], Any]  # a device's part of the parameters in, all of them out, cast
+
+
+def all_here(params: Any, cast: Cast) -> Any:
+    """Cast parameters, all of which are on this device: the `Gather` of one device."""
+    return cast(params)
+
 
 class Exchange(NamedTuple):
     """What a device exchanges with the others that share a batch, and which of them it is. Alone: nothing."""
 
     average: Callable[[Any], Any] = lambda tree: tree  # gradients in, their averages out; each device may keep a part
-    gather: Callable[[Any], Any] = lambda params: params  # a device's part of the parameters in, all of them out
+    gather: Gather = all_here
+    gathers_each: bool = False  # for each micro-batch, which scatters the gradients; else once a step
     device: Any = 0  # its index
     share: Share = alone  # how they share the optimizer's work on matrices: each computes some, and gets all
 

@@ -33,14 +33,14 @@ SAFETY = 1.01  # the polynomials hold up to 1, and rounding must not carry a sin
 UPDATE_RMS = 0.2  # of an update's elements, which is about AdamW's: so learning rates mean the same at every width
 
 
-def scale_by_muon(momentum: float, compute: Any) -> optax.GradientTransformationExtraArgs:
+def scale_by_muon(momentum: float, compute: Any, kept: Any = jnp.float32) -> optax.GradientTransformationExtraArgs:
     """Replace the gradient of each matrix by its orthogonalized Nesterov momentum, times a factor of its shape.
 
     `optax.contrib.scale_by_muon` (0.2.8) does the same in fp32, on every device, one program for each layer. Here the
     matrix products are in the dtype `compute`, matrices of one shape go through them together, and `update` takes
-    `share`, by which devices share the work out.
+    `share`, by which devices share the work out. The momentum is kept in the dtype `kept`.
     """
-    trace = optax.trace(momentum, nesterov=True)
+    trace = optax.trace(momentum, nesterov=True, accumulator_dtype=kept)
 
     def update(updates: Any, state: Any, params: Any = None, *, share: Share | None = None, **_: Any) -> Any:
         updates, state = trace.update(updates, state, params)

@@ -60,11 +60,14 @@ def decay_begins(optimizer: ConfigDict) -> int:
     return total - max(1, round(optimizer.decay_fraction * total))
 
 
-def make_optimizer(optimizer: ConfigDict, compute: Any = jnp.float32) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    optimizer: ConfigDict, compute: Any = jnp.float32, first_moment: Any = jnp.float32
+) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer, behind a clip of the gradient's global norm. `update` takes `share`: see `step/muon.py`.
 
     AdamW (Loshchilov and Hutter, arXiv 1711.05101) updates all parameters, or with "muon" those that are no matrices of
-    the blocks; Muon computes its matrix products in the dtype `compute`. Weight decay falls on matrices and embeddings
+    the blocks; Muon computes its matrix products in the dtype `compute`. Both keep the mean of gradients in the dtype
+    `first_moment`. Weight decay falls on matrices and embeddings
     only, as in GPT-2: norms and biases are kept free.
     """
     schedule = learning_rate_schedule(optimizer)
@@ -75,11 +78,12 @@ def make_optimizer(optimizer: ConfigDict, compute: Any = jnp.float32) -> optax.G
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         mask=decayed,
+        mu_dtype=first_moment,
     )
     if optimizer.kind == "muon":
         ratio = optimizer.muon_learning_rate / optimizer.learning_rate
         muon = optax.chain(
-            scale_by_muon(optimizer.muon_momentum, compute),
+            scale_by_muon(optimizer.muon_momentum, compute, first_moment),
             optax.add_decayed_weights(optimizer.weight_decay),
             optax.scale_by_learning_rate(lambda updates_made: ratio * schedule(updates_made)),
         )

@@ -84,13 +84,22 @@ def make_train_step(
 
     def gradient(state: TrainState, frozen: Any, batch: Batch, exchange: Exchange) -> tuple[Any, Array]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), exchange.device)
-        params = exchange.gather(policy.cast_to_compute(state.params))  # once a step, not once a micro-batch
+
+        def gather(params: Any) -> Any:
+            return exchange.gather(params, policy.cast_to_compute)
+
+        once, each = (_as_they_are, gather) if exchange.gathers_each else (gather, _as_they_are)
+        params = once(state.params)
         base = policy.cast_to_compute(frozen)
         scale = state.loss_scale.scale
 
         def scaled_gradient(micro_batch: Batch, index: Array) -> tuple[Any, Array]:
             dropout_key = jax.random.fold_in(key, index)
-            return jax.grad(loss_of, has_aux=True)(params, base, micro_batch, dropout_key, scale)
+
+            def loss(params: Any) -> tuple[Array, Array]:
+                return loss_of(each(params), base, micro_batch, dropout_key, scale)
+
+            return jax.grad(loss, has_aux=True)(params)
 
         mean, losses = mean_gradient(scaled_gradient, params, batch, scale, accumulation)
         return average_gradients(exchange.average, mean, jnp.mean(losses), scale, narrow)
@@ -116,6 +125,10 @@ def make_train_step(
         }
 
     return Step(gradient, update)
+
+
+def _as_they_are(params: Any) -> Any:
+    return params
 
 
 def _scaled_loss(model: GPT, loss_chunk_tokens: int) -> Callable[..., tuple[Array, Array]]:

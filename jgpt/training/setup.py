@@ -132,7 +132,8 @@ def log_choices(config: ConfigDict, parts: Parts, batches: Batches | ChatBatches
         "batch: %d sequences = devices %d x micro-batches %d x %d, %s tokens a step, %s",
         size, parts.strategy.shares, parts.accumulation, parts.rows, format_count(parts.tokens_per_step), length,
     )  # fmt: skip
-    split = f", the model split over {len(devices)}" if parts.strategy.shares < len(devices) else ""
+    group = len(devices) // parts.strategy.shares
+    split = f", the model split over {group}" if group > 1 else ""
     scaling = " with loss scaling" if policy.scales_loss else ""
     log.info("device: %s%s, computing in %s%s", describe(devices[0]).name, split, dtype_name(policy.compute), scaling)
     if policy.param != np.float32 and not parts.adapters:

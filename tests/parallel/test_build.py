@@ -37,3 +37,11 @@ def test_a_batch_is_divided_among_devices_that_do_not_share_a_model():
     assert batch_shares(config_of(12), 2) == 2 and batch_shares(config_of(7, "tensor"), 2) == 1
     with pytest.raises(UserError, match="must be a multiple of 2: set --config.batch.global_batch_size=16"):
         batch_shares(config_of(15), 2)
+    groups = config_of(8, "tensor")
+    groups.execution.mesh = "data=2,tensor=2"
+    assert batch_shares(groups, 4) == 2
+    groups.batch.global_batch_size = 7
+    with pytest.raises(UserError, match="there are 2 groups of devices.*global_batch_size=8"):
+        batch_shares(groups, 4)
+    with pytest.raises(UserError, match="mesh='data=2,tensor=2', and there are 2 devices.*product"):
+        batch_shares(groups, 2)

@@ -121,12 +121,12 @@ def test_what_is_split():
     def spec(name: str, *shape: int) -> PartitionSpec:
         return partition_spec(tuple(name.split("/")), shape, config, 2)
 
-    assert spec("h_0/attn/qkv/kernel", 32, 2, 4, 8) == PartitionSpec(None, "model")
-    assert spec("h_0/attn/qkv/bias", 2, 4, 8) == PartitionSpec("model")
-    assert spec("h_0/attn/proj/kernel", 32, 32) == PartitionSpec("model")
-    assert spec("h_0/mlp/gate_up/kernel", 32, 2, 2, 24) == PartitionSpec(None, "model")
-    assert spec("h_0/mlp/down/kernel", 32, 48) == PartitionSpec(None, "model")
-    assert spec("wte/embedding", 62, 32) == spec("lm_head/embedding", 62, 32) == PartitionSpec("model")
+    assert spec("h_0/attn/qkv/kernel", 32, 2, 4, 8) == PartitionSpec(None, "tensor")
+    assert spec("h_0/attn/qkv/bias", 2, 4, 8) == PartitionSpec("tensor")
+    assert spec("h_0/attn/proj/kernel", 32, 32) == PartitionSpec("tensor")
+    assert spec("h_0/mlp/gate_up/kernel", 32, 2, 2, 24) == PartitionSpec(None, "tensor")
+    assert spec("h_0/mlp/down/kernel", 32, 48) == PartitionSpec(None, "tensor")
+    assert spec("wte/embedding", 62, 32) == spec("lm_head/embedding", 62, 32) == PartitionSpec("tensor")
     for name in ("h_0/attn/proj/bias", "h_0/mlp/down/bias", "h_0/mlp_norm/scale", "norm/bias", "h_0/attn/qkv/a"):
         assert spec(name, 32) == PartitionSpec()
     assert cache_sharding(config, device_mesh(jax.local_devices())).shard_shape((1, 2, 24, 8)) == (1, 1, 24, 8)

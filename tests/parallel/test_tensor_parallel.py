@@ -1,6 +1,7 @@
 """A LoRA step over two devices that share one model against the same step on one."""
 
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -98,10 +99,17 @@ def two() -> Trained:
     return Trained(Sharded(jax.local_devices(), shapes), shapes)
 
 
-def test_two_devices_train_as_one():
+@cache
+def groups() -> Trained:
+    """Two groups of one device: each has the whole base, and half of the batch (data=2,tensor=1)."""
+    return Trained(Sharded(jax.local_devices(), CONFIG, group=1), CONFIG)
+
+
+@pytest.mark.parametrize("several", [two, groups])
+def test_two_devices_train_as_one(several: Callable[[], Trained]):
     """Losses, adapters and moments over three steps, with dropout, to the rounding of fp32 sums."""
-    np.testing.assert_allclose(two().losses, one().losses, rtol=1e-5)
-    found, expected = (trained.runner.on_host(trained.state) for trained in (two(), one()))
+    np.testing.assert_allclose(several().losses, one().losses, rtol=1e-5)
+    found, expected = (trained.runner.on_host(trained.state) for trained in (several(), one()))
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5, err_msg=jax.tree_util.keystr(path))
     assert all(np.any(x) for x in jax.tree.leaves(found.params))  # b began at zero
@@ -142,7 +150,7 @@ def test_evaluation_is_that_of_one_device():
         placed = runner.place_sequences(jax.tree.map(lambda x: x[:2], batch(9)))
         return float(runner.on_host(step(trained.state.params, trained.frozen, placed)))
 
-    assert total(two()) == pytest.approx(total(one()), rel=1e-5)
+    assert [total(two()), total(groups())] == pytest.approx([total(one())] * 2, rel=1e-5)
 
 
 def test_texts_while_it_trains_are_those_of_one_device():

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jgpt.planning.audit import Product, all_reduces, products
+from jgpt.planning.audit import Collective, Product, collectives, products
 from jgpt.planning.hlo import parse
 
 N = len(jax.local_devices())
@@ -39,7 +39,7 @@ ENTRY %main (x: f16[8,16], y: f16[16,8], z: f32[8,8]) -> f32[8,8] {
     found = products(program)
     assert found == {Product("f16", "f16", "f32"): 1, Product("f32", "f32", "f32"): 1}
     assert [str(product) for product in found if product.is_wide] == ["f32*f32->f32"]
-    assert all_reduces(program) == [256, 256] and all_reduces(program, 257) == []
+    assert collectives(program) == [Collective("all-reduce", 256, 1, False)] * 2
     compiled = products(parse(jax.jit(f).lower(half, single).compile().as_text()))  # whatever the CPU makes of fp16
     assert sum(compiled.values()) <= 3
 
@@ -49,4 +49,20 @@ def test_an_all_reduce_has_its_bytes():
     split, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("devices",), ()))
     x = jax.ShapeDtypeStruct((N, 1000), jnp.float32, sharding=split)
     text = jax.jit(lambda x: x.sum(axis=0), out_shardings=whole).lower(x).compile().as_text()
-    assert all_reduces(parse(text)) == [4000]
+    assert collectives(parse(text)) == [Collective("all-reduce", 4000, 1, False)]
+
+
+def test_an_exchange_in_a_loop_counts_as_often_as_the_loop_runs():
+    """A trap for annotations: XLA sums over the devices in every round what could be summed once."""
+    mesh = jax.sharding.Mesh(jax.local_devices(), ("devices",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "devices"))
+    x = jax.ShapeDtypeStruct((3, N, 1000), jnp.float32, sharding=split)
+
+    def f(x):
+        def add(total, row):
+            return jnp.tanh(total + row.sum(axis=0)), total[0]  # its second result is a single number
+
+        return jax.lax.scan(add, jnp.zeros(1000), x)[0]
+
+    (found,) = collectives(parse(jax.jit(f).lower(x).compile().as_text()))
+    assert (found.bytes, found.times, found.in_loop) == (4000, 3, True)

@@ -69,7 +69,13 @@ def chosen(config: ConfigDict) -> ConfigDict:
 def test_it_searches_once_and_remembers(cache: Path, searches: list, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO", "jgpt")
     first = chosen(config_of())
-    assert execution_of(first) == (4, "none", 2048, "auto")  # a share of the batch in one piece: there is room for it
+    assert execution_of(first) == (
+        4,
+        "none",
+        2048,
+        "auto",
+        "auto",
+    )  # a share of the batch in one piece: there is room for it
     assert not is_auto(first) and len(searches) == 1 and len(json.loads(cache.read_text())) == 1
     assert (
         "chosen for" in caplog.text
@@ -96,8 +102,8 @@ def test_where_nothing_can_be_remembered_it_still_searches(cache: Path, searches
 
 
 def test_only_what_is_asked_for_is_chosen(cache: Path, searches: list):
-    assert execution_of(chosen(config_of(**{"execution.remat": "block"}))) == (4, "block", 2048, "auto")
-    assert execution_of(chosen(config_of(**{"execution.micro_batch_size": 2}))) == (2, "none", 2048, "auto")
+    assert execution_of(chosen(config_of(**{"execution.remat": "block"}))) == (4, "block", 2048, "auto", "auto")
+    assert execution_of(chosen(config_of(**{"execution.micro_batch_size": 2}))) == (2, "none", 2048, "auto", "auto")
     config = config_of(**{"execution.micro_batch_size": 2, "execution.remat": "dots"})
     assert chosen(config) is config and len(searches) == 2
 
@@ -119,9 +125,9 @@ def test_a_resumed_run_keeps_what_it_started_with(tmp_path: Path):
     asked = config_of()
     assert with_execution_of_run(asked, run_dir) is asked  # there is no run yet
     write_identity(run_dir, execution_of(asked)._replace(micro_batch_size=2, remat="dots").put_into(asked))
-    assert execution_of(with_execution_of_run(asked, run_dir)) == (2, "dots", 2048, "auto")
+    assert execution_of(with_execution_of_run(asked, run_dir)) == (2, "dots", 2048, "auto", "auto")
     own = with_execution_of_run(config_of(**{"execution.remat": "block"}), run_dir)
-    assert execution_of(own) == (2, "block", 2048, "auto")
+    assert execution_of(own) == (2, "block", 2048, "auto", "auto")
     versions = run_dir / "versions.json"
     versions.write_text(versions.read_text().replace(f"{len(jax.local_devices())} x", "7 x"))
     assert with_execution_of_run(asked, run_dir) is asked  # other devices, another question

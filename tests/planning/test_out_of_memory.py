@@ -159,5 +159,6 @@ def test_overrides_are_those_that_change_something():
     assert "batch" not in advice(PLACING) and "smaller model" in advice(PLACING)
     assert "parallel=fsdp (each of 2 devices keeps" in advice(PLACING)
     split = advice(PLACING, **{"execution.parallel": "fsdp"})
-    assert "parallel=fsdp" not in split and "gather=layer" in split
+    assert "parallel=fsdp" not in split and "gather=layer" in split and "first_moment" not in split
+    assert "first_moment=bf16" in advice(PLACING, **{"execution.parallel": "fsdp", "execution.gather": "layer"})
     assert "lora.rank=8" in advice(PLACING, lora=object(), **{"lora.rank": 16})

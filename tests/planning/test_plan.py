@@ -84,6 +84,14 @@ def test_the_parts_of_the_memory_are_those_of_the_state(small: Plan):
     assert plan.checkpoints == (4, tree_bytes(state))
 
 
+def test_sums_of_gradients_that_are_scattered_at_once_are_a_devices_part(tmp_path: Path):
+    """With gather=layer the loop over micro-batches carries parts: half of each matrix, on two devices."""
+    plan = plan_of(config_of(tmp_path, **{"execution.parallel": "fsdp", "execution.gather": "layer"}))
+    whole, part = bytes_of(jax.eval_shape(plan.found.parts.init).params), bytes_of(plan.found.parts.params_in_loop())
+    assert plan.found.memory["parameters"] == part < 0.52 * whole
+    assert part <= plan.found.memory["gradients"] < whole and plan.found.memory["compute copy"] == 0
+
+
 def test_a_larger_micro_batch_takes_more_and_remat_less(small: Plan, tmp_path: Path):
     def peak(**execution: Any) -> int:
         changes = {f"execution.{key}": value for key, value in execution.items()}
@@ -168,7 +176,7 @@ def test_a_config_that_does_not_fit_is_answered_with_what_does(
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     two_t4s = planning.Target("t4x2", jax.local_devices(), planning.this_machine(jax.local_devices()).chip, None, None)
-    monkeypatch.setattr(planning, "compile_only", lambda name: two_t4s)
+    monkeypatch.setattr(planning, "compile_only", lambda *_: two_t4s)
     with pytest.raises(UserError, match="there are 2 devices.*: set --config.batch.global_batch_size=16"):
         plan_of(config_of(tmp_path, **{"batch.global_batch_size": 15, "execution.micro_batch_size": 1}), "t4x2")
 

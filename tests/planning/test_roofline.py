@@ -1,5 +1,7 @@
 """Costs of a compiled program: by hand on small HLO."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -136,7 +138,7 @@ def test_loops_run_their_trips_and_conditionals_their_slowest_branch():
 
 
 @pytest.mark.parametrize(
-    "groups", ["{{0,1,2,3}}", "[1,4]<=[4]", "mesh['a'=4,'b'=2] {'a'}", "{}"], ids=("list", "iota", "mesh", "all")
+    "groups", ["{{0,1,2,3}}", "[1,4]<=[4]", "mesh['a'=4,'b'=1] {'a'}", "{}"], ids=("list", "iota", "mesh", "all")
 )
 def test_collectives_move_what_a_ring_moves(groups):
     start = (
@@ -147,6 +149,28 @@ def test_collectives_move_what_a_ring_moves(groups):
     op = only(program(start, header=", num_partitions=4"))
     assert (op.group, op.bytes, op.seconds) == ("collective", 400 * 2 * 3 / 4, 600)
     assert only(program(start.replace("all-reduce", "reduce-scatter"), header=", num_partitions=4")).bytes == 300
+
+
+@pytest.mark.parametrize(
+    ("groups", "rate"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 1.0),  # within a host: the link
+        ("[2,4]<=[8]", 1.0),
+        ("mesh['data'=2,'fsdp'=4] {'fsdp'}", 1.0),
+        ("[1,8]<=[8]", 0.2),  # one ring through both hosts: the network
+        ("mesh['data'=2,'fsdp'=4] {'data','fsdp'}", 0.2),
+        ("[4,2]<=[2,4]T(1,0)", 0.05),  # 0 and 4, 1 and 5, ...: four rings share it
+        ("mesh['data'=2,'fsdp'=4] {'data'}", 0.05),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 0.05),
+    ],
+)
+def test_what_goes_to_another_host_takes_the_network(groups: str, rate: float):
+    text = program(
+        f"  %x = f32[100]{{0}} parameter(0)\n  ROOT %s = f32[100]{{0}} collective-permute(%x), replica_groups={groups}",
+        header=", num_partitions=8",
+    )
+    (op,) = predict(parse(text), replace(RATES, network=0.2), SCOPES, hosts=2).ops
+    assert op.seconds == pytest.approx(400 / rate)
 
 
 def test_groups_come_from_the_scopes_of_the_model():

@@ -39,14 +39,14 @@ class Step:
 
     @property
     def peak(self) -> int:
-        micro, remat, chunk, attention = self.execution
+        micro, remat, chunk, attention, _ = self.execution
         return int(
             STATE + micro * (ACTIVATIONS[remat] - SAVED[attention]) + 0.05 * micro**1.5 + min(chunk, micro * T) * 0.2
         )
 
     @property
     def seconds(self) -> float | None:
-        micro, remat, chunk, attention = self.execution
+        micro, remat, chunk, attention, _ = self.execution
         chunks = -(-micro * T // chunk)
         return 96 * (COST[remat] + SLOWER[attention]) + 96 / micro * (0.2 + 0.05 * chunks) if self.knows_speed else None
 

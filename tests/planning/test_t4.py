@@ -5,6 +5,7 @@ them all of this is skipped.
 """
 
 import runpy
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +18,15 @@ from ml_collections import ConfigDict
 
 from jgpt.errors import UserError
 from jgpt.model.scopes import SCOPES
-from jgpt.planning.audit import all_reduces, products
+from jgpt.model.shapes import model_config
+from jgpt.planning.audit import collectives, products
 from jgpt.planning.devices import Target, compile_for, compile_only
+from jgpt.planning.estimate import estimate
 from jgpt.planning.hlo import Program, parse
 from jgpt.planning.page import as_dict, page
 from jgpt.planning.summary import Plan, make_plan
 
 CONFIG = Path(__file__).parents[2] / "configs" / "kaggle_t4.py"
-GRADIENTS = 1 << 20  # bytes: an all-reduce of more sums gradients, of less the loss and the like
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +112,40 @@ def test_the_check_sees_an_fp32_product(t4s: Target):
 
 def test_gradients_are_exchanged_once_a_step(plan: Plan):
     assert plan.found.program is not None
-    exchanged = all_reduces(plan.found.program, GRADIENTS)
-    assert len(exchanged) == 1, exchanged
+    (exchanged,) = collectives(plan.found.program)
     parameters = plan.found.memory["parameters"]  # in fp32; what is exchanged may be fp16
-    assert parameters / 2 <= exchanged[0] <= 1.01 * parameters  # the loss goes along
+    assert exchanged.times == 1 and parameters / 2 <= exchanged.bytes <= 1.01 * parameters  # the loss goes along
+
+
+@pytest.mark.parametrize("accumulation", [1, 8])
+def test_split_states_are_exchanged_once_a_step_whatever_the_accumulation(t4s: Target, accumulation: int):
+    """gather=step: nothing inside the loop over micro-batches. gather=layer: all of it inside, but for vectors."""
+
+    def exchanged(gather: str) -> dict[tuple[str, bool], int]:
+        config = kaggle_t4()
+        config.model.update(n_layers=2, n_heads=2, d_model=128, context_length=128, vocab_size=512)
+        config.batch.global_batch_size = 2 * accumulation
+        config.execution.update(micro_batch_size=1, remat="block", parallel="fsdp", gather=gather)
+        found = estimate(config, model_config(config.model, 512), t4s)
+        assert found.program is not None and found.parts.accumulation == accumulation
+        counted: Counter[tuple[str, bool]] = Counter()
+        for one in collectives(found.program):
+            counted[one.kind, one.in_loop] += one.times
+        return dict(counted)
+
+    step, layer = exchanged("step"), exchanged("layer")
+    assert {kind for kind, in_loop in step if in_loop} == set()
+    assert step["all-gather", False] >= 1 and step["reduce-scatter", False] >= 1
+    # Each block gathers its four matrices forward and backward, or several of them in one all-gather.
+    assert layer["all-gather", accumulation > 1] >= 2 * 2 * accumulation
+    assert layer["reduce-scatter", accumulation > 1] >= 2 * accumulation
 
 
 def test_the_check_sees_a_second_exchange(t4s: Target):
     mesh = jax.sharding.Mesh(np.array(t4s.devices), ("devices",))
     split = NamedSharding(mesh, PartitionSpec("devices"))
     whole = NamedSharding(mesh, PartitionSpec())
-    x = jax.ShapeDtypeStruct((2, GRADIENTS), jnp.float32, sharding=split)
+    x = jax.ShapeDtypeStruct((2, 1 << 20), jnp.float32, sharding=split)
 
     def once(x):
         return jax.lax.with_sharding_constraint(x.sum(axis=0), whole)
@@ -129,7 +154,7 @@ def test_the_check_sees_a_second_exchange(t4s: Target):
         return once(x * jnp.tanh(once(x))[None])  # the second waits for the first: no compiler makes one of them
 
     counts = [
-        len(all_reduces(parse(compile_for(t4s, jax.jit(f, out_shardings=whole).lower(x)).as_text()), GRADIENTS))
+        len(collectives(parse(compile_for(t4s, jax.jit(f, out_shardings=whole).lower(x)).as_text())))
         for f in (once, twice)
     ]
     assert counts == [1, 2]

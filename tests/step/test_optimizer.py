@@ -125,3 +125,33 @@ def test_adamw_in_closed_form(clip_norm: float):
         params = optax.apply_updates(params, updates)
     for name, expected in numpy_adamw(o, start, gradients).items():
         np.testing.assert_allclose(params[name], expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_first_moment_in_half_precision_takes_two_bytes_and_moves_little(kind: str):
+    """Against fp32: the first update is the same, and those of ten differ by the rounding of bf16, 8 bits."""
+    o = settings(kind=kind, warmup_steps=0, learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.0)
+    random = np.random.default_rng(0)
+    start = {"h_0": {"mlp": {"up": {"kernel": jnp.asarray(random.normal(size=(8, 16)), jnp.float32)}}}}
+    gradients = [jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), start) for _ in range(10)]
+
+    def trained(dtype: Any, steps: int) -> tuple[np.ndarray, Any]:
+        optimizer, params = make_optimizer(o, jnp.float32, dtype), start
+        first = state = optimizer.init(params)
+        for gradient in gradients[:steps]:
+            updates, state = optimizer.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        before, after = ([x.dtype for x in jax.tree.leaves(tree)] for tree in (first, state))
+        assert before == after  # or the step compiles twice
+        return np.asarray(jax.tree.leaves(params)[0] - jax.tree.leaves(start)[0]), state
+
+    def moments(state: Any) -> list[np.dtype]:
+        return [x.dtype for x in jax.tree.leaves(state) if x.shape == (8, 16)]
+
+    (once, state), (same, full) = trained(jnp.bfloat16, 1), trained(jnp.float32, 1)
+    np.testing.assert_allclose(once, same, rtol=1e-6)
+    assert moments(full) == [np.float32] * (2 if kind == "adamw" else 1)
+    assert moments(state) == [jnp.bfloat16, np.float32][: len(moments(full))]
+    (found, _), (expected, _) = trained(jnp.bfloat16, 10), trained(jnp.float32, 10)
+    difference = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 0 < difference < 0.03

@@ -8,7 +8,7 @@ its GpuTargetConfigProto as text, with what CUDA's deviceQuery says.
 import difflib
 import importlib.metadata
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 
@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from jgpt.errors import UserError
-from jgpt.hardware.chips import CHIPS, Chip, Rates
+from jgpt.hardware.chips import CHIPS, NETWORK, Chip, Rates
 from jgpt.hardware.devices import MEMORY_SHARE, describe
 
 OLDEST_JAX = (0, 10)  # that compiles a pmap for devices that are not there, and shows the program
-# The name on the command line: its device file, how many. Kaggle lends T4s in pairs.
-TARGETS = {"t4x2": ("t4", 2)} | {chip.target_file: (chip.target_file, 1) for chip in CHIPS if chip.target_file}
+# The name on the command line: its device file, how many on a host. Kaggle lends T4s in pairs.
+TARGETS = {"t4x2": ("t4", 2), "l4x4": ("l4", 4), "h100x8": ("h100", 8)}
+TARGETS |= {chip.target_file: (chip.target_file, 1) for chip in CHIPS if chip.target_file}
 THIS = "this"
 CUDNN_LINE = "pip install nvidia-cudnn-cu12 (600 MB; no GPU is needed)"
 _CPU_MEMORY_SHARE = 0.5  # of the machine's memory, for the step: the text, the samples and other programs have theirs
@@ -36,18 +37,21 @@ class Target:
     chip: Chip
     memory_bytes: int | None
     rates: Rates | None  # None for a CPU and GPUs that are not known
+    hosts: int = 1  # each with as many of the devices
 
     @property
     def kind(self) -> str:
         """How many of what, as "2 x T4"."""
-        return f"{len(self.devices)} x {self.chip.name}"
+        hosts = f" on {self.hosts} hosts" if self.hosts > 1 else ""
+        return f"{len(self.devices)} x {self.chip.name}{hosts}"
 
     def constants(self) -> str:
         """Say what a prediction rests on."""
         if self.rates is None:
             return "no speed is predicted: the rates of this device are not known"
         r = self.rates
-        link = f", link between devices {r.link / 1e9:g} GB/s" if len(self.devices) > 1 else ""
+        link = f", link between devices {r.link / 1e9:g} GB/s" if len(self.devices) > self.hosts else ""
+        link += f", network of a host {r.network / 1e9:g} GB/s" if self.hosts > 1 else ""
         return (
             f"predicted, not measured, with {r.fp16_flops / 1e12:.4g} TFLOP/s in 16-bit products,"
             f" {r.fp32_flops / 1e12:.3g} in others, memory {r.bandwidth / 1e9:.4g} GB/s{link}"
@@ -64,8 +68,11 @@ def this_machine(devices: list[jax.Device]) -> Target:
     return Target(THIS, devices, chip, memory, chip.rates)
 
 
-def compile_only(name: str) -> Target:
-    """Return devices of a kind that is not here. Raises UserError for an unknown name, and without the wheels."""
+def compile_only(name: str, hosts: int = 1, network: float = NETWORK) -> Target:
+    """Return devices of a kind that is not here: those of `name` on each host, which sends `network` bytes a second.
+
+    Raises UserError for an unknown name, and without the wheels.
+    """
     if name not in TARGETS:
         known = [*TARGETS, THIS]
         close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
@@ -76,10 +83,11 @@ def compile_only(name: str) -> Target:
     from jax.experimental import topologies  # loads nothing that training needs
 
     text = resources.files("jgpt.planning.devices").joinpath(f"{kind}.txt").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x1x{count}")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x{hosts}x{count}")
     devices = list(topology.devices)
     chip = describe(devices[0])
-    return Target(name, devices, chip, _for_jax(chip), chip.rates)
+    rates = replace(chip.rates, network=network) if chip.rates else None
+    return Target(name, devices, chip, _for_jax(chip), rates, hosts)
 
 
 def _for_jax(chip: Chip) -> int | None:
