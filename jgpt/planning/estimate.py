@@ -123,13 +123,14 @@ def _of_the_loop(program: Program, parts: Parts) -> dict[str, int]:
         return {}
     carried = Counter(max(loops, key=lambda shapes: sum(shape.bytes for shape in shapes)))
     params = jax.tree.leaves(parts.params_in_loop())
-    dims = {leaf.shape for leaf in params}
-    # Parameters that the step computes with as they are (vectors; all in fp32) are carried as well, and are no sums.
+    dims = Counter(leaf.shape for leaf in params)
+    # Parameters that the step computes with as they are (vectors; all in fp32) are carried as well, and are no sums;
+    # but those that XLA gathers before the loop are not.
     as_they_are = Counter(leaf.shape for leaf in params if leaf.dtype == jnp.float32)
     sums = copies = 0.0
     for shape, count in carried.items():
         if shape.dims in dims and shape.dtype == "f32":
-            sums += shape.bytes * max(0, count - as_they_are[shape.dims])
+            sums += shape.bytes * max(min(count, dims[shape.dims]), count - as_they_are[shape.dims])
         elif shape.dims in dims and shape.dtype in ("f16", "bf16"):
             copies += shape.bytes * count
     return {"gradients": int(sums), "compute copy": int(copies)}
