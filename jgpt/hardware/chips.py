@@ -13,6 +13,9 @@ from jgpt.wording import GIB
 # Where nothing was measured: the shares of the data sheet that large products and copies commonly reach, and a link.
 _SHARE_OF_FLOPS, _SHARE_OF_BANDWIDTH, _LINK = 0.6, 0.8, 4e9
 NETWORK = 12.5e9  # bytes a second between hosts: 100 Gbit/s Ethernet
+# From one short kernel to the next on a GPU's stream, one launched behind the other: 3.8 us on a V100 (A. Gray,
+# "Getting Started with CUDA Graphs", NVIDIA's developer blog, 2019), rounded. A slower CPU launches them later.
+LAUNCH_SECONDS = 4e-6
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Rates:
     """What a device sustains: FLOP/s of GEMMs with 16-bit and other operands, bytes/s of its memory and of its link.
 
     `link` goes to the other devices of its host. `network` is what a host sends to other hosts, all its devices
-    together.
+    together. `launch` is the least that a kernel takes, in seconds: the time to launch it.
     """
 
     fp16_flops: float
@@ -28,6 +31,7 @@ class Rates:
     bandwidth: float
     link: float
     network: float = NETWORK
+    launch: float = LAUNCH_SECONDS
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,9 @@ TPUS = (
         memory_bytes=16 * GIB,
         usable_bytes=int(15.75 * GIB),
         memory_bandwidth=819e9,
-        rates=Rates(fp16_flops=197e12, fp32_flops=6.1e12, bandwidth=819e9, link=90e9),
+        rates=Rates(
+            fp16_flops=197e12, fp32_flops=6.1e12, bandwidth=819e9, link=90e9, launch=0.0
+        ),  # a step is one program
         target_file=None,
         matrix_side=128,
     ),

@@ -4,7 +4,7 @@ Beside the data path: the planner and `scripts/bench/t4_predicted.py` ask it wha
 here. Nothing is fitted to a measurement. The assumptions, all of them:
 
 - Ops run one after another. Each takes the longer of its bytes over `bandwidth` and its FLOPs over the rate of the unit
-  that runs it, and at least `LAUNCH_SECONDS`. (Williams et al., https://doi.org/10.1145/1498765.1498785.) So a step of
+  that runs it, and at least `launch`. (Williams et al., https://doi.org/10.1145/1498765.1498785.) So a step of
   a small model, hundreds of kernels that do little, takes as long as their launches.
 - A kernel reads every operand once and writes every result once, whatever it computes in between; no operand is found
   in a cache. Of an operand that is only sliced or gathered from it reads what is taken, and an update in place moves
@@ -34,9 +34,6 @@ from jgpt.hardware.chips import Rates
 from jgpt.planning.hlo import Op, Program, Shape
 from jgpt.planning.kernels import FREE, PRODUCT_KINDS, work_of
 
-# From one short kernel to the next on a stream, one launched behind the other: 3.8 us on a V100 (A. Gray, "Getting
-# Started with CUDA Graphs", NVIDIA's developer blog, 2019), rounded. A CPU that is slower launches them later.
-LAUNCH_SECONDS = 4e-6
 COLLECTIVE, OTHER = "collective", "other"  # the groups of ops that no scope has
 # The share of the bytes that a ring moves, times n / (n - 1).
 COLLECTIVES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "collective-permute": 1}
@@ -164,7 +161,7 @@ class _Walk:
             "memory": work.bytes * times / self.rates.bandwidth,
             "16 bits": work.fp16_flops * times / self.rates.fp16_flops,
             "fp32": work.fp32_flops * times / self.rates.fp32_flops,
-            "launch": LAUNCH_SECONDS * times,
+            "launch": self.rates.launch * times,
         }
         unit = max(seconds, key=lambda name: seconds[name])
         paths = [op.op_name, *(inside.op_name for inside in reversed(body))]

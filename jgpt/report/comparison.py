@@ -24,11 +24,11 @@ TEXT_KEYS = ("text_glob", "format", "text_field", "val_fraction", "encoding", "e
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run: its name as it was given, its records and flat config, and what its loss was measured with and on."""
+    """A run: its name as it was given, its records and settings, and what its loss was measured with and on."""
 
     name: str
     records: list[dict[str, Any]]
-    config: dict[str, Any]  # {} where it is gone
+    settings: dict[str, Any]  # its config, flat; {} where it is gone
     tokenizer: str  # a hash of it
     text: str  # what tells its validation text from others; "" where its tokens are gone
     text_by_config: str  # what the config says of it
@@ -95,7 +95,7 @@ class Comparison:
             head = ["config", *(str(n) for n in range(1, len(self.runs) + 1))]
             rows = [head, *([key, *map(_shown, values)] for key, values in self.differences.items())]
             parts.append(table(rows, left=range(len(head))))
-        elif all(run.config for run in self.runs):
+        elif all(run.settings for run in self.runs):
             parts.append("The configs are the same.")
         return "\n\n".join(parts)
 
@@ -146,19 +146,19 @@ def open_run(name: str) -> ComparedRun:
             f"{name} is no run: {there} (current folder: {Path.cwd()}).{_did_you_mean(run_dir)} Allowed: a directory"
             " that training wrote (config.out_dir)."
         )
-    config = _read_config(run_dir)
+    settings = _read_settings(run_dir)
     tokenizer_file = run_dir / "tokenizer" / "tokenizer.json"
     if tokenizer_file.is_file():
         tokenizer = hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
     else:
-        tokenizer = repr({key: value for key, value in config.items() if key.startswith("tokenizer.")})
-    text, by_config = _text(run_dir, config, tokenizer), repr([config.get(f"data.{key}") for key in TEXT_KEYS])
-    length = config.get("batch.sequence_length") or config.get("model.context_length")
-    measured = f"{config.get('eval.batches')} batches of {config.get('batch.global_batch_size')} x {length} tokens"
-    return ComparedRun(name.rstrip("/") or name, records, config, tokenizer, text, by_config, measured)
+        tokenizer = repr({key: value for key, value in settings.items() if key.startswith("tokenizer.")})
+    text, by_config = _text(run_dir, settings, tokenizer), repr([settings.get(f"data.{key}") for key in TEXT_KEYS])
+    length = settings.get("batch.sequence_length") or settings.get("model.context_length")
+    measured = f"{settings.get('eval.batches')} batches of {settings.get('batch.global_batch_size')} x {length} tokens"
+    return ComparedRun(name.rstrip("/") or name, records, settings, tokenizer, text, by_config, measured)
 
 
-def _read_config(run_dir: Path) -> dict[str, Any]:
+def _read_settings(run_dir: Path) -> dict[str, Any]:
     """Return the run's config, flat; keys that are newer than the run have their defaults. {} where it is gone."""
     try:
         own = flatten(json.loads((run_dir / "config.json").read_text(encoding="utf-8")))
@@ -167,18 +167,18 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
     return flatten(json.loads(default_config().to_json())) | own
 
 
-def _text(run_dir: Path, config: dict[str, Any], tokenizer: str) -> str:
+def _text(run_dir: Path, settings: dict[str, Any], tokenizer: str) -> str:
     """Return what tells a run's validation text from others; "" where its tokens are not there any more.
 
     The same documents, with as many bytes in all, of which the same share is held out, are taken for the same text.
     """
     place = default_config()
-    place.out_dir, place.data.cache_dir = str(run_dir), str(config.get("data.cache_dir", ""))
+    place.out_dir, place.data.cache_dir = str(run_dir), str(settings.get("data.cache_dir", ""))
     meta = read_token_meta(token_directory(place))
     if meta.get("tokenizer_sha256") != tokenizer:  # none, or another run's
         return ""
     sizes = [meta.get("format"), meta.get("n_documents"), meta.get("train_bytes", 0) + meta.get("val_bytes", 0)]
-    return repr([*sizes, config.get("data.val_fraction")])
+    return repr([*sizes, settings.get("data.val_fraction")])
 
 
 def _notes(runs: list[ComparedRun], same_tokenizer: bool, same_text: bool) -> list[str]:
@@ -202,14 +202,14 @@ def _notes(runs: list[ComparedRun], same_tokenizer: bool, same_text: bool) -> li
             f"the runs were measured on different parts of the validation text ({measured}): small"
             " differences mean nothing. See eval.batches."
         )
-    if gone := [run.name for run in runs if not run.config]:
+    if gone := [run.name for run in runs if not run.settings]:
         notes.append(f"{', '.join(gone)} has no config.json that can be read.")
     return notes
 
 
 def _differences(runs: list[ComparedRun]) -> dict[str, list[Any]]:
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    values = {key: [run.config.get(key) for run in runs] for key in keys if key != "out_dir"}
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    values = {key: [run.settings.get(key) for run in runs] for key in keys if key != "out_dir"}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 

@@ -112,9 +112,12 @@ def test_the_check_sees_an_fp32_product(t4s: Target):
 
 def test_gradients_are_exchanged_once_a_step(plan: Plan):
     assert plan.found.program is not None
-    (exchanged,) = collectives(plan.found.program)
+    exchanged = collectives(plan.found.program)
+    (average,) = [one for one in exchanged if one.kind == "all-reduce"]
     parameters = plan.found.memory["parameters"]  # in fp32; what is exchanged may be fp16
-    assert exchanged.times == 1 and parameters / 2 <= exchanged.bytes <= 1.01 * parameters  # the loss goes along
+    assert average.times == 1 and parameters / 2 <= average.bytes <= 1.01 * parameters  # the loss goes along
+    assert {one.kind for one in exchanged} <= {"all-reduce", "all-gather"}  # of Muon's updates
+    assert not any(one.in_loop for one in exchanged)
 
 
 @pytest.mark.parametrize("accumulation", [1, 8])

@@ -95,7 +95,8 @@ def test_cudnn_is_what_jax_finds(found: bool, monkeypatch):
 
 
 def fake(kind: str, capability: str) -> jax.Device:
-    return SimpleNamespace(device_kind=kind, compute_capability=capability, platform="gpu")  # type: ignore[return-value]
+    found = SimpleNamespace(device_kind=kind, compute_capability=capability, platform="gpu", process_index=0)
+    return found  # type: ignore[return-value]
 
 
 def test_this_machine_has_half_its_memory_for_its_devices_and_no_rates():

@@ -141,7 +141,7 @@ def test_the_program_of_a_tpu_is_read():
     assert rates is not None
     found = predict(parse(PROGRAM), rates, {})
     ops = {op.name: op for op in found.ops}
-    assert ops["product"].flops == 2 * 8192 * 768 * 2304 and ops["product"].kind == "fp16 gemm"
+    assert ops["product"].flops == 2 * 8192 * 768 * 2304 and ops["product"].kind == "bf16 gemm"
     assert ops["product"].bytes == 2 * (8192 * 768 + 8192 * 2304)  # the weights are there already
     assert ops["scores"].flops == 2 * (8 * 12 * 256) * 1024 * 128  # heads of 64 fill half of the unit
     assert ops["scores"].bytes == 2 * 8 * 12 * 256 * 1024
