@@ -31,10 +31,12 @@ def config_of(parallel: str, gather: str, compute: str) -> ConfigDict:
     config = default_config()
     config.model.update(n_layers=4, n_heads=4, d_model=64, context_length=T, dropout=0.1, bias=True)
     config.model.update(mlp="gelu", position="learned", norm="layernorm")
+    config.model.tie_embeddings = compute == "fp32"  # an infinite row of the output layer would meet every token
     config.optimizer.update(warmup_steps=5, total_steps=1000, learning_rate=1e-3)
     config.batch.global_batch_size = 2 * DEVICES * 2
     config.execution.update(micro_batch_size=2, parallel=parallel, gather=gather)
     config.precision.compute, config.precision.gradient_average = compute, compute
+    config.precision.loss_scale = 8.0
     return config
 
 
