@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jgpt.hardware.chips import Rates
+from jgpt.hardware.chips import LAUNCH_SECONDS, Rates
 from jgpt.model.scopes import SCOPES
 from jgpt.planning.hlo import parse
 from jgpt.planning.page import milliseconds
-from jgpt.planning.roofline import LAUNCH_SECONDS, Prediction, predict
+from jgpt.planning.roofline import Prediction, predict
 
 RATES = Rates(fp16_flops=1000.0, fp32_flops=100.0, bandwidth=10.0, link=1.0)  # a slow machine, in round numbers
 TARGET = 'custom_call_target="__cublas$lt$matmul"'
