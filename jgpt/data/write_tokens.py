@@ -4,24 +4,21 @@ In the data path: after `corpus.py` and `tokenizer.py`; before `token_files.py`,
 written in parts (`parts.py`): mostly in one, or by several processes at once, each with its own.
 """
 
-import hashlib
-import json
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from jgpt.atomic_write import remove_leftovers
 from jgpt.data.chat_template import read_template
 from jgpt.data.conversations import ChatCorpus, write_conversations
-from jgpt.data.corpus import Corpus, batched_by_characters
+from jgpt.data.corpus import Corpus
 from jgpt.data.find_files import find_files
+from jgpt.data.made_from import difference_of, fingerprint, setting_values, settings_hash, sha256
 from jgpt.data.parts import (
     ALL,
     PARTS,
@@ -40,7 +37,6 @@ from jgpt.data.parts import (
 from jgpt.data.remote import TextFile
 from jgpt.data.token_directory import (
     FORMAT_VERSION,
-    TOKENS_VERSION,
     check_room,
     hold_token_directory,
     make_token_directory,
@@ -51,6 +47,7 @@ from jgpt.data.token_directory import (
 )
 from jgpt.data.token_files import TokenData, map_token_files, open_token_files
 from jgpt.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
+from jgpt.data.write_documents import write_documents
 from jgpt.data.write_shards import ShardWriter
 from jgpt.errors import UserError
 from jgpt.file_lock import hold
@@ -189,7 +186,7 @@ def _difference(directory: Path, held: bool, config: ConfigDict, corpus: Corpus,
     `given` is the tokenizer of a resumed run. Raises UserError where the text is gone, so that nothing can be made.
     """
     meta = read_token_meta(directory)
-    difference = _difference_of(meta, config, corpus, given)
+    difference = difference_of(meta, config, corpus, given)
     if not difference:
         if held:
             remove_parts(directory)  # of a process that was killed at its end
@@ -201,23 +198,6 @@ def _difference(directory: Path, held: bool, config: ConfigDict, corpus: Corpus,
     elif meta:
         log.info("tokens: those in %s are made again: %s", directory, difference)
     return difference
-
-
-def _difference_of(meta: dict[str, Any], config: ConfigDict, corpus: Corpus, given: Tokenizer | None) -> str:
-    """Compare a meta.json with a config. Text that is gone, a corpus without files, is not compared."""
-    if meta.get("format_version") != FORMAT_VERSION:
-        return "they are of another version of jgpt"
-    if meta["settings_sha256"] != _settings(config):
-        return "they were made with other settings of data or tokenizer"
-    if corpus.files and meta["fingerprint"] != _fingerprint(config, corpus.files):
-        return "the text has changed"
-    # Tokens of a resumed run's tokenizer belong to that run only, even when the text is the same.
-    if meta["tokenizer_sha256"] != given.sha256 if given else meta["tokenizer_given"]:
-        return "they were made with another tokenizer"
-    template = corpus.template if isinstance(corpus, ChatCorpus) else ""
-    if template and meta["template_sha256"] != _sha256(template):
-        return "they were made with another chat template"
-    return ""
 
 
 def _refuse_parts(directory: Path) -> None:
@@ -282,13 +262,13 @@ def _plan(config: ConfigDict, corpus: Corpus, n_parts: int) -> dict[str, Any]:
     """Return what a token directory is made of, so far as it is known before the tokenizer is made."""
     return {
         "n_parts": n_parts,
-        "settings": _setting_values(config),
+        "settings": setting_values(config),
         "meta": {
             "format_version": FORMAT_VERSION,
             "text_glob": config.data.text_glob,
             "n_files": len(corpus.files),
-            "settings_sha256": _settings(config),
-            "fingerprint": _fingerprint(config, corpus.files),
+            "settings_sha256": settings_hash(config),
+            "fingerprint": fingerprint(config, corpus.files),
             "tokenizer_kind": config.tokenizer.kind,
         },
         "n_bytes": corpus.n_bytes,
@@ -321,41 +301,6 @@ def _chat_template(config: ConfigDict, tokenizer: Tokenizer | None) -> str:
     return own
 
 
-def _fingerprint(config: ConfigDict, files: Sequence[TextFile]) -> str:
-    """Hash what the token files depend on: path, size and time of each source file, and the config's values."""
-    try:
-        sources = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    except OSError as error:  # deleted since it was found, while this process waited for another
-        raise UserError(
-            f"{error.filename} cannot be read: {error.strerror}. Put it back, or leave it out of data.text_glob."
-        ) from None
-    return _sha256(json.dumps([_settings(config), sources]))  # ASCII: a name that is not UTF-8 has no bytes
-
-
-def _settings(config: ConfigDict) -> str:
-    """Hash the config's values that the token files depend on."""
-    values = list(_setting_values(config).values())
-    data, kind, options = values[:4], values[4], values[5:]
-    if config.data.format == "chat":  # the template itself is compared by its own hash
-        data += ["chat", bool(config.tokenizer.chat_template)]
-    return _sha256(json.dumps([TOKENS_VERSION, data, kind, options]))
-
-
-def _setting_values(config: ConfigDict) -> dict[str, Any]:
-    """Return the keys of a config that the token files depend on, with their values."""
-    kind, data = config.tokenizer.kind, ("text_field", "val_fraction", "encoding", "encoding_errors")
-    options = {"char": (), "bpe": ("vocab_size", "training_megabytes"), "hf": ("pretrained",)}[kind]
-    return (
-        {f"data.{key}": config.data[key] for key in data}
-        | {"tokenizer.kind": kind}
-        | {f"tokenizer.{key}": config.tokenizer[key] for key in options}
-    )
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _write_part(
     directory: Path, held: bool, plan: dict[str, Any], part: Part, corpus: Corpus, tokenizer: Tokenizer
 ) -> None:
@@ -374,9 +319,9 @@ def _write_part(
             fraction = plan["settings"]["data.val_fraction"]
             if isinstance(corpus, ChatCorpus):
                 entries = write_conversations(train, val, corpus, tokenizer, fraction)
-                entries["template_sha256"] = _sha256(corpus.template)
+                entries["template_sha256"] = sha256(corpus.template)
             else:
-                entries = _write_documents(train, val, corpus, tokenizer, fraction, label)
+                entries = write_documents(train, val, corpus, tokenizer, fraction, label)
     except BaseException:
         _remove_files(folder)
         raise
@@ -386,40 +331,3 @@ def _write_part(
 def _remove_files(folder: Path) -> None:
     for path in folder.glob("[!.]*"):  # not the lock
         path.unlink(missing_ok=True)
-
-
-def _write_documents(
-    train: ShardWriter, val: ShardWriter, corpus: Corpus, tokenizer: Tokenizer, val_fraction: float, label: str
-) -> dict[str, Any]:
-    """Tokenize plain text into ids, with an end-of-text id after each document; return what is said of them.
-
-    One document in each 1 / val_fraction is for validation.
-    """
-    started = time.monotonic()
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    end_of_text = np.array([tokenizer.eot_id], dtype).tobytes()
-    period = max(2, round(1 / val_fraction)) if val_fraction else 0
-    n_documents, text_bytes, files = 0, [0, 0], (train, val)
-    for batch in batched_by_characters(corpus.pieces(label), lambda piece: len(piece.text)):
-        all_ids = tokenizer.encode_batch([piece.text for piece in batch])
-        for piece, ids in zip(batch, all_ids, strict=True):
-            assert ids.max(initial=0) < tokenizer.vocab_size
-            split = int(period > 0 and piece.number % period == period - 1)
-            files[split].write(ids.astype(dtype).tobytes() + end_of_text * piece.ends_document)
-            text_bytes[split] += len(piece.text.encode())
-            n_documents += piece.ends_document
-    total, total_bytes = (train.n_bytes + val.n_bytes) // dtype.itemsize, sum(text_bytes)
-    seconds = time.monotonic() - started
-    log.info(
-        "%s: files %d, documents %s, %.1f MB at %.1f MB/s: %s tokens, %.2f bytes a token, %.1f s%s",
-        *(label, len(corpus.files), f"{n_documents:,}", total_bytes / 1e6, total_bytes / 1e6 / seconds),
-        *(f"{total:,}", total_bytes / max(total, 1), seconds, corpus.remarks()),
-    )
-    return {
-        "format": "text",
-        "dtype": dtype.name,
-        "train_bytes": text_bytes[0],  # of text as UTF-8, for bits per byte
-        "val_bytes": text_bytes[1],
-        "n_documents": n_documents,
-        "replaced_characters": corpus.replaced,
-    }
