@@ -122,7 +122,8 @@ def test_a_crash_with_a_traceback(start: Started, tiny: list[str], tmp_path: Pat
         "Checkpoints.save = save\n"
         "import importlib\ntrain = importlib.import_module('jgpt.train')\n"
         "from jgpt.cli.flags import define_config\nfrom jgpt.cli.run import run\n"
-        "define_config()\n"
+        "from jgpt.cli.process_flags import define_processes\n"
+        "define_config()\ndefine_processes()\n"
         "run(train.main, train.__doc__)\n"
     )
     done = start(str(tmp_path / "crash.py"), *tiny, code=1)

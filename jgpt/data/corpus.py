@@ -269,6 +269,7 @@ def without_surrogates(text: str) -> str:
 def _lines(texts: Iterable[str], file: TextFile) -> Iterator[str]:
     r"""Join text that is cut anywhere to lines, in time that does not grow faster than the text.
 
+    >>> from pathlib import Path
     >>> list(_lines(["a", "b\nc\n\n", "d"], Path("a.jsonl")))
     ['ab', 'c', '', 'd']
     """

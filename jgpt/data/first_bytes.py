@@ -49,6 +49,7 @@ def head_of(file: TextFile) -> bytes:
 def not_text(file: TextFile, head: bytes) -> str:
     """Say what a file is, and the command that helps, where its first bytes are no text's; else "".
 
+    >>> from pathlib import Path
     >>> not_text(Path("a.txt"), b"PK\\x03\\x04...")
     'a zip archive (as .zip, .docx, .epub and .xlsx are). Run: unzip a.txt -d a.txt.unpacked'
     """

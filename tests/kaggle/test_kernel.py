@@ -25,7 +25,7 @@ CONFIG = str(REPOSITORY / "configs" / "kaggle_t4.py")
 def fast(monkeypatch):
     """Compress less: only one test asks how large the script is."""
     compress = lzma.compress
-    monkeypatch.setattr(lzma, "compress", lambda data, preset: compress(data, preset=0))
+    monkeypatch.setattr(lzma, "compress", lambda data, preset: compress(data, preset=2))
 
 
 @pytest.fixture

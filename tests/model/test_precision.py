@@ -28,6 +28,10 @@ def test_choice(compute: str, params: str, device: tuple):
         with pytest.raises(UserError, match=r"7\.5.*no bf16 units.*'auto', 'fp16', 'fp32'.*compute=auto"):
             choose_policy(compute, params, *device)
         return
+    if compute == "fp16" and device[0] == "tpu":
+        with pytest.raises(UserError, match=r"on a TPU.*'auto', 'bf16', 'fp32'"):
+            choose_policy(compute, params, *device)
+        return
     chosen = AUTO[device] if compute == "auto" else compute
     policy = choose_policy(compute, params, *device)
     wide = device == ("cpu", None) and chosen == "bf16"
