@@ -30,7 +30,7 @@ def define_flags() -> None:
         "t4x2",
         "what to plan for: a GPU (t4x2, t4, p100, l4, l4x4, a100, h100, h100x8), a TPU (v5e8), or this: what is here",
     )
-    flags.DEFINE_integer("hosts", 1, "how many machines with these devices work together", lower_bound=1)
+    flags.DEFINE_integer("hosts", 1, "how many machines with these devices work together", 1, 1024)
     flags.DEFINE_float("network_gb", 12.5, "GB (1e9 bytes) a second that a machine sends to the others", 1e-3)
     flags.DEFINE_bool("tune", False, "search micro-batch, remat and loss chunk for the fastest step that fits")
     flags.DEFINE_bool("json", False, "print one JSON object")

@@ -13,10 +13,12 @@ def define_processes() -> None:
     flags.DEFINE_string(
         "coordinator_address", None, "HOST:PORT of process 0, in a run of several processes (docs/distributed.md)"
     )
-    flags.DEFINE_integer("num_processes", None, "how many processes; without it one, or as many as a cluster says")
-    flags.DEFINE_integer("process_id", None, "which of the processes this is, from 0 on")
     flags.DEFINE_integer(
-        "coordinator_timeout_seconds", 300, "how long the processes wait for each other at the start", lower_bound=1
+        "num_processes", None, "how many processes; without it one, or as many as a cluster says", 1, 100_000
+    )
+    flags.DEFINE_integer("process_id", None, "which of the processes this is, from 0 on", 0, 99_999)
+    flags.DEFINE_integer(
+        "coordinator_timeout_seconds", 300, "how long the processes wait for each other at the start", 1, 86_400
     )
 
 

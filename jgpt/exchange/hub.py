@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from jgpt.config.files import user_path
@@ -57,8 +58,10 @@ def cached_card(name: str) -> Path | None:
         return directory / "README.md" if (directory / "README.md").is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "README.md") if is_hub_name(name) else None
-    return Path(found) if isinstance(found, str) else None
+    with suppress(ValueError):  # a name that the Hub does not allow
+        found = try_to_load_from_cache(name, "README.md") if is_hub_name(name) else None
+        return Path(found) if isinstance(found, str) else None
+    return None
 
 
 def _runs_near(name: str) -> tuple[Path, list[str]]:
