@@ -1,10 +1,11 @@
 """Your own text on a laptop: 1 M parameters, as many steps as 5 minutes hold, or fewer for a small text.
 
 Hardware: 2 to 8 CPU cores.
-Time:     5 minutes: the first steps are measured, and as many are taken as fit; less where the text was read 16 times
-          before that. At 16,500 tokens a second (quickstart.py, measured on 2 cores of an AMD EPYC) 5 minutes are about
-          2,000 steps, 4 M tokens.
-Expect:   depends on your text, and was not measured on an idle machine. It must fall from ln(2048) = 7.6.
+Time:     at most 5 and a half minutes: the first steps are measured, and as many are taken as fit into 5; fewer where
+          the text was read 5 times before that.
+Expect:   depends on your text. 1.1 MB of Shakespeare's plays, on 2 cores of an AMD EPYC (family 25, Python 3.13, jax
+          0.12.0, 2026-11-27): 3 min 1 s in all, 853 steps, 5 epochs, 13,500 tokens a second; the validation loss goes
+          from 7.62 to 3.90, 2.045 bits per byte. With 8 epochs it ended at 4.09: the model learns the text by heart.
 Command:  python -m jgpt.train --config configs/laptop.py --config.data.text_glob=texts
 """
 
@@ -27,7 +28,7 @@ def get_config() -> ConfigDict:
     config.optimizer.kind = "muon"
     config.optimizer.total_steps = 0
     config.optimizer.budget_hours = 5 / 60
-    config.optimizer.budget_epochs = 16.0
+    config.optimizer.budget_epochs = 5.0
     config.optimizer.warmup_steps = 20
     config.optimizer.learning_rate = 8e-3
     config.optimizer.muon_learning_rate = 8e-3
