@@ -17,7 +17,7 @@ from jgpt.kaggle.session.paths import input_dir, outputs_dir, scratch_dir
 
 
 def get_config() -> ConfigDict:
-    """Return the config: that of kaggle_gpt2, in sides that a TPU's matrix unit of 128 x 128 is filled by."""
+    """Return the config: that of kaggle_gpt2, with sizes that fill a TPU's matrix unit of 128 x 128."""
     config = default_config()
     config.out_dir = str(outputs_dir())
     config.log_every_steps = 20

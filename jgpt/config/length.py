@@ -20,7 +20,7 @@ log = logging.getLogger("jgpt")
 def keep_given_length(config: ConfigDict, given: Collection[str]) -> None:
     """Clear the length that a config has of its own where the `given` keys have one of the other kind, and say so.
 
-    Where both kinds are given, or none, nothing changes: the checks of the config tell.
+    Where both kinds are given, or none, nothing changes: the checks of the config report it.
 
     >>> from jgpt.config import default_config
     >>> config = default_config()

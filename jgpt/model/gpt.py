@@ -239,7 +239,7 @@ class GPT(nn.Module):
         return self.h[i](x, context, None, mode)[0]
 
     def _gathering(self, i: int, x: Array, context: Context, mode: Mode) -> Array:
-        """Run one block with `gather`: what the backward pass computes again begins with all its parameters."""
+        """Run one block, and gather its parameters before it: in the forward pass, and again in the backward pass."""
         gather, name, alone = self.gather, f"h_{i}", self.clone(parent=None, gather=None, remat="none")
         assert gather is not None and self.scope is not None
         rngs = {kind: LazyRng.create(key).as_jax_rng() for kind, key in self.scope.rngs.items()}

@@ -99,9 +99,10 @@ class Parts:
         )
 
     def params_in_loop(self) -> Any:
-        """Return the parameters that a device has in the loop over micro-batches, as shapes; their gradients have them.
+        """Return the shapes of the parameters that a device has in the loop over micro-batches.
 
-        All of them in the compute dtype; where they are gathered for each micro-batch, its parts as they are kept.
+        Their gradients have the same shapes. These are all parameters in the compute dtype; where each micro-batch
+        gathers them, they are the parts that the device stores.
         """
         params = jax.eval_shape(self.init).params
         if isinstance(self.strategy, FullySharded) and self.strategy.by_layer:

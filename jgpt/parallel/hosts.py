@@ -154,7 +154,7 @@ class Agreement:
         return next((wish for wish in wishes if wish), "")
 
     def forget(self) -> None:
-        """Do not hear what is asked for at this moment: it is done."""
+        """Drop the wish that was gathered last: it has been fulfilled."""
         self._unread = None
 
 
@@ -166,7 +166,7 @@ def put_text(key: str, text: str) -> None:
 
 
 def get_text(key: str) -> str:
-    """Wait for a key, however long: whoever should bring it and has ended is missed by the watch."""
+    """Wait for a key, without a limit: if the process that should write it has ended, the watch ends this one."""
     client: Any = distributed.global_state.client
     while True:
         try:

@@ -38,9 +38,9 @@ AGAIN = "Start all processes again with the same command: training goes on from 
 def together(on_lost: Callable[[str], None] = lambda reason: None) -> Iterator[None]:
     """Watch the other processes while the block runs, and end this one when one of them has ended before its time.
 
-    What ends the block by an error is told to the others, which end with the same exit code; one that vanishes is
-    missed after SILENT_SECONDS. An error of a collective mostly means that one has vanished, so that it is not told
-    before. Before this process ends, `on_lost` gets the reason.
+    An error that ends the block is sent to the others, which end with the same exit code. A process that was killed
+    sends nothing: it counts as dead after SILENT_SECONDS. A collective mostly fails because another process was killed,
+    so this process first waits that long to learn which one. `on_lost` gets the reason before this process ends.
     """
     if n_processes() == 1:
         yield

@@ -62,7 +62,7 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, whether one loss can be held against another, and the keys in which their configs differ."""
+    """Runs, whether their losses can be compared, and the keys in which their configs differ."""
 
     runs: list[ComparedRun]
     by_loss: bool
