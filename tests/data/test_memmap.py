@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from processes_at_once import FORK
 
 from jgpt.config.defaults import default_config
 from jgpt.data import token_directory as memmap
@@ -211,42 +212,18 @@ def test_a_crash_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: py
     assert {**rerun, "meta.json": ""} == {**whole, "meta.json": ""}
 
 
-RACE = """
-import os, shutil, sys
-from pathlib import Path
-from jgpt.config.defaults import default_config
+RACE = (
+    FORK
+    + """
 from jgpt.data.write_tokens import prepare
 
-config = default_config()
-config.tokenizer.kind, config.data.text_glob, config.data.cache_dir = "char", sys.argv[1], sys.argv[2]
-directory = Path(config.data.cache_dir)
+def prepared():
+    data = prepare(config)
+    assert data.train.tobytes() == expected[0] and data.val.tobytes() == expected[1]
+    return 0
 
 def start(killed_at=0):
-    if pid := os.fork():
-        return pid
-    events = 0
-
-    def count(name, arguments):
-        nonlocal events
-        if name in ("open", "os.rename", "os.remove", "os.mkdir", "fcntl.flock"):
-            events += 1
-            if events == killed_at:
-                os.kill(os.getpid(), 9)
-
-    sys.addaudithook(count)
-    try:
-        data = prepare(config)
-        assert data.train.tobytes() == expected[0] and data.val.tobytes() == expected[1]
-    except BaseException as error:
-        print("failed:", repr(error), flush=True)
-        os._exit(1)
-    os._exit(0)
-
-def ends(*pids):
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-def content():
-    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+    return fork(prepared, killed_at)
 
 data = prepare(config)
 expected = data.train.tobytes(), data.val.tobytes()
@@ -261,6 +238,7 @@ shutil.rmtree(directory)
 assert ends(*(start() for _ in range(4))) == [0] * 4 and content() == whole
 print("killed", killed_at - 1, "times")
 """
+)
 
 
 def test_processes_that_prepare_one_directory_agree_even_when_one_is_killed_at_any_moment(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from processes_at_once import FORK
 from test_shards import make_config
 
 from jgpt.data import parts, write_shards
@@ -208,42 +209,14 @@ def test_what_is_no_part_is_refused(text: str) -> None:
     assert parse_part("3/4") == Part(3, 4)
 
 
-AT_ONCE = """
-import os, shutil, sys
-from pathlib import Path
-from jgpt.config.defaults import default_config
+AT_ONCE = (
+    FORK
+    + """
 from jgpt.data.parts import Part
 from jgpt.data.write_tokens import prepare_part
 
-config = default_config()
-config.tokenizer.kind, config.data.text_glob, config.data.cache_dir = "char", sys.argv[1], sys.argv[2]
-directory = Path(config.data.cache_dir)
-
 def start(index, killed_at=0):
-    if pid := os.fork():
-        return pid
-    events = 0
-
-    def count(name, arguments):
-        nonlocal events
-        if name in ("open", "os.rename", "os.remove", "os.mkdir", "fcntl.flock"):
-            events += 1
-            if events == killed_at:
-                os.kill(os.getpid(), 9)
-
-    sys.addaudithook(count)
-    try:
-        data = prepare_part(config, Part(index, 3))
-    except BaseException as error:
-        print("failed:", repr(error), flush=True)
-        os._exit(1)
-    os._exit(7 if data else 0)
-
-def ends(*pids):
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-def content():
-    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+    return fork(lambda: 7 if prepare_part(config, Part(index, 3)) else 0, killed_at)
 
 assert sorted(ends(start(0), start(1), start(2)))[-1] == 7  # 7: all are there
 whole, killed_at, codes = content(), 0, [0, -9]
@@ -257,6 +230,7 @@ while -9 in codes:  # at every seventh event of the file system, until there are
     assert content() == whole, (killed_at, set(content()) ^ set(whole))
 print("killed", killed_at // 7 - 1, "times")
 """
+)
 
 
 def test_processes_at_once_agree_and_one_that_is_killed_at_any_moment_is_repeated(tmp_path: Path) -> None:
