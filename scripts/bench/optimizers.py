@@ -128,15 +128,18 @@ def muon(rate: float) -> dict[str, Any]:
 
 def compare_muon(runs: Runs, options: argparse.Namespace) -> dict[str, Any]:
     """Tune both, then find in which share of the steps Muon reaches AdamW's loss, for each seed."""
-    tuned = [losses[0] for losses in runs.losses(options.steps, map(adamw, options.rates), options.seeds[:1])]
-    best_rate = options.rates[tuned.index(min(tuned))]
+    adamws = [options.base | adamw(rate) for rate in options.rates]
+    muons = [options.base | muon(rate) for rate in options.muon_rates]
+    tuned = [losses[0] for losses in runs.losses(options.steps, adamws, options.seeds[:1])]
+    best_adamw = adamws[tuned.index(min(tuned))]
     steps = [round(share * options.steps) for share in sorted(options.shares)]
-    tried = [losses[0] for losses in runs.losses(steps[-1], map(muon, options.muon_rates), options.seeds[:1])]
-    best_muon = options.muon_rates[tried.index(min(tried))]
-    goals = runs.losses(options.steps, [adamw(best_rate)], options.seeds)[0]
-    by_steps = [runs.losses(n, [muon(best_muon)], options.seeds)[0] for n in steps]
+    tried = [losses[0] for losses in runs.losses(steps[-1], muons, options.seeds[:1])]
+    best_muon = muons[tried.index(min(tried))]
+    goals = runs.losses(options.steps, [best_adamw], options.seeds)[0]
+    by_steps = [runs.losses(n, [best_muon], options.seeds)[0] for n in steps]
     shares = [reached(steps, [losses[i] for losses in by_steps], goal) for i, goal in enumerate(goals)]
     return {
+        "base": options.base,
         "adamw_by_rate": dict(zip(map(str, options.rates), tuned, strict=True)),
         "muon_by_rate": dict(zip(map(str, options.muon_rates), tried, strict=True)),
         "adamw_loss": goals,
@@ -160,15 +163,14 @@ def reached(steps: list[int], losses: list[float], goal: float) -> float | None:
 
 def compare_block(runs: Runs, options: argparse.Namespace) -> dict[str, Any]:
     """Train each change with every seed."""
-    base = dict(pair.split("=", 1) for pair in options.base)
     names = options.changes or list(CHANGES)
-    results = runs.results(options.steps, [base | CHANGES[name] for name in names], options.seeds)
+    results = runs.results(options.steps, [options.base | CHANGES[name] for name in names], options.seeds)
     losses, seconds = ([[run[key] for run in of_change] for of_change in results] for key in ("val_loss", "seconds"))
     for name, of_change, times in zip(names, losses, seconds, strict=True):
         spread = statistics.stdev(of_change) if len(of_change) > 1 else 0.0
         print(f"{name:20} {statistics.mean(of_change):.4f} +- {spread:.4f}   {statistics.mean(times):.0f} s")
     return {
-        "base": base,
+        "base": options.base,
         "losses": dict(zip(names, losses, strict=True)),
         "seconds": dict(zip(names, seconds, strict=True)),
     }
@@ -186,13 +188,14 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3], help="AdamW's")
     parser.add_argument("--muon_rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3, 16e-3])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.7], help="of AdamW's steps, Muon's runs")
-    parser.add_argument("--base", nargs="*", default=[], metavar="KEY=VALUE", help="block: overrides of all runs")
+    parser.add_argument("--base", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of all runs")
     parser.add_argument("--changes", nargs="*", choices=CHANGES, help="block: some of its changes")
     parser.add_argument("--config", default="base", help="jgpt's config (default base)")
     parser.add_argument("--eval_batches", type=int, default=40, help="batches of validation text (default 40)")
     parser.add_argument("--jobs", type=int, default=cores(), help="runs at once (default: a run for each core)")
     parser.add_argument("--out", type=Path, default=Path("optimizers"), help="writes OUT.json")
     options = parser.parse_args()
+    options.base = dict(pair.split("=", 1) for pair in options.base)
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(options, Path(folder))
         summary = (compare_muon if options.question == "muon" else compare_block)(runs, options)
