@@ -146,7 +146,7 @@ def settings_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "eval.batches": options.eval_batches,
         "checkpoint.keep_last": 1,
     }
-    settings["execution.micro_batch_size"] = settings["batch.global_batch_size"]
+    settings["execution.micro_batch_size"] = max(1, 256 // settings["model.context_length"])  # the fastest on a CPU
     if options.text:
         settings["data.text_glob"] = Path(options.text).absolute()
     return settings | dict(pair.split("=", 1) for pair in options.jgpt)
