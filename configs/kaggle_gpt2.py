@@ -18,7 +18,7 @@ from jgpt.kaggle.session.paths import input_dir, outputs_dir, scratch_dir
 
 
 def get_config() -> ConfigDict:
-    """Return the config: a modern block in GPT-2's smallest size, Muon, and a rate that falls in the last fifth."""
+    """Return the config: a modern block in GPT-2's smallest size, Muon, and a rate that falls in the last 40%."""
     config = default_config()
     config.out_dir = str(outputs_dir())
     config.log_every_steps = 20

@@ -208,7 +208,7 @@ OPTIMIZER = Group(
                 "wsd": "stays at the peak, and falls at the end: with more total_steps a run goes on from before that",
             },
         ),
-        "decay_fraction": Key(0.2, "wsd: share of total_steps in which the learning rate falls", 0.001, 1),
+        "decay_fraction": Key(0.4, "wsd: share of total_steps in which the learning rate falls", 0.001, 1),
         "warmup_steps": Key(100, "steps until the peak learning rate", low=0),
         "learning_rate": Key(1e-3, "the peak, after warmup; with muon, that of AdamW's parameters", 1e-12, 10),
         "min_learning_rate": Key(1e-4, "at the end of the schedule", 0, 10),

@@ -41,9 +41,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "wsd": {"optimizer.schedule": "wsd"},
     "wsd to zero": {"optimizer.schedule": "wsd", "optimizer.min_learning_rate": 0.0},
     "wsd, 40% decay": {"optimizer.schedule": "wsd", "optimizer.decay_fraction": 0.4},
-    "wsd, 40% to zero": {
-        "optimizer.schedule": "wsd", "optimizer.decay_fraction": 0.4, "optimizer.min_learning_rate": 0.0,
-    },
     "beta2 0.95": {"optimizer.beta2": 0.95},
     "no weight decay": {"optimizer.weight_decay": 0.0},
 }
