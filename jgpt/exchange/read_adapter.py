@@ -21,7 +21,7 @@ from jgpt.exchange.hub import ADAPTER_CONFIG
 from jgpt.exchange.keys import Keys
 from jgpt.exchange.pretrained import read_json
 from jgpt.exchange.tensors import Entry, Shape, prefix, table
-from jgpt.exchange.weights import RESTORE, SAFETENSORS_DTYPES, Stored, read_header
+from jgpt.exchange.weights import SAFETENSORS_DTYPES, Stored, read_header
 from jgpt.model.lora import LoRA
 from jgpt.model.shapes import ModelConfig
 
@@ -56,7 +56,7 @@ class PeftAdapter:
 
 
 def open_adapter(directory: Path) -> PeftAdapter:
-    """Open a directory with adapters of PEFT; raise UserError for what jgpt does not compute, and for a damaged file."""
+    """Open a directory with adapters of PEFT; raise UserError for what jgpt does not compute, and for damaged files."""
     keys = Keys(read_json(directory / ADAPTER_CONFIG), ADAPTER_CONFIG)
     try:
         for key, allowed in ALLOWED.items():
@@ -69,8 +69,9 @@ def open_adapter(directory: Path) -> PeftAdapter:
         raise UserError(f"{directory}: {error}{_merge_by_peft(directory)}") from None
     if not (directory / WEIGHTS).is_file():
         raise UserError(
-            f"{directory} has {ADAPTER_CONFIG} and no {WEIGHTS}. Needed are both; pickles (.bin) are never opened, because they"
-            " can run code. Save the adapter again where you trust it, with a version of peft that writes safetensors."
+            f"{directory} has {ADAPTER_CONFIG} and no {WEIGHTS}. Needed are both; pickles (.bin) are never opened,"
+            " because they can run code. Save the adapter again where you trust it, with a version of peft that writes"
+            " safetensors."
         )
     return PeftAdapter(directory, base, LoRA(rank, alpha), dict(read_header(directory / WEIGHTS)))
 

@@ -59,8 +59,8 @@ def export_adapter(run_dir: str, out: Path, *, step: int | None, base: str, dtyp
     dtype = "fp32" if dtype == "auto" else dtype
     if source.peft is not None:
         raise UserError(
-            f"{run_dir} holds adapters in PEFT's layout already. Allowed: a run that was trained with lora.rank above 0."
-            " To merge the adapters into their model: python -m jgpt.convert export."
+            f"{run_dir} holds adapters in PEFT's layout already. Allowed: a run that was trained with lora.rank above"
+            " 0. To merge the adapters into their model: python -m jgpt.convert export."
         )
     family = source.base.family
     adapters, lora = load_adapters(source)

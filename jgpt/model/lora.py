@@ -41,8 +41,8 @@ def merge(path: tuple[str, ...], array: np.ndarray, adapters: Any, lora: LoRA) -
     """Return a parameter of the plain model with its adapter added, if it has one, in the parameter's dtype.
 
     `path` is the parameter's keys in the tree. The sum is computed in fp32. In the place of a kernel [inputs,
-    *features], `adapters` has {"a": [inputs, rank], "b": [rank, *features]}, whose rank may differ from `lora.rank`. The
-    kernel of "down" is stored transposed, [features, inputs].
+    *features], `adapters` has {"a": [inputs, rank], "b": [rank, *features]}; of adapters of others the rank may differ
+    from `lora.rank`. The kernel of "down" is stored transposed, [features, inputs].
     """
     adapter = adapters
     for key in path[:-1]:

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +243,7 @@ def test_what_is_not_in_the_layers_is_refused_by_name(tmp_path: Path):
     for number, (tensors, part) in enumerate([
         ({}, "it is empty"),
         ({f"{layer}.lora_A.weight": pair[f"{layer}.lora_A.weight"]}, f"{layer}.lora_B.weight is missing"),
-        (pair | {"base_model.model.lm_head.lora_A.weight": np.zeros((3, 20), "f")}, "lm_head.lora_A.weight [3, 20] is no"),
+        (pair | {"base_model.model.lm_head.lora_A.weight": np.zeros((3, 20), "f")}, "lm_head.lora_A.weight [3, 20] is"),
         (pair | {f"{layer}.lora_magnitude_vector": np.zeros(24, "f")}, "q_proj.lora_magnitude_vector [24] is no"),
         (pair | {f"{layer}.lora_A.weight": np.zeros((2, 20), "f")}, "is [2, 20] of F32 (wanted: [3, 20] of F32"),
         (pair | {f"{layer}.lora_A.weight": np.zeros((3, 20), np.int8)}, "is [3, 20] of I8 (wanted"),
