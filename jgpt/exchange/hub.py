@@ -38,6 +38,11 @@ def locate(name: str) -> Path:
     directory = user_path(name)
     if name and os.path.isdir(directory):
         return _below(directory)
+    if name and os.path.isfile(directory):
+        raise UserError(
+            f"{name[:200]!r} is a file. Allowed: the directory of a model, with config.json, weights in .safetensors"
+            " and a tokenizer, or that of a run. Name the directory."
+        )
     folder, runs = _runs_near(name)
     if not is_hub_name(name) or folder == directory.parent != Path():  # runs/mistyped: the other runs are in runs/
         raise UserError(
@@ -101,6 +106,10 @@ def _below(directory: Path) -> Path:
     if models:
         listed = ", ".join(map(str, models[:10]))
         raise UserError(f"{directory} holds {len(models)} models: {listed}. Allowed: one. Name one of them.")
+    whole = next((path.parent for path in (directory, *directory.parents) if path.name == "checkpoints"), None)
+    if whole is not None and (whole / "config.json").is_file():
+        step = f"; --step={directory.name} takes that checkpoint" if directory.name.isdecimal() else ""
+        raise UserError(f"{directory} is a part of the run {whole}. Allowed: the run itself. Name {whole}{step}.")
     raise UserError(
         f"{directory} holds no model. It must hold config.json and weights in .safetensors, itself or in one directory"
         " below it, or be a training run that has saved at least once. Name such a directory."

@@ -233,6 +233,19 @@ def test_what_is_no_model(tmp_path):
             locate(name)
 
 
+def test_a_file_or_a_checkpoint_is_answered_with_the_directory_to_name(tmp_path):
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(UserError, match="ckpt.pt' is a file. Allowed: the directory of a model"):
+        locate(str(tmp_path / "ckpt.pt"))
+    run = tmp_path / "runs" / "mine"
+    (run / "checkpoints" / "400" / "params").mkdir(parents=True)
+    (run / "config.json").touch()
+    for inside, step in (("400", "; --step=400 takes that checkpoint."), ("400/params", "."), ("", ".")):
+        with pytest.raises(UserError) as error:
+            locate(str(run / "checkpoints" / inside))
+        assert str(error.value).endswith(f"is a part of the run {run}. Allowed: the run itself. Name {run}{step}")
+
+
 def test_a_mistyped_run_is_answered_with_the_runs_that_are_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
