@@ -38,7 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("params", "auto", KINDS, "import: the dtype to keep the weights in; auto: the one they have")
     flags.DEFINE_enum("dtype", "auto", KINDS, "of what is written (not import); auto: the one the weights are kept in")
     flags.DEFINE_integer("step", None, "the checkpoint of the run to take; without it the newest", lower_bound=0)
-    flags.DEFINE_string("base", "", "where the base model of a LoRA run is now, if it has moved")
+    flags.DEFINE_string("base", "", "where the base model of LoRA adapters is now, if it has moved")
 
 
 def main(action: str = "", source: str = "", target: str = "") -> None:
