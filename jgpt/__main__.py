@@ -29,6 +29,20 @@ COMMANDS = {
     "check_env": FOLDER / "check_env.py",
     "kaggle": FOLDER / "kaggle" / "__main__.py",
 }
+# What others call a command, or may be looked for as one.
+CALLED = {
+    **dict.fromkeys(("sample", "inference", "infer", "predict", "complete", "completion", "write"), "generate"),
+    **dict.fromkeys(("finetune", "fine_tune", "sft", "lora"), "train --config finetune_lora"),
+    **dict.fromkeys(("fit", "pretrain"), "train"),
+    **dict.fromkeys(("resume", "continue"), "train, with the same arguments: it goes on by itself"),
+    **dict.fromkeys(("export", "import", "adapter", "gguf"), "convert {name}"),
+    **dict.fromkeys(("push", "pull", "publish", "chain"), "kaggle {name}"),
+    **dict.fromkeys(("tokenize", "preprocess", "data"), "prepare"),
+    **dict.fromkeys(("ui", "web", "server", "api"), "serve"),
+    **dict.fromkeys(("doctor", "info", "env", "check"), "check_env"),
+    "eval": "evaluate",
+    "report": "train: report.html in the run directory is its report",
+}
 EXIT_USER = 2
 
 
@@ -42,7 +56,8 @@ def entry() -> None:
     elif name in ("-h", "--help", "-help", "help"):
         print(overview())
     else:
-        hint = did_you_mean(command, COMMANDS)
+        meant = CALLED.get(command, "").format(name=command)
+        hint = f" Did you mean jgpt {meant}?" if meant else did_you_mean(command, COMMANDS)
         print(f"error: {name!r} is no command.{hint} Allowed: {', '.join(COMMANDS)}.", file=sys.stderr)
         print("What they do: jgpt --help", file=sys.stderr)
         sys.exit(EXIT_USER)

@@ -54,11 +54,11 @@ def load(
     rows: int = 1,
     chat_template: str | Path = "",
 ) -> "Model":
-    """Load a model: `name` is a run directory, a Hugging Face model directory, or a name on its Hub.
+    """Load a model: `name` is a run directory, a Hugging Face or PEFT directory, or a name on the Hub.
 
     Args:
         step: the checkpoint of a run to take; without it the newest whole one.
-        base: where the base model of a LoRA run is now, if it has moved.
+        base: where the base model of LoRA adapters is now, if it has moved.
         compute: the dtype of matrix products: "fp32", "fp16", "bf16", or "auto", which is what suits the device.
         devices: how many devices share the model: "1", "2", "all", or "auto", which is one if the model fits there.
         context_length: the most tokens in view for which there must be memory; 0: the model's own.

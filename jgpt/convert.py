@@ -38,7 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("params", "auto", KINDS, "import: the dtype to keep the weights in; auto: the one they have")
     flags.DEFINE_enum("dtype", "auto", KINDS, "of what is written (not import); auto: the one the weights are kept in")
     flags.DEFINE_integer("step", None, "the checkpoint of the run to take; without it the newest", lower_bound=0)
-    flags.DEFINE_string("base", "", "where the base model of a LoRA run is now, if it has moved")
+    flags.DEFINE_string("base", "", "where the base model of LoRA adapters is now, if it has moved")
 
 
 def main(action: str = "", source: str = "", target: str = "") -> None:
@@ -55,7 +55,7 @@ def main(action: str = "", source: str = "", target: str = "") -> None:
 
 def _import(name: str, run_dir: str) -> None:
     # Here, as all that loads JAX: --help must not wait for it.
-    from jgpt.exchange.hub import locate
+    from jgpt.exchange.hub import is_adapter, locate
     from jgpt.exchange.pretrained import open_pretrained
     from jgpt.kaggle.session.secrets import provide_hub_token
     from jgpt.loading.load import import_model
@@ -64,7 +64,13 @@ def _import(name: str, run_dir: str) -> None:
 
     args = flags.FLAGS
     provide_hub_token(name)
-    pretrained = open_pretrained(locate(name))
+    if is_adapter(directory := locate(name)):
+        raise UserError(
+            f"{directory} holds adapters in PEFT's layout. Allowed: a whole model. The other commands take it as it is"
+            f" (--model, --config.init_from); python -m jgpt.convert export {shlex.quote(name)} NEW_DIR merges it into"
+            " its model."
+        )
+    pretrained = open_pretrained(directory)
     dtype = pretrained.dtype if args.params == "auto" else args.params
     n_params = format_count(count_parameters(pretrained.shapes))
     print(f"{pretrained.directory}: {pretrained.family}, {n_params} parameters, {pretrained.dtype} kept in {dtype}")

@@ -142,10 +142,11 @@ def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKagg
 @pytest.fixture
 def tiny(tmp_path: Path) -> list[str]:
     """Return the arguments of a run that takes a second: a small text, a small model, 4 steps, in `tmp_path`/run."""
-    return _tiny(tmp_path)
+    return small_run(tmp_path)
 
 
-def _tiny(root: Path) -> list[str]:
+def small_run(root: Path) -> list[str]:
+    """Return the same in the folder `root`."""
     (root / "text.txt").write_text(TEXT)
     config = {
         "out_dir": root / "run", "log_every_steps": 1, "data.text_glob": root / "text.txt", "tokenizer.kind": "char",
@@ -161,7 +162,7 @@ def _tiny(root: Path) -> list[str]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train that run once for all tests; they only read what it wrote (see `own_run` for a copy)."""
     root = tmp_path_factory.mktemp("trained")
-    result = _run("train", *_tiny(root))
+    result = _run("train", *small_run(root))
     assert result.code == 0, result.err
     return root / "run"
 
@@ -171,7 +172,7 @@ def adapted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train adapters to a copy of the trained run, once for all tests; return the folder of both, `base` and `run`."""
     root = tmp_path_factory.mktemp("adapted")
     base = shutil.copytree(trained, root / "base")
-    result = _run("train", *_tiny(root), *FROM_A_MODEL, *LORA, f"--config.init_from={base}")
+    result = _run("train", *small_run(root), *FROM_A_MODEL, *LORA, f"--config.init_from={base}")
     assert result.code == 0, result.err
     return root
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from jgpt.config.defaults import AUTO_KEYS, GROUPS, KEYS, flatten
+from jgpt.config.defaults import AUTO_KEYS, KEYS, flatten
 from jgpt.config.files import config_files, find_config
 from jgpt.config.length import keep_given_length
 from jgpt.config.moved import new_key
-from jgpt.config.other_names import called_here, unknown_flag, unknown_key
+from jgpt.config.other_names import called_here, unknown_flag, wrong_key
 from jgpt.errors import UserError
 from jgpt.wording import did_you_mean
 
@@ -139,15 +139,11 @@ def _with_config_file(arguments: list[str]) -> tuple[list[str], Path]:
 
 def _check_keys(arguments: list[str]) -> None:
     """Refuse overrides of keys that do not exist, all at once."""
-    groups = {group.name: group.keys for group in GROUPS}
     problems = []
     for argument in arguments:
         if not (found := re.match(r"--?(?:no)?config\.([^=]*)", argument)) or (key := found[1]) in KEYS:
             continue
-        if key in groups:
-            problems.append(f"{found[0]} is a group of keys. Set one of its keys instead: {', '.join(groups[key])}.")
-        else:
-            problems.append(f"unknown config key {found[0]}.{unknown_key(key)}")
+        problems.append(wrong_key(found[0], key))
     if problems:
         raise UserError(" ".join(problems) + " All keys are in --help.")
 

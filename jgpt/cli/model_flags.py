@@ -19,7 +19,7 @@ def define_model() -> None:
     flags.DEFINE_string("model", None, "a run directory, a Hugging Face model directory, or a name on its Hub")
     flags.DEFINE_alias("run_dir", "model")
     flags.DEFINE_integer("step", None, "the checkpoint of a run to take; without it the newest", lower_bound=0)
-    flags.DEFINE_string("base", "", "where the base model of a LoRA run is now, if it has moved")
+    flags.DEFINE_string("base", "", "where the base model of LoRA adapters is now, if it has moved")
 
 
 def define_device() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jgpt.config import moved
 from jgpt.config.defaults import KEYS, LORA_TARGETS, flatten
-from jgpt.config.other_names import unknown_value
+from jgpt.config.other_names import INIT_FROM_CALLED, unknown_value
 from jgpt.errors import UserError
 from jgpt.redaction import find_secret
 
@@ -272,6 +272,8 @@ def _fine_tuning(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
     if not wrong.isdisjoint(("lora.rank", "lora.targets", "init_from")):
         return
     rank = config.lora.rank
+    if said := INIT_FROM_CALLED.get(config.init_from):
+        yield f"init_from={config.init_from!r}: {said}"
     if rank and not config.init_from:
         yield (
             f"lora.rank={rank} without init_from: adapters are trained beside a pretrained model; set init_from to a "

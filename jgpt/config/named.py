@@ -3,6 +3,7 @@
 Beside the data path: what `--config NAME --config.KEY=VALUE` is on the command line (`cli/flags.py`).
 """
 
+import os
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from jgpt.config.defaults import AUTO_KEYS, KEYS
 from jgpt.config.files import config_files, find_config
 from jgpt.config.length import keep_given_length
-from jgpt.config.other_names import unknown_key
+from jgpt.config.other_names import wrong_key
 from jgpt.errors import UserError
 from jgpt.wording import did_you_mean
 
@@ -38,8 +39,9 @@ def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     config, problems = config.copy_and_resolve_references(), []
     for key, value in changes.items():
         if key not in KEYS:
-            problems.append(f"unknown config key {key!r}.{unknown_key(key)}")
+            problems.append(wrong_key(repr(key), key))
             continue
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         try:
             config.update_from_flattened_dict({key: 0 if key in AUTO_KEYS and value == "auto" else value})
         except TypeError:

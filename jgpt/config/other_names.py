@@ -5,7 +5,7 @@ Beside the data path: the command line, config files, the checks and the API ans
 
 from collections.abc import Collection, Iterable
 
-from jgpt.config.defaults import KEYS
+from jgpt.config.defaults import GROUPS, KEYS
 from jgpt.config.moved import new_key
 from jgpt.wording import did_you_mean
 
@@ -14,7 +14,7 @@ _NAMES = {
     "optimizer.min_learning_rate": "min_lr lr_min end_lr",
     "optimizer.total_steps": "max_iters max_steps num_steps n_steps steps iters iterations train_steps num_iterations"
     " lr_decay_iters num_training_steps",
-    "optimizer.warmup_steps": "warmup_iters warmup num_warmup_steps warmup_ratio lr_warmup_steps",
+    "optimizer.warmup_steps": "warmup_iters warmup num_warmup_steps lr_warmup_steps",
     "optimizer.beta1": "adam_beta1 beta_1 betas",
     "optimizer.beta2": "adam_beta2 beta_2",
     "optimizer.eps": "adam_epsilon epsilon adam_eps",
@@ -49,7 +49,10 @@ _NAMES = {
     "checkpoint.keep_last": "save_total_limit max_to_keep keep_checkpoints",
     "checkpoint.keep_best": "load_best_model_at_end save_best_only always_save_checkpoint",
     "checkpoint.resume": "resume_from_checkpoint resume_from resume",
-    "out_dir": "output_dir save_dir run_dir output outdir logdir log_dir checkpoint_dir run_name",
+    "out_dir": "output_dir save_dir run_dir output outdir logdir log_dir checkpoint_dir run_name"
+    " logging_dir wandb_run_name",
+    "logging.wandb": "wandb_log use_wandb wandb",
+    "logging.tensorboard": "use_tensorboard tensorboard_log",
     "init_from": "model_name_or_path model_name pretrained_model_name_or_path base_model pretrained_model model_id",
     "data.text_glob": "path paths file files dataset dataset_name data_path data_dir train_file train_data text_file"
     " input_file input corpus text dir glob",
@@ -93,7 +96,16 @@ VALUE_CALLED = {
     "deepspeed": "fsdp", "tp": "tensor", "eager": "plain", "sdpa": "auto", "flash_attention_2": "flash",
     "jsonl": "chat", "sharegpt": "chat", "relu": "gelu", "silu": "swiglu", "byte": "bpe", "characters": "char",
     "huggingface": "hf", "full": "block",
+    # The layers of transformers, for lora.targets.
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "c_attn": "qkv", "o_proj": "proj", "gate_proj": "gate_up",
+    "up_proj": "gate_up", "c_fc": "up", "down_proj": "down",
 }  # fmt: skip
+
+# What nanoGPT's init_from takes beside the name of a model.
+INIT_FROM_CALLED = {
+    "scratch": "a run begins from random parameters where init_from is not set; leave it out",
+    "resume": "a run goes on by itself where out_dir holds its checkpoints; leave init_from out",
+}
 
 _EPOCHS = "epochs num_train_epochs num_epochs n_epochs max_epochs epoch nb_epoch train_epochs".split()
 _ACCUMULATION = "gradient_accumulation_steps grad_accum_steps accumulate_grad_batches grad_accum accumulation_steps"
@@ -110,12 +122,43 @@ _SENTENCES = {
     ),
     "compile": "There is no such setting: JAX always compiles.",
     **dict.fromkeys(
+        "device devices n_gpu num_gpus n_gpus gpus gpu use_cpu no_cuda accelerator device_map".split(),
+        "There is no such setting: all devices that JAX finds are used. The environment chooses others:"
+        " JAX_PLATFORMS=cpu, or CUDA_VISIBLE_DEVICES=0.",
+    ),
+    "warmup_ratio": "The warmup is in steps: optimizer.warmup_steps = warmup_ratio x optimizer.total_steps.",
+    "report_to": "Set logging.wandb=true or logging.tensorboard=true.",
+    **dict.fromkeys(
         ("load_in_4bit", "load_in_8bit"),
         "There is no such setting: weights have 16 or 32 bits here. precision.params=bf16 takes the least memory.",
     ),
-    "tokenizer": "tokenizer is a group of keys: tokenizer.kind=bpe, char or hf, and tokenizer.pretrained for a name.",
-    "model": "model is a group of keys, for the sizes. A model to begin from is named by init_from.",
 }
+# What a value may be that is given to a whole group of keys.
+_GROUP_MEANT = {
+    "tokenizer": "tokenizer.kind=bpe, char or hf, and tokenizer.pretrained for a name",
+    "model": "init_from for a model to begin from",
+    "optimizer": "optimizer.kind",
+    "data": "data.text_glob for the files",
+    "precision": "precision.compute",
+    "lora": "lora.rank, which turns it on",
+    "logging": "logging.wandb or logging.tensorboard",
+    "batch": "batch.global_batch_size",
+}
+
+
+def wrong_key(shown: str, key: str) -> str:
+    """Say what is wrong with a key that cannot be set, and what may be meant; `shown` is how the user wrote it.
+
+    >>> wrong_key("--config.lora", "lora")
+    '--config.lora is a group of keys: rank, alpha, dropout, targets. Did you mean lora.rank, which turns it on?'
+    >>> wrong_key("'lr'", "lr")
+    "unknown config key 'lr'. Did you mean optimizer.learning_rate?"
+    """
+    keys = next((", ".join(group.keys) for group in GROUPS if group.name == key and key), "")
+    if not keys:
+        return f"unknown config key {shown}.{unknown_key(key)}"
+    meant = f" Did you mean {_GROUP_MEANT[key]}?" if key in _GROUP_MEANT else ""
+    return f"{shown} is a group of keys: {keys}.{meant}"
 
 
 def unknown_key(key: str) -> str:
@@ -143,6 +186,8 @@ def called_here(key: str) -> str:
     name = _last(key)
     if name in _SENTENCES:
         return f" {_SENTENCES[name]}"
+    if name in _GROUP_MEANT:
+        return f" Did you mean {_GROUP_MEANT[name]}?"
     value = f"={_VALUES[name]}" if name in _VALUES else ""
     return f" Did you mean {KEY_CALLED[name]}{value}?" if name in KEY_CALLED else ""
 

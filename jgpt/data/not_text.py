@@ -43,8 +43,8 @@ def refuse_other_kinds(file: TextFile, head: bytes, encoding: str) -> None:
         )
     if not is_wide and is_binary(head):
         raise UserError(
-            f"{file} is not text: {head.count(0):,} of its first {len(head):,} bytes are NUL, as in programs, images "
-            "and weights. Leave it out of data.text_glob."
+            f"{file} is not text: {head.count(0):,} of its first {len(head):,} bytes are NUL, as in programs, images, "
+            "weights and the token files of other tools. Leave it out of data.text_glob."
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from jgpt.atomic_write import write_file
 from jgpt.data.tokenizer import Tokenizer
+from jgpt.exchange.hub import ADAPTER_CONFIG
 from jgpt.exchange.pretrained import new_directory, write_json
 from jgpt.exchange.tensors import Entry, prefix, table
 from jgpt.exchange.weights import cast, write_tensors
@@ -22,7 +23,7 @@ from jgpt.model.lora import LoRA
 from jgpt.model.precision import DTYPES
 from jgpt.model.shapes import ModelConfig
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def write_adapter(
@@ -42,7 +43,7 @@ def write_adapter(
     arrays = {name: cast(x, DTYPES[dtype], name) for name, x in tensors.items()}
     with new_directory(out, sum(x.nbytes for x in arrays.values())) as directory:
         tokenizer.save(directory, context_length)
-        write_json(directory / CONFIG, config)
+        write_json(directory / ADAPTER_CONFIG, config)
         write_tensors(directory / WEIGHTS, arrays)
         write_file(directory / "README.md", card)
 

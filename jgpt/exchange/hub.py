@@ -6,7 +6,6 @@ HF_HUB_OFFLINE=1.
 """
 
 import errno
-import json
 import logging
 import os
 import re
@@ -19,23 +18,31 @@ from jgpt.wording import did_you_mean
 
 log = logging.getLogger("jgpt")
 
+ADAPTER_CONFIG = "adapter_config.json"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Not every safetensors file: some repositories hold the same weights again in another layout.
 FILES = [
     "config.json", "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template*", "README.md",
+    "merges.txt", "tokenizer.model", "chat_template*", "README.md", ADAPTER_CONFIG, "adapter_model.safetensors",
 ]  # fmt: skip
 
 
 def locate(name: str) -> Path:
-    """Return the directory of a model, which holds config.json; download it where `name` is a name on the Hub.
+    """Return the directory of a model, which holds config.json, or of an adapter of PEFT (see `is_adapter`).
+
+    It is downloaded where `name` is a name on the Hub.
 
     Raises UserError when there is no such model, when a directory holds several, and when the download fails.
     """
     directory = user_path(name)
     if name and os.path.isdir(directory):
         return _below(directory)
+    if name and os.path.isfile(directory):
+        raise UserError(
+            f"{name[:200]!r} is a file. Allowed: the directory of a model, with config.json, weights in .safetensors"
+            " and a tokenizer, or that of a run. Name the directory."
+        )
     folder, runs = _runs_near(name)
     if not is_hub_name(name) or folder == directory.parent != Path():  # runs/mistyped: the other runs are in runs/
         raise UserError(
@@ -44,6 +51,11 @@ def locate(name: str) -> Path:
             " name."
         )
     return _download(name, _named(name, runs))
+
+
+def is_adapter(directory: Path) -> bool:
+    """Return whether a directory holds adapters in PEFT's layout, and not the model that they belong to."""
+    return (directory / ADAPTER_CONFIG).is_file() and not any(directory.glob("model*.safetensors"))
 
 
 def is_hub_name(name: str) -> bool:
@@ -84,34 +96,23 @@ def _named(name: str, runs: list[str]) -> str:
 
 def _below(directory: Path) -> Path:
     """Return the directory itself, or the one below it that holds a model, as Kaggle mounts them."""
-    if (directory / "adapter_config.json").is_file() and not any(directory.glob("model*.safetensors")):
-        raise UserError(_adapter(directory))
-    if (directory / "config.json").is_file():
+    if is_adapter(directory) or (directory / "config.json").is_file():
         return directory
-    models = sorted({path.parent for path in directory.rglob("config.json") if any(path.parent.glob("*.safetensors"))})
+    found = {path.parent for path in directory.rglob("config.json") if any(path.parent.glob("*.safetensors"))}
+    models = sorted(found | {path.parent for path in directory.rglob(ADAPTER_CONFIG) if is_adapter(path.parent)})
     if len(models) == 1:
         log.info("model: found in %s", models[0])
         return models[0]
     if models:
         listed = ", ".join(map(str, models[:10]))
         raise UserError(f"{directory} holds {len(models)} models: {listed}. Allowed: one. Name one of them.")
+    whole = next((path.parent for path in (directory, *directory.parents) if path.name == "checkpoints"), None)
+    if whole is not None and (whole / "config.json").is_file():
+        step = f"; --step={directory.name} takes that checkpoint" if directory.name.isdecimal() else ""
+        raise UserError(f"{directory} is a part of the run {whole}. Allowed: the run itself. Name {whole}{step}.")
     raise UserError(
         f"{directory} holds no model. It must hold config.json and weights in .safetensors, itself or in one directory"
         " below it, or be a training run that has saved at least once. Name such a directory."
-    )
-
-
-def _adapter(directory: Path) -> str:
-    """Say of which model a directory holds PEFT's adapter, and how the two become one model."""
-    try:
-        base = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        base = None
-    of = f"{base[:200]!r}" if isinstance(base, str) and base else "a model that it does not name"
-    return (
-        f"{directory} holds an adapter of PEFT, made for {of}, and not that model. Needed: a whole model. Merge the"
-        f" two where peft is installed: peft.AutoPeftModelForCausalLM.from_pretrained({str(directory)!r})"
-        ".merge_and_unload().save_pretrained(NEW_DIR), put the tokenizer's files beside it, and name NEW_DIR."
     )
 
 

@@ -57,12 +57,7 @@ class Pretrained:
     def tokenizer(self) -> Tokenizer:
         """Open the tokenizer; raise UserError when it has more ids than the model has rows."""
         tokenizer = load_pretrained(str(self.directory))
-        if tokenizer.vocab_size > self.shapes.vocab_size:
-            raise UserError(
-                f"{self.directory}: the tokenizer has {tokenizer.vocab_size} ids, and the model's embedding"
-                f" {self.shapes.vocab_size} rows: it needs a row for each. Take the tokenizer and the weights from the"
-                " same place."
-            )
+        check_vocabulary(tokenizer, self.shapes, self.directory)
         return tokenizer
 
     def load_params(self, matrices: Any, place: Callable[[tuple[str, ...], np.ndarray], Any]) -> Any:
@@ -74,6 +69,16 @@ class Pretrained:
         return load_params(self.tensors, entries, matrices, place, tied=self.shapes.tie_embeddings)
 
 
+def check_vocabulary(tokenizer: Tokenizer, shapes: ModelConfig, directory: Path) -> None:
+    """Raise UserError when the tokenizer in `directory` has more ids than the model has rows."""
+    if tokenizer.vocab_size > shapes.vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, and the model's embedding"
+            f" {shapes.vocab_size} rows: it needs a row for each. Take the tokenizer and the weights from the same"
+            " place."
+        )
+
+
 def open_pretrained(directory: Path) -> Pretrained:
     """Open a model directory; raise UserError, with its name, when a file is missing, damaged or of another model."""
     if not (directory / "config.json").is_file():
@@ -81,9 +86,9 @@ def open_pretrained(directory: Path) -> Pretrained:
             f"{directory} has no config.json. It must be a Hugging Face model directory: config.json, weights in"
             " safetensors, a tokenizer. Name the directory that holds them."
         )
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     path = directory / "generation_config.json"
-    generation = _read_json(path) if path.is_file() else {}
+    generation = read_json(path) if path.is_file() else {}
     try:
         family, model = read_config(config)
         shapes = model_config(model, 0)
@@ -97,7 +102,8 @@ def open_pretrained(directory: Path) -> Pretrained:
     return Pretrained(directory, family, model, shapes, tensors, tuple(stops), main_dtype(tensors), sampling)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that a publisher wrote; raise UserError where a file holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         reason = type(content).__name__

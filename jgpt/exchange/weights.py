@@ -49,7 +49,7 @@ def find_tensors(directory: Path) -> dict[str, Stored]:
     Raises UserError when a file is missing or damaged, or the files do not agree with their index.
     """
     if (directory / SINGLE).is_file():
-        return {name: stored for name, stored in _read_header(directory / SINGLE)}
+        return {name: stored for name, stored in read_header(directory / SINGLE)}
     if not (directory / INDEX).is_file():
         raise UserError(_no_safetensors(directory))
     tensors: dict[str, Stored] = {}
@@ -60,7 +60,7 @@ def find_tensors(directory: Path) -> dict[str, Stored]:
             raise UserError(
                 f"{path} is missing, and {INDEX} names it. Needed are all files that the index names. {RESTORE}"
             )
-        headers = dict(_read_header(path))
+        headers = dict(read_header(path))
         missing = [name for name, other in files.items() if other == file and name not in headers]
         if missing:
             raise UserError(
@@ -103,7 +103,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, Stored]]:
+def read_header(path: Path) -> Iterator[tuple[str, Stored]]:
+    """Yield each tensor of a safetensors file by its name; raise UserError for a damaged file."""
     with _open(path) as file:
         for name in file.keys():
             part = file.get_slice(name)

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config, flatten
 from jgpt.errors import UserError
-from jgpt.loading.source import Source, is_run, local_directory, open_source
+from jgpt.loading.source import Source, local_directory, open_source
 from jgpt.run_dir.identity import read_config
 from jgpt.run_dir.manifest import newest_meta, whole_steps
 
@@ -33,8 +33,7 @@ def adopt_source(config: ConfigDict, run_dir: Path) -> tuple[ConfigDict, Source 
     if theirs is None:
         assert source is not None
         theirs = source.config
-        tokenizer = source.directory / "tokenizer" if is_run(source.directory) else source.directory
-        theirs.tokenizer.update({"kind": "hf", "pretrained": str(tokenizer)})
+        theirs.tokenizer.update({"kind": "hf", "pretrained": source.tokenizer_directory})
     _check_against(config, theirs)
     config.model.update({**theirs.model, "dropout": config.model.dropout})
     config.tokenizer.update({**theirs.tokenizer, "chat_template": config.tokenizer.chat_template})

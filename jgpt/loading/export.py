@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from jgpt.errors import UserError
 from jgpt.exchange.adapter import adapter_config, adapter_tensors, write_adapter
-from jgpt.exchange.families import export_family
 from jgpt.exchange.gguf_file import check_gguf, write_gguf
 from jgpt.exchange.hub import is_hub_name
 from jgpt.exchange.model_card import Base, describe_base, of_adapter
@@ -58,8 +57,12 @@ def export_adapter(run_dir: str, out: Path, *, step: int | None, base: str, dtyp
             " lora.rank above 0. To write the whole model: python -m jgpt.convert export."
         )
     dtype = "fp32" if dtype == "auto" else dtype
-    pretrained = source.base.pretrained
-    family = pretrained.family if pretrained else export_family(source.shapes)
+    if source.peft is not None:
+        raise UserError(
+            f"{run_dir} holds adapters in PEFT's layout already. Allowed: a run that was trained with lora.rank above"
+            " 0. To merge the adapters into their model: python -m jgpt.convert export."
+        )
+    family = source.base.family
     adapters, lora = load_adapters(source)
     began_from = _base(source)
     assert began_from is not None
@@ -73,11 +76,11 @@ def export_adapter(run_dir: str, out: Path, *, step: int | None, base: str, dtyp
         n_params=sum(x.size for x in tensors.values()),
         dtype=jnp.dtype(DTYPES[dtype]).name,
         base=began_from,
-        base_is_run=pretrained is None,
+        base_is_run=source.base.pretrained is None,
         is_chat="chat_template" in source.tokenizer.settings,
     )
     write_adapter(out, tensors, config, card, source.tokenizer, source.shapes.context_length, dtype)
-    return where, dtype, pretrained is None
+    return where, dtype, source.base.pretrained is None
 
 
 def _base(source: Source) -> Base | None:

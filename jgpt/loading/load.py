@@ -51,9 +51,10 @@ def load_model(
 ) -> LoadedModel:
     """Load a model onto the devices: `name` is a run directory, a Hugging Face directory, or a name on its Hub.
 
-    Of a run it is the newest whole checkpoint, or that at `step`; of a LoRA run, merged into its base, which may have
-    moved to `base`. `devices`, `context_length` (0: the model's) and `rows` (sequences at a time) say what must fit:
-    see `inference/placement.py`. Raises UserError when there is no such model, or a damaged one.
+    Of a run it is the newest whole checkpoint, or that at `step`. LoRA adapters, of a run or of PEFT, are merged
+    into their base, which may have moved to `base`. `devices`, `context_length` (0: the model's) and `rows` (sequences
+    at a time) say what must fit: see `inference/placement.py`. Raises UserError when there is no such model, or a
+    damaged one.
     """
     source = open_source(name, step, base=base)
     keep_compiled_programs()

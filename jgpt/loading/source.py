@@ -16,10 +16,12 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
 from jgpt.config.files import user_path
-from jgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jgpt.data.tokenizer import Tokenizer, load_pretrained, load_tokenizer
 from jgpt.errors import UserError
-from jgpt.exchange.hub import locate
-from jgpt.exchange.pretrained import Pretrained, open_pretrained
+from jgpt.exchange.families import export_family
+from jgpt.exchange.hub import ADAPTER_CONFIG, is_adapter, locate
+from jgpt.exchange.pretrained import Pretrained, check_vocabulary, open_pretrained
+from jgpt.exchange.read_adapter import PeftAdapter, check_adapter, load_adapter, open_adapter
 from jgpt.model.lora import LoRA, lora_config, merge
 from jgpt.model.parameters import abstract_adapters, abstract_stored
 from jgpt.model.shapes import ModelConfig, model_config
@@ -43,14 +45,26 @@ class Source:
     fingerprint: str  # of the files: the same model wherever it is moved
     step: int | None = None  # a run's checkpoint
     val_loss: float | None = None
-    base: "Source | None" = None  # what the adapters of a LoRA run belong to
+    base: "Source | None" = None  # what adapters belong to
     pretrained: Pretrained | None = None
+    peft: PeftAdapter | None = None  # adapters to `base` in the layout of others
 
     @property
     def sampling(self) -> dict[str, float]:
         """The temperature and the like that its publisher advises, where any."""
-        source = self.base or self
-        return source.pretrained.sampling if source.pretrained else {}
+        if self.base is not None:
+            return self.base.sampling
+        return self.pretrained.sampling if self.pretrained else {}
+
+    @property
+    def tokenizer_directory(self) -> str:
+        """Where the files of its tokenizer are."""
+        return str(self.directory / "tokenizer") if is_run(self.directory) else self.config.tokenizer.pretrained
+
+    @property
+    def family(self) -> str:
+        """The Hugging Face architecture that names its weights; raises UserError where none computes the model."""
+        return self.pretrained.family if self.pretrained else export_family(self.shapes)
 
 
 def is_run(directory: Path) -> bool:
@@ -67,16 +81,17 @@ def local_directory(name: str) -> Path | None:
 def open_source(name: str, step: int | None = None, fingerprint: str = "", base: str = "") -> Source:
     """Find a model by its name and check all that can be known before it is loaded.
 
-    `name` is a run directory, a Hugging Face directory, or a name on its Hub. Of a run it is the newest whole
-    checkpoint, or that at `step`, or that of a `fingerprint`. `base` is where the base model of a LoRA run is, if not
-    where it was trained from. Raises UserError when there is no such model.
+    `name` is a run directory, a Hugging Face directory (of a model, or of adapters in PEFT's layout), or a name on its
+    Hub. Of a run it is the newest whole checkpoint, or that at `step`, or that of a `fingerprint`. `base` is where the
+    base model of adapters is, if not where it was when they were trained. Raises UserError when there is no such model.
     """
     directory = local_directory(name)
     if directory is not None and is_run(directory):
         return _open_run(directory, step, fingerprint, base)
     if step is not None:
         raise UserError(f"a step was given, and {name} is no run directory, which alone has several. Leave it out.")
-    source = describe(open_pretrained(locate(name)))
+    directory = locate(name)
+    source = _open_peft(directory, base) if is_adapter(directory) else describe(open_pretrained(directory))
     _same_files(source.directory, source.fingerprint, fingerprint)
     return source
 
@@ -117,10 +132,60 @@ def _open_base(run_dir: Path, init_from: str, fingerprint: str, base: str) -> So
     try:
         return open_source(base or init_from, fingerprint=fingerprint)
     except UserError as error:
+        correct = f"init_from in {run_dir / 'config.json'}"
+        raise UserError(_no_base(run_dir, base or init_from, error, correct)) from None
+
+
+def _no_base(directory: Path, base: str, error: UserError, correct: str) -> str:
+    return (
+        f"{directory} holds LoRA adapters, and the model that they belong to was looked for at {base}: {error} Say"
+        f" where it is now by --base=DIR, or correct {correct}."
+    )
+
+
+def _open_peft(directory: Path, moved_to: str) -> Source:
+    """Open adapters in PEFT's layout, with the model that they belong to."""
+    adapter = open_adapter(directory)
+    name = moved_to or adapter.base
+    if not name:
         raise UserError(
-            f"{run_dir} holds LoRA adapters, and the model that they belong to was looked for at {base or init_from}:"
-            f" {error} Say where it is now by --base=DIR, or correct init_from in {run_dir / 'config.json'}."
-        ) from None
+            f"{directory / ADAPTER_CONFIG} does not name the model that the adapters belong to. Say where it is by"
+            " --base=DIR, or set base_model_name_or_path in that file."
+        )
+    try:
+        base = _open_whole(name)
+    except UserError as error:
+        correct = f"base_model_name_or_path in {directory / ADAPTER_CONFIG}"
+        raise UserError(_no_base(directory, name[:200], error, correct)) from None
+    check_adapter(adapter, base.shapes, base.family)
+    config, tokenizer, files = default_config(), base.tokenizer, base.tokenizer_directory
+    if (directory / "tokenizer.json").is_file():  # else only the base has one
+        tokenizer, files = load_pretrained(str(directory)), str(directory)
+    check_vocabulary(tokenizer, base.shapes, directory)
+    config.model, config.init_from = base.config.model, name
+    config.tokenizer.update({"kind": "hf", "pretrained": files})
+    return Source(
+        directory=directory,
+        config=config,
+        shapes=base.shapes,
+        tokenizer=tokenizer,
+        stop_ids=tuple(dict.fromkeys((*base.stop_ids, tokenizer.eot_id))),
+        fingerprint=hashlib.sha256(
+            f"{base.fingerprint} {_fingerprint(directory, ADAPTER_CONFIG)}".encode()
+        ).hexdigest(),
+        base=base,
+        peft=adapter,
+    )
+
+
+def _open_whole(name: str) -> Source:
+    """Open a run or a model of others, but no adapters in PEFT's layout, which may name each other in a circle."""
+    directory = local_directory(name)
+    if directory is None or not is_run(directory):
+        directory = locate(name)
+        if is_adapter(directory):
+            raise UserError(f"{directory} holds adapters of PEFT. Needed: a whole model.")
+    return open_source(str(directory))
 
 
 def _same_files(directory: Path, found: str, expected: str) -> None:
@@ -142,14 +207,14 @@ def describe(pretrained: Pretrained) -> Source:
         shapes=model_config(config.model, tokenizer.vocab_size),
         tokenizer=tokenizer,
         stop_ids=pretrained.stop_ids or (tokenizer.eot_id,),
-        fingerprint=_fingerprint(pretrained.directory),
+        fingerprint=_fingerprint(pretrained.directory, "config.json"),
         pretrained=pretrained,
     )
 
 
-def _fingerprint(directory: Path) -> str:
-    """Digest config.json, and of each safetensors file its name, its size, its first and its last MiB."""
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
+def _fingerprint(directory: Path, config: str) -> str:
+    """Digest the file `config`, and of each safetensors file its name, its size, its first and its last MiB."""
+    digest = hashlib.sha256((directory / config).read_bytes())
     for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
@@ -164,9 +229,9 @@ def load_params(source: Source, matrices: Any, place: Place) -> Any:
     """Load the parameters through `place`: matrices in the dtype `matrices`, vectors in fp32, adapters merged."""
     if source.pretrained is not None:
         return source.pretrained.load_params(matrices, place)
-    assert source.step is not None
-    checkpoints = source.directory / "checkpoints"
     if source.base is None:
+        assert source.step is not None
+        checkpoints = source.directory / "checkpoints"
         abstract = abstract_stored(source.shapes, matrices)
         return restore_params(checkpoints, source.step, abstract, lambda path, x: place(path, _in_range(path, x)))
     adapters, lora = load_adapters(source)
@@ -176,7 +241,10 @@ def load_params(source: Source, matrices: Any, place: Place) -> Any:
 
 
 def load_adapters(source: Source) -> tuple[Any, LoRA]:
-    """Load the adapters of a LoRA run alone, fp32, on the host, and their settings."""
+    """Load adapters alone, fp32, on the host, and their settings."""
+    if source.peft is not None:
+        assert source.base is not None
+        return load_adapter(source.peft, source.base.shapes, source.base.family), source.peft.lora
     lora = lora_config(source.config.lora)
     assert lora is not None and source.step is not None
     checkpoints, abstract = source.directory / "checkpoints", abstract_adapters(source.shapes, lora)

@@ -41,8 +41,8 @@ def merge(path: tuple[str, ...], array: np.ndarray, adapters: Any, lora: LoRA) -
     """Return a parameter of the plain model with its adapter added, if it has one, in the parameter's dtype.
 
     `path` is the parameter's keys in the tree. The sum is computed in fp32. In the place of a kernel [inputs,
-    *features], `adapters` has {"a": [inputs, rank], "b": [rank, *features]}. The kernel of "down" is stored transposed,
-    [features, inputs].
+    *features], `adapters` has {"a": [inputs, rank], "b": [rank, *features]}; of adapters of others the rank may differ
+    from `lora.rank`. The kernel of "down" is stored transposed, [features, inputs].
     """
     adapter = adapters
     for key in path[:-1]:
@@ -50,7 +50,7 @@ def merge(path: tuple[str, ...], array: np.ndarray, adapters: Any, lora: LoRA) -
     if path[-1] != "kernel" or "a" not in adapter:
         return array
     a, b = (np.asarray(adapter[name], np.float32) for name in ("a", "b"))
-    update = a @ b.reshape(lora.rank, -1) * lora.scale
+    update = a @ b.reshape(len(b), -1) * lora.scale
     update = update.T if path[-2] == "down" else update
     return (array.astype(np.float32) + update.reshape(array.shape)).astype(array.dtype)
 

@@ -83,15 +83,9 @@ def _draw_loss(axis: Any, records: list[dict[str, Any]], title: str) -> None:
     axis.set_ylim(low, high)
     if best:
         inside = min(best["val_loss"], high)
-        text = f"best validation {loss_text(best)}\nat step {best['step']:,}"
-        axis.plot(best["step"], inside, "o", ms=9, mfc="none", mec=VAL_COLOR, mew=1.5, zorder=3)
-        right = best["step"] > records[-1]["step"] / 2
-        # Above the falling curve, and towards the middle of the picture: there is room.
-        place = {"xytext": (-4 if right else 12, 42), "textcoords": "offset points", "ha": "right" if right else "left"}
-        box = {"boxstyle": "round,pad=0.3", "fc": "white", "ec": "none", "alpha": 0.85}
-        corner = (0.97, 0) if right else (0.03, 0)  # the line starts at this corner of the text
-        arrow = {"arrowstyle": "-", "color": VAL_COLOR, "lw": 0.8, "relpos": corner}
-        axis.annotate(text, (best["step"], inside), color=VAL_COLOR, fontsize=10, bbox=box, arrowprops=arrow, **place)
+        # What is said of it stands in the legend: beside the point it would hide a part of the curves.
+        text = f"best validation {loss_text(best)} at step {best['step']:,}"
+        axis.plot(best["step"], inside, "o", ms=9, mfc="none", mec=VAL_COLOR, mew=1.5, zorder=3, ls="", label=text)
     if note := above((steps, loss), high):
         axis.set_title(note, loc="right", fontsize=8, color=QUIET_COLOR)
     axis.set_ylabel("loss (nats per token)")

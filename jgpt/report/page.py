@@ -160,15 +160,14 @@ def _sample_group(samples: list[Sample], step: int) -> SampleGroup:
     return SampleGroup(found[0].header.rsplit(", sample", 1)[0], [sample.text for sample in found])
 
 
-def _tables(values: dict[str, Any]) -> list[Table]:
+def _tables(values: dict[str, Any], title: str = "") -> list[Table]:
     """Make one table of each group of nested values; the values outside a group come first."""
-    loose = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    groups = {"": loose} | {key: value for key, value in values.items() if isinstance(value, dict)}
-    return [
-        Table(title, [(key, _value_text(value)) for key, value in group.items()])
-        for title, group in groups.items()
-        if group
-    ]
+    rows = [(key, _value_text(value)) for key, value in values.items() if not isinstance(value, dict)]
+    tables = [Table(title, rows)] if rows else []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            tables += _tables(value, f"{title}.{key}".lstrip("."))
+    return tables
 
 
 def _value_text(value: Any) -> str:

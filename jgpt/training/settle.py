@@ -81,22 +81,24 @@ def _steps_of_hours(config: ConfigDict, setup: Setup, started: float) -> int:
     log.info("optimizer.total_steps=auto: measuring the first steps")
     measured = _measure(config, setup)
     save_seconds = 2 * parts.state_bytes / SAVE_BYTES_PER_SECOND
+    start_seconds = clock() - started + measured.compiling + save_seconds
     steps = first_decides(
         lambda: steps_that_fit(
             hours,
             measured.step,
             evaluation_seconds=measured.evaluation,
             evaluate_every=config.eval.every_steps,
-            start_seconds=clock() - started + measured.compiling + save_seconds,
+            start_seconds=start_seconds,
             session_hours=config.deadline_hours,
         )
     )
     if steps <= config.optimizer.warmup_steps:
         raise UserError(
-            f"optimizer.budget_hours={hours:g} holds {steps} steps of {format_duration(measured.step)} here, and"
-            f" {config.optimizer.warmup_steps} are for the warmup. Allowed: hours for more steps than that. Set more"
-            " --config.optimizer.budget_hours, fewer --config.optimizer.warmup_steps, or a smaller"
-            " --config.batch.global_batch_size."
+            f"optimizer.budget_hours={hours:g} ({format_duration(3600 * hours)}) holds {steps} steps of"
+            f" {format_duration(measured.step)} here, as the start alone takes {format_duration(start_seconds)}"
+            f" (reading, compiling, saving), and {config.optimizer.warmup_steps} are for the warmup. Allowed: hours for"
+            " more steps than that. Set more --config.optimizer.budget_hours, fewer --config.optimizer.warmup_steps, or"
+            " a smaller --config.batch.global_batch_size."
         )
     log.info(
         "%s hold %d steps: measured %s tokens/s and %s for an evaluation; starts, saving and %.0f%% spare are taken"

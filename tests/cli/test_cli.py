@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from jgpt.cli.help import config_keys
-from jgpt.config.defaults import KEYS, default_config, flatten
+from jgpt.config.defaults import KEYS, LORA_TARGETS, default_config, flatten
 from jgpt.config.files import config_files, find_config
 from jgpt.config.other_names import FLAG_CALLED, KEY_CALLED, VALUE_CALLED, unknown_key
 from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
@@ -126,6 +126,11 @@ def test_every_key_is_listed_with_its_default_and_its_comment():
         ([BASE, "--config.seed.x=3"], ["unknown config key --config.seed.x. Did you mean seed?"]),
         ([BASE, "--config.a=1", "--config.b.c=2"], ["--config.a.", "--config.b.c."]),
         ([BASE, "--config.eval=3"], ["--config.eval is a group of keys", "every_steps, batches"]),
+        ([BASE, "--config.optimizer=adam"], ["--config.optimizer is a group of keys", "Did you mean optimizer.kind?"]),
+        ([BASE, "--model=gpt2"], ["unknown flag --model. Did you mean init_from for a model to begin from?"]),
+        ([BASE, "--device=cpu"], ["unknown flag --device. There is no such setting: all devices", "JAX_PLATFORMS=cpu"]),
+        ([BASE, "--config.wandb_log=1"], ["unknown config key --config.wandb_log. Did you mean logging.wandb?"]),
+        ([BASE, "--config.warmup_ratio=0.1"], ["optimizer.warmup_steps = warmup_ratio x optimizer.total_steps."]),
         ([BASE, "--config.model.n_layers=x"], ["--config.model.n_layers='x': it must be a whole number, such as 6"]),
         ([BASE, "--config.seed=1.5"], ["--config.seed='1.5': it must be a whole number"]),
         ([BASE, "--config.model.dropout=a"], ["--config.model.dropout='a': it must be a number"]),
@@ -218,7 +223,7 @@ def test_suggestions_name_every_group_that_has_the_key():
 
 def test_the_names_of_other_tools_lead_to_what_exists():
     assert set(KEY_CALLED.values()) <= KEYS.keys() and not set(KEY_CALLED) & KEYS.keys()
-    values = {choice for key in KEYS.values() for choice in key.choices}
+    values = {choice for key in KEYS.values() for choice in key.choices} | set(LORA_TARGETS)
     assert set(VALUE_CALLED.values()) <= values
     names = ("generate", "chat", "evaluate", "plan", "cli.model_flags", "serve.__main__")
     sources = "".join(inspect.getsource(importlib.import_module(f"jgpt.{name}")) for name in names)

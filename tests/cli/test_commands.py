@@ -1,5 +1,6 @@
 """`jgpt` and `python -m jgpt`: the list of commands, each as it runs alone; and no --help waits for JAX."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jgpt.__main__ import COMMANDS, entry, overview
+from jgpt.__main__ import CALLED, COMMANDS, entry, overview
 from jgpt.cli.help import EXIT_CODES
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,25 @@ def test_an_unknown_command_is_refused(monkeypatch, capsys):
         entry()
     assert end.value.code == 2
     assert "error: 'trian' is no command. Did you mean train? Allowed: train, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("sample", "generate"), ("fine-tune", "train --config finetune_lora"), ("export", "convert export"),
+        ("resume", "train, with the same arguments: it goes on by itself"), ("eval", "evaluate"),
+    ],
+)  # fmt: skip
+def test_what_others_call_a_command_is_known(name, meant, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jgpt", name])
+    with pytest.raises(SystemExit):
+        entry()
+    assert f"error: {name!r} is no command. Did you mean jgpt {meant}? Allowed: " in capsys.readouterr().err
+
+
+def test_other_names_lead_to_commands():
+    assert not set(CALLED) & set(COMMANDS)
+    assert {re.split(r"[ ,:]", meant)[0] for meant in CALLED.values()} <= set(COMMANDS)
 
 
 def test_jgpt_runs_a_command_as_the_module_does(tmp_path):

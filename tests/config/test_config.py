@@ -241,6 +241,9 @@ def test_sequence_length_takes_the_place_of_the_context():
     [
         ({"precision__compute": "bfloat16"}, r"precision.compute='bfloat16': .*\. Did you mean bf16\?"),
         ({"lora__rank": 8}, "lora.rank=8 without init_from"),
+        ({"init_from": "scratch"}, "init_from='scratch': a run begins from random parameters where init_from is not"),
+        ({"init_from": "resume"}, "init_from='resume': a run goes on by itself where out_dir holds its checkpoints"),
+        ({"lora__targets": "q_proj,v_proj"}, r"lora.targets: 'q_proj' is no layer; they are .* Did you mean qkv\?"),
         (
             {"lora__rank": 8, "init_from": "some/model", "optimizer__kind": "muon"},
             "optimizer.kind='muon' with lora.rank=8: .* set optimizer.kind='adamw'",

@@ -14,6 +14,7 @@ import pytest
 from jgpt.data.tokenizer import train_bpe
 from jgpt.exchange.adapter import adapter_config, adapter_tensors, write_adapter
 from jgpt.exchange.pretrained import export_model, open_pretrained
+from jgpt.loading.source import load_params, open_source
 from jgpt.model.gpt import GPT, unembedding
 from jgpt.model.lora import LoRA
 from jgpt.model.parameters import abstract_adapters, abstract_params
@@ -200,6 +201,33 @@ def test_adapters_are_the_same_function_in_peft(name, targets, tmp_path):
     same_logits(their_logits(peft.PeftModel.from_pretrained(theirs, tmp_path / "out"), ids), expected)
     whole = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").merge_and_unload()
     same_logits(their_logits(whole, ids), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("how", [{}, {"use_rslora": True, "init_lora_weights": "gaussian"}], ids=["lora", "rslora"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_of_peft_are_the_same_function_here(name, how, tmp_path):
+    """As PEFT trains them: a lora_A of its own for each layer, and here not for all of query, key and value."""
+    peft = pytest.importorskip("peft")
+    kind, values = MODELS[name]
+    make(tmp_path / "base", kind, values)
+    train_bpe(["some text"], 300).save(tmp_path / "base", 48)
+    layers = ["c_attn", "mlp.c_proj"] if kind == "gpt2" else ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=7, target_modules=layers, task_type="CAUSAL_LM", fan_in_fan_out=kind == "gpt2", **how
+    )
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for part, parameter in theirs.named_parameters():
+            if "lora_B" in part:
+                parameter.normal_(0, 0.2)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ids, plain = random_ids(), ours(tmp_path / "base")
+    expected = their_logits(theirs, ids)
+    assert np.abs(expected - our_logits(*plain, ids)).max() > 0.1
+    loaded = load_params(open_source(str(tmp_path / "adapter")), np.float32, lambda path, array: array)
+    same_logits(our_logits(plain[0], loaded, ids), expected)
 
 
 def test_shards(tmp_path):

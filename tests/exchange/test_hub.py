@@ -14,7 +14,7 @@ from threading import Condition, Thread
 import pytest
 
 from jgpt.errors import UserError
-from jgpt.exchange.hub import is_hub_name, locate
+from jgpt.exchange.hub import is_adapter, is_hub_name, locate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -233,6 +233,19 @@ def test_what_is_no_model(tmp_path):
             locate(name)
 
 
+def test_a_file_or_a_checkpoint_is_answered_with_the_directory_to_name(tmp_path):
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(UserError, match="ckpt.pt' is a file. Allowed: the directory of a model"):
+        locate(str(tmp_path / "ckpt.pt"))
+    run = tmp_path / "runs" / "mine"
+    (run / "checkpoints" / "400" / "params").mkdir(parents=True)
+    (run / "config.json").touch()
+    for inside, step in (("400", "; --step=400 takes that checkpoint."), ("400/params", "."), ("", ".")):
+        with pytest.raises(UserError) as error:
+            locate(str(run / "checkpoints" / inside))
+        assert str(error.value).endswith(f"is a part of the run {run}. Allowed: the run itself. Name {run}{step}")
+
+
 def test_a_mistyped_run_is_answered_with_the_runs_that_are_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -255,15 +268,15 @@ def test_a_name_that_cannot_be_is_answered(name, tmp_path, monkeypatch):
         locate(name)
 
 
-def test_an_adapter_of_peft_is_named_with_its_base(tmp_path):
-    (tmp_path / "adapter_model.safetensors").touch()
-    file = tmp_path / "adapter_config.json"
-    file.write_text('{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}')
-    with pytest.raises(UserError, match="an adapter of PEFT, made for 'meta-llama/Llama-3.2-1B'.*merge_and_unload"):
-        locate(str(tmp_path))
-    file.write_text('{"base_model_name_or_path": null}')
-    with pytest.raises(UserError, match="an adapter of PEFT, made for a model that it does not name"):
-        locate(str(tmp_path))
+def test_adapters_of_peft_are_found_as_models_are(tmp_path):
+    here = tmp_path / "input" / "adapter"
+    here.mkdir(parents=True)
+    (here / "adapter_model.safetensors").touch()
+    assert not is_adapter(here)
+    (here / "adapter_config.json").touch()
+    assert is_adapter(here) and locate(str(here)) == locate(str(tmp_path)) == here
+    (here / "model.safetensors").touch()  # a whole model, which an adapter was saved beside
+    assert not is_adapter(here)
 
 
 def test_hub_names(tmp_path, monkeypatch):

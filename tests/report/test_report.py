@@ -79,6 +79,18 @@ def test_curves_are_drawn(tmp_path: Path, name: str, no_warning: None) -> None:
     assert sorted(path.name for path in (tmp_path / "a $run$_{x").iterdir()) == ["loss.png", "metrics.jsonl"]
 
 
+def test_no_words_lie_over_the_curves() -> None:
+    """What is said of the best point stands in the legend, where the falling curves leave room."""
+    pytest.importorskip("matplotlib")
+    loss = curves._draw(RUNS["many"], "run").axes[0]
+    assert not loss.texts
+    legend = loss.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "train (smoothed)", "validation", "best validation 2.1267 (1.003 bits/byte) at step 300",
+    ]  # fmt: skip
+
+
 def test_loss_axis_leaves_out_the_first_values_and_rare_peaks() -> None:
     low, high = limits([1e6, *[50.0] * 3, *[3 + 1 / i for i in range(1, 200)], 1e9], [3.0, 2.9])
     assert 2.8 < low < 2.9 and 3 < high < 5
@@ -142,6 +154,14 @@ def test_report_escapes_every_value_and_loads_nothing(tmp_path: Path, no_warning
     assert not {"src", "href", "xlink:href"} & {name for _, attributes in page.tags for name in attributes}
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert "<script>alert('x')</script>" in page.text and page.text.count("<img src=http://x>\"'&?") >= 7
+
+
+def test_groups_in_groups_have_tables_of_their_own(tmp_path: Path, no_warning: None) -> None:
+    config = {"seed": 1, "model": {"rope_scaling": {"kind": "yarn", "factor": 2.0}, "n_layers": 3}}
+    (make_run(tmp_path, RUNS["one point"]) / "config.json").write_text(json.dumps(config))
+    write_report(tmp_path)
+    words = Page((tmp_path / "report.html").read_text()).text.partition("\nConfig\n")[2].split()
+    assert words == "seed1 model n_layers3 model.rope_scaling kindyarn factor2.0".split()
 
 
 @pytest.mark.parametrize("name", RUNS)

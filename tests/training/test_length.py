@@ -112,5 +112,8 @@ def test_hours_and_epochs_are_the_fewer_steps(command: Any, tiny: list[str], tic
 
 def test_hours_that_are_too_few(command: Any, tiny: list[str], ticking: None, tmp_path: Path):
     result = command("train", *tiny, *AUTO, "--config.optimizer.budget_hours=0.00001")
-    assert result.code == 2 and "budget_hours=1e-05 holds 0 steps of" in result.err and "Traceback" not in result.err
+    assert (
+        result.code == 2 and "budget_hours=1e-05 (0s) holds 0 steps of" in result.err and "Traceback" not in result.err
+    )
+    assert "as the start alone takes " in result.err
     assert not (tmp_path / "run" / "config.json").exists()

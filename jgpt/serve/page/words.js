@@ -10,7 +10,7 @@ const WORDS = {
     ask: "Ask something", begin: "Ask something. Nothing leaves this server.",
     write: "Write the beginning of a text, then press Continue.",
     saved: "Saved as a line of training data (data.format=chat): ", saved_text: "Saved as a line of training data: ",
-    nothing: "There is nothing to save yet.", stopped: "stopped", cut: "cut: no more tokens",
+    nothing: "There is nothing to save yet.", stopped: "stopped", cut: "cut off at the token limit",
     forgot: (n) => `The first ${n} messages were left out: there is no room for them.`,
     speed: (n, s) => `${n} tokens, ${s} a second`,
     lost: "The server does not answer. Is it still running?", need_token: "The server wants its token: see Settings.",
