@@ -34,7 +34,6 @@ from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import TrainState, init_state, tree_bytes
 from jgpt.step.train_step import TrainStep, make_train_step
 
-
 # By JAX's platform: the environment variable that leaves a process some of its devices, and how it leaves it one.
 _VISIBLE = {"cpu": "JAX_NUM_CPU_DEVICES", "gpu": "CUDA_VISIBLE_DEVICES", "tpu": "TPU_VISIBLE_CHIPS"}
 _ONE_DEVICE = {
