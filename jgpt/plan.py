@@ -1,4 +1,4 @@
-"""Predict what a config takes before you run it: memory, speed, hours and disk, on a GPU that need not be here.
+"""Predict what a config takes before you run it: memory, speed, hours and disk, on devices that need not be here.
 
     python -m jgpt.plan --config configs/gpt2_124m.py --device t4x2
     python -m jgpt.plan --config configs/gpt2_124m.py --device t4x2 --tune
@@ -60,7 +60,7 @@ def main() -> int:
     lent = lends(args.device)
     session_hours, weekly_hours = (lent.session_hours, lent.weekly_hours) if lent else (0.0, 0.0)
     if args.device != THIS:
-        jax.config.update("jax_platforms", "cpu")  # there is no driver for a GPU that is not here
+        jax.config.update("jax_platforms", "cpu")  # there is no driver for a device that is not here
     set_up_process(config.execution.deterministic)
     check(config)
 

@@ -34,6 +34,14 @@ from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import TrainState, init_state, tree_bytes
 from jgpt.step.train_step import TrainStep, make_train_step
 
+# By JAX's platform: the environment variable that leaves a process some of its devices, and how it leaves it one.
+_VISIBLE = {"cpu": "JAX_NUM_CPU_DEVICES", "gpu": "CUDA_VISIBLE_DEVICES", "tpu": "TPU_VISIBLE_CHIPS"}
+_ONE_DEVICE = {
+    "cpu": "JAX_NUM_CPU_DEVICES=1",
+    "gpu": "CUDA_VISIBLE_DEVICES=0",
+    "tpu": "TPU_VISIBLE_CHIPS=0 TPU_CHIPS_PER_PROCESS_BOUNDS=1,1,1 TPU_PROCESS_BOUNDS=1,1,1",
+}
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -192,10 +200,11 @@ def make_strategy(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Dev
     return Replicate(devices), shapes
 
 
-def batch_shares(config: ConfigDict, n_devices: int) -> int:
+def batch_shares(config: ConfigDict, n_devices: int, fewer: str = "") -> int:
     """Return how many equal parts the global batch is divided into on so many devices. Raises UserError.
 
-    One for each device; where devices split the model, one for each group that does.
+    One for each device; where devices split the model, one for each group that does. `fewer` says in the message how to
+    take fewer devices.
     """
     size, shares, name = config.batch.global_batch_size, n_devices, "devices"
     if _splits_model(config):
@@ -204,9 +213,8 @@ def batch_shares(config: ConfigDict, n_devices: int) -> int:
         nearest = max(1, round(size / shares)) * shares
         raise UserError(
             f"batch.global_batch_size is {size}, and there are {shares} {name}. Each takes the same number of"
-            f" sequences, so it must be a multiple of {shares}: set --config.batch.global_batch_size={nearest}, or"
-            " use fewer devices (CUDA_VISIBLE_DEVICES=0; of a TPU, TPU_VISIBLE_CHIPS=0"
-            " TPU_CHIPS_PER_PROCESS_BOUNDS=1,1,1 TPU_PROCESS_BOUNDS=1,1,1)."
+            f" sequences, so it must be a multiple of {shares}: set --config.batch.global_batch_size={nearest}"
+            f"{', or ' if fewer else ''}{fewer}."
         )
     return shares
 
@@ -222,15 +230,15 @@ def training_devices(config: ConfigDict) -> list[jax.Device]:
     if len({len(own) for own in each}) > 1:
         raise UserError(
             f"the processes of this run have {', '.join(str(len(own)) for own in each)} devices. Allowed: the same"
-            " number in each. Start them on machines of one kind, or set CUDA_VISIBLE_DEVICES (on CPUs"
-            " JAX_NUM_CPU_DEVICES) to as many in each."
+            f" number in each. Start them on machines of one kind, or set {_VISIBLE[devices[0].platform]} to as many in"
+            " each."
         )
     if devices[0].platform == "cpu" and not _splits_model(config):
         size = config.batch.global_batch_size
         fitting = [n for n in range(1, len(each[0]) + 1) if size % (n * len(each)) == 0]
         if fitting:
             return [device for own in each for device in own[: fitting[-1]]]
-    batch_shares(config, len(devices))
+    batch_shares(config, len(devices), f"use fewer devices ({_ONE_DEVICE[devices[0].platform]})")
     return devices
 
 

@@ -113,7 +113,7 @@ def make_plan(
     ids, vocabulary = (source.tokenizer.vocab_size, "of init_from") if source else vocabulary_of(config)
     shapes = model_config(config.model, ids)
     target = target or this_machine(training_devices(config))
-    batch_shares(config, len(target.devices))  # refuses a batch that they cannot share, as training would
+    batch_shares(config, len(target.devices), "plan for another --device")  # refuses what training would
     config = with_gather(config, shapes, target)
 
     def plan(found: Estimate, searched: Search[Estimate] | None) -> Plan:

@@ -1,35 +1,47 @@
 """What fits on Kaggle's TPU v5e-8: the bytes of a chip that each model takes, by arithmetic or by compiling its step.
 
     pip install -e '.[plan-tpu]'
-    python scripts/bench/tpu_what_fits.py                       # parameters and moments alone: a minute
-    python scripts/bench/tpu_what_fits.py --compile 124m        # the step, with its activations and speed: minutes
+    python scripts/bench/tpu_what_fits.py                               # parameters and moments alone: a minute
+    python scripts/bench/tpu_what_fits.py --compile 124m                # the step, with activations and speed: minutes
+    python scripts/bench/tpu_what_fits.py --compile 774m --layers 2,4   # two short models, and the line through both
 
 Without --compile nothing of a step is counted but what it holds all the time: what is more than 15.75 GiB cannot fit,
-and what is less may not. No TPU is needed.
+and what is less may not. With --layers two models of so many layers are compiled: all layers are alike, so each adds
+the same bytes and the same time, and the line through both is extended to all layers. No TPU is needed.
 """
 
 import argparse
+import math
 import os
-from typing import Any
+import time
+from collections import Counter
+from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: libtpu only compiles here
 
+import jax
 from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
-from jgpt.model.parameters import count_parameters
-from jgpt.model.shapes import model_config
-from jgpt.planning.devices import compile_only
+from jgpt.model.lora import lora_config
+from jgpt.model.parameters import abstract_adapters, count_parameters, flops_per_token
+from jgpt.model.shapes import ModelConfig, model_config
+from jgpt.planning.audit import collectives
+from jgpt.planning.devices import Target, compile_only
 from jgpt.planning.estimate import estimate
-from jgpt.planning.page import tried_row
 from jgpt.planning.search import least_bytes
 from jgpt.wording import GIB, format_count
 
 VOCABULARY = 50_257
-# GPT-2's four sizes with heads of 128, a Qwen2.5-7B and a 14B (their config.json on the Hub); what else they are run
-# with. The last two are fine-tuned.
+# GPT-2's four sizes with heads of 128, a Qwen2.5-7B and a 14B (their config.json on the Hub). The last two are
+# fine-tuned. "flaxchat": the products of mlnomadpy/flaxchat's 204M (scripts/train_gpt2.py at 9653ab4; README: 12L/768d/
+# 6h, 3kv, 379K tokens/s on Kaggle's TPU), 131,072 tokens a step. 75.5M of its parameters are six tables of embeddings
+# of values, which are looked up and multiplied with nothing; they are not here.
 SHAPES: dict[str, dict[str, Any]] = {
     "124m": {"n_layers": 12, "n_heads": 6, "d_model": 768},
+    "flaxchat": {"n_layers": 12, "n_heads": 6, "n_kv_heads": 3, "d_model": 768, "d_ff": 3072, "mlp": "gelu",
+                 "vocab_size": 32_768, "tie_embeddings": False, "qk_norm": True, "context_length": 2048},
+    "203m": {"n_layers": 12, "n_heads": 8, "d_model": 1024},
     "355m": {"n_layers": 24, "n_heads": 8, "d_model": 1024},
     "774m": {"n_layers": 36, "n_heads": 10, "d_model": 1280},
     "1558m": {"n_layers": 48, "n_heads": 12, "d_model": 1536},
@@ -38,46 +50,115 @@ SHAPES: dict[str, dict[str, Any]] = {
     "14b": {"n_layers": 48, "n_heads": 40, "n_kv_heads": 8, "d_model": 5120, "d_ff": 13_824, "vocab_size": 152_064,
             "qkv_bias": True, "tie_embeddings": False},
 }  # fmt: skip
+BLOCKS_RECOMPUTED: dict[str, Any] = {"micro_batch_size": 1, "remat": "block", "loss_chunk_tokens": 512}
+EXECUTION: dict[str, dict[str, Any]] = {
+    "774m": {"micro_batch_size": 4, "remat": "block"},
+    "1558m": {"micro_batch_size": 4, "remat": "block"},
+    "7b": BLOCKS_RECOMPUTED,
+    "14b": BLOCKS_RECOMPUTED,
+}
 WAYS: dict[str, dict[str, Any]] = {
     "data": {},
-    "fsdp": {"execution.parallel": "fsdp"},
+    "fsdp": {"execution.parallel": "fsdp", "execution.gather": "step"},
     "fsdp, gather=layer": {"execution.parallel": "fsdp", "execution.gather": "layer"},
     "tensor, LoRA of rank 16": {"execution.parallel": "tensor", "lora.rank": 16},
 }
 
 
+class Step(NamedTuple):
+    """What a compiled step takes of a chip, and its time by the roofline; `seconds` is 0 where it was refused."""
+
+    bytes: float
+    seconds: float
+
+    def extended(self, other: "Step", share: float) -> "Step":
+        """Return the point of the line from here, 0, to `other`, 1."""
+        first, last = self, other
+        return Step(*(a + share * (b - a) for a, b in zip(first, last, strict=True)))
+
+
 def config_of(shape: str, way: str) -> ConfigDict:
     """Return the config of a model and of a way to share it over the chips."""
     config = default_config()
-    config.model.update(SHAPES[shape] | {"context_length": 1024, "vocab_multiple_of": 128})
+    config.model.update({"context_length": 1024, "vocab_multiple_of": 128} | SHAPES[shape])
     config.batch.global_batch_size = 64
     config.execution.update({"micro_batch_size": 8, "attention": "flash", "loss_chunk_tokens": 2048})
-    if shape in ("7b", "14b"):
-        config.execution.update({"micro_batch_size": 1, "remat": "block", "loss_chunk_tokens": 512})
+    config.execution.update(EXECUTION.get(shape, {}))
     config.update_from_flattened_dict(WAYS[way])
     if config.execution.parallel == "tensor":
         config.execution.attention = "auto"
     return config
 
 
+def shapes_of(config: ConfigDict) -> ModelConfig:
+    """Return the shapes of a config, with GPT-2's vocabulary where it has none."""
+    return model_config(config.model, config.model.vocab_size or VOCABULARY)
+
+
+def compiled(config: ConfigDict, n_layers: int, target: Target) -> Step:
+    """Compile the step of a config with so many layers, and print what it takes."""
+    config, began = config.copy_and_resolve_references(), time.process_time()
+    config.model.n_layers = n_layers
+    found = estimate(config, shapes_of(config), target)
+    cpu = time.process_time() - began
+    times, sent = Counter[str](), Counter[str]()
+    for one in collectives(found.program) if found.program else []:
+        times[one.kind] += one.times
+        sent[one.kind] += int(one.bytes * one.times)
+    exchanged = ", ".join(f"{times[kind]} {kind} ({sent[kind] / 1e6:,.0f} MB)" for kind in times)
+    print(
+        f"{n_layers:>3} layers: {found.peak / GIB:6.2f} GiB a chip, {1e3 * (found.seconds or 0):,.1f} ms a step;"
+        f" exchanged: {exchanged or 'nothing'}; compiled in {cpu:.0f} s of CPU",
+        flush=True,
+    )
+    return Step(found.peak, found.seconds or 0.0)
+
+
 def main() -> None:
-    """Print a row for each model and way."""
+    """Print a row for each model and way, or compile one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", default="", choices=["", *SHAPES], help="compile the step of this model")
     parser.add_argument("--way", default="data", choices=WAYS, help="with --compile: how the chips share it")
+    parser.add_argument("--layers", default="", help="with --compile: two numbers of layers to compile instead")
     options = parser.parse_args()
     target = compile_only("v5e8")
-    if options.compile:
-        config = config_of(options.compile, options.way)
-        found = estimate(config, model_config(config.model, VOCABULARY), target)
-        print(f"compiled in {found.compile_seconds:.0f} s: {tried_row(found)}")
+    if not options.compile:
+        print_state_alone(target)
         return
+    config = config_of(options.compile, options.way)
+    shapes = shapes_of(config)
+    if options.layers:
+        fewer, more = (int(n) for n in options.layers.split(","))
+        short, longer = (compiled(config, n, target) for n in (fewer, more))
+        step = short.extended(longer, (shapes.n_layers - fewer) / (more - fewer))
+    else:
+        step = compiled(config, shapes.n_layers, target)
+    how = "extended to" if options.layers else "of"
+    print(
+        f"{format_count(count_parameters(shapes))}, {options.way}, {how} {shapes.n_layers} layers:"
+        f" {step.bytes / GIB:.2f} GiB{speed(step, config, shapes, target)}"
+    )
+
+
+def speed(step: Step, config: ConfigDict, shapes: ModelConfig, target: Target) -> str:
+    """Say how fast a step is, and which share of the peak it makes; "" where that is not known."""
+    if not step.seconds:
+        return ""
+    tokens = config.batch.global_batch_size * shapes.context_length / step.seconds
+    lora = lora_config(config.lora)
+    adapters = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_adapters(shapes, lora))) if lora else 0
+    mfu = flops_per_token(shapes, adapters) * tokens / len(target.devices) / (target.chip.peak_flops["bf16"] or 1.0)
+    return f", {tokens:,.0f} tokens/s, MFU {100 * mfu:.0f}%"
+
+
+def print_state_alone(target: Target) -> None:
+    """Print what each model and way holds all the time."""
     for shape in SHAPES:
         for way in WAYS:
             config = config_of(shape, way)
-            shapes = model_config(config.model, VOCABULARY)
+            shapes = shapes_of(config)
             least = least_bytes(config, shapes, target) / GIB
-            verdict = "cannot fit" if least > target.memory_bytes / GIB else ""
+            verdict = "cannot fit" if least > (target.memory_bytes or 0) / GIB else ""
             print(f"{format_count(count_parameters(shapes)):>8}  {way:<24} {least:7.2f} GiB a chip  {verdict}".rstrip())
 
 

@@ -25,12 +25,14 @@ def test_cpu_devices_are_as_many_as_divide_the_batch():
     assert training_devices(config_of(7, "tensor")) == both
 
 
-def test_gpus_are_all_used_or_the_batch_is_refused(monkeypatch):
-    pair = [SimpleNamespace(platform="gpu", process_index=0)] * 2
+@pytest.mark.parametrize(("platform", "one"), [("gpu", "CUDA_VISIBLE_DEVICES=0"), ("tpu", "TPU_VISIBLE_CHIPS=0 TPU_")])
+def test_accelerators_are_all_used_or_the_batch_is_refused(platform, one, monkeypatch):
+    pair = [SimpleNamespace(platform=platform, process_index=0)] * 2
     monkeypatch.setattr(jax, "devices", lambda: pair)
     assert training_devices(config_of(12)) == pair
-    with pytest.raises(UserError, match=r"is 7, and there are 2 devices.*multiple of 2.*global_batch_size=8"):
+    with pytest.raises(UserError, match=r"is 7, and there are 2 devices.*multiple of 2.*global_batch_size=8") as error:
         training_devices(config_of(7))
+    assert one in str(error.value) and str(error.value).count("VISIBLE") == 1  # no other platform's variable
 
 
 def test_several_processes_bring_equally_many_devices(monkeypatch):
@@ -41,14 +43,14 @@ def test_several_processes_bring_equally_many_devices(monkeypatch):
     with pytest.raises(UserError, match="must be a multiple of 4"):
         training_devices(config_of(7))
     monkeypatch.setattr(jax, "devices", lambda: one)
-    with pytest.raises(UserError, match="processes of this run have 2, 1 devices.*the same number in each"):
+    with pytest.raises(UserError, match="have 2, 1 devices.*the same number in each.*set JAX_NUM_CPU_DEVICES to"):
         training_devices(config_of(12))
 
 
 def test_a_batch_is_divided_among_devices_that_do_not_share_a_model():
     assert batch_shares(config_of(12), 2) == 2 and batch_shares(config_of(7, "tensor"), 2) == 1
-    with pytest.raises(UserError, match="must be a multiple of 2: set --config.batch.global_batch_size=16"):
-        batch_shares(config_of(15), 2)
+    with pytest.raises(UserError, match="a multiple of 2: set --config.batch.global_batch_size=16, or take one.$"):
+        batch_shares(config_of(15), 2, "take one")
     groups = config_of(8, "tensor")
     groups.execution.mesh = "data=2,tensor=2"
     assert batch_shares(groups, 4) == 2

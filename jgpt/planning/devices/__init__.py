@@ -79,7 +79,7 @@ def compile_only(name: str, hosts: int = 1, network: float = NETWORK) -> Target:
     if name in TPU_TARGETS:
         if hosts > 1:
             raise UserError(f"--hosts={hosts} with --device={name}: plans for TPUs are for one host. Take --hosts=1.")
-        check_jax()
+        check_jax('pip install -U "jax[tpu]"')
         devices = tpu_devices(name)
         chip = describe(devices[0])
         return Target(name, devices, chip, _for_jax(chip), chip.rates)
@@ -108,7 +108,7 @@ def _for_jax(chip: Chip) -> int | None:
 def check_wheels() -> None:
     """Raise UserError, with the pip line for this JAX, where a package for compiling without a GPU is missing."""
     jaxlib = importlib.metadata.version("jaxlib")
-    check_jax()
+    check_jax("pip install -U jax jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12")
     found = {name: _version(name) for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt")}
     if any(there != jaxlib for there in found.values()):
         have = ", ".join(f"{name} {there or 'is missing'}" for name, there in found.items())
@@ -118,15 +118,14 @@ def check_wheels() -> None:
         )
 
 
-def check_jax() -> None:
-    """Raise UserError for a JAX that compiles for no device but those that are here."""
+def check_jax(install: str) -> None:
+    """Raise UserError for a JAX that compiles for no device but those that are here; `install` is what to run then."""
     version = jax.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_JAX:
         oldest = ".".join(map(str, OLDEST_JAX))
         raise UserError(
             f"jax {version} cannot compile this step for devices that are not here: that needs jax {oldest} or newer. "
-            "In another environment: pip install -U jax jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12. "
-            "Or plan for the devices that are here: --device=this."
+            f"In another environment: {install}. Or plan for the devices that are here: --device=this."
         )
 
 
