@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ class Emulator:
     """Run kernels. Raises RuntimeError with what the emulated GPU found wrong."""
 
     def __init__(self, library: Path):
-        self._library = ctypes.CDLL(str(library))
+        self._library, self._alone = ctypes.CDLL(str(library)), threading.Lock()  # there is one emulated GPU
         self._library.error.restype = ctypes.c_char_p
 
     def run(
@@ -47,14 +48,15 @@ class Emulator:
         pointers = (ctypes.c_void_p * n)(*(a.ctypes.data for a in arrays))
         sizes = (ctypes.c_longlong * n)(*(a.nbytes for a in arrays))
         writable = (ctypes.c_int * n)(*(int(i >= n - outputs) for i in range(n)))
-        self._library.set_arrays(pointers, sizes, writable, n)
         shared = SHAPES[kernel, width].shared_bytes(kernel, width)
-        ok = self._library.emulate(
-            kernel.encode(), width, pointers, (ctypes.c_int * len(scalars))(*scalars), (ctypes.c_int * 3)(*blocks),
-            shared, ctypes.c_uint(seed),
-        )  # fmt: skip
-        if not ok:
-            raise RuntimeError(f"{kernel} {width}: {self._library.error().decode()}")
+        with self._alone:
+            self._library.set_arrays(pointers, sizes, writable, n)
+            ok = self._library.emulate(
+                kernel.encode(), width, pointers, (ctypes.c_int * len(scalars))(*scalars), (ctypes.c_int * 3)(*blocks),
+                shared, ctypes.c_uint(seed),
+            )  # fmt: skip
+            if not ok:
+                raise RuntimeError(f"{kernel} {width}: {self._library.error().decode()}")
 
     def forward(
         self, q: Array, k: Array, v: Array, segments: Array | None = None, seed: int = 1
