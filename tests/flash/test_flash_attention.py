@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulated import Emulator, build
+from emulated import Emulator
 
 from jgpt.model.attention.choose import attend_causally
 from jgpt.model.attention.flash import attention, flash, flash_qkv
@@ -27,7 +27,7 @@ if shutil.which("g++") is None:
 
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return build(tmp_path_factory.mktemp("emulated"), widths=(32,))
+    return Emulator(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(autouse=True)
