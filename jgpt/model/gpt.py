@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.core.scope import LazyRng
 from jax import Array
 
-from jgpt.model.attention.choose import attend_causally
+from jgpt.model.attention.choose import Split, attend_causally
 from jgpt.model.attention.flash import flash_qkv
 from jgpt.model.attention.plain import attend_newest
 from jgpt.model.kv_cache import KVCache, LayerCache
@@ -69,7 +69,8 @@ class Attention(nn.Module):
     dtype: Any  # of the products' operands
     activations: Any  # the dtype from product to product
     lora: LoRA | None = None
-    form: str = "chunked"  # see `attend_causally`
+    form: str = "chunked"  # see `attend_causally`, also for `split`
+    split: Split | None = None
 
     @nn.compact
     def __call__(
@@ -97,10 +98,13 @@ class Attention(nn.Module):
             k = rope(k, context.positions, c.rope_theta, c.rope_scaling)
         if cache is None:
             drop = None if mode.deterministic or c.dropout == 0.0 else dropout(self, c.dropout, mode.deterministic)
-            if self.form == "flash" and drop is None and c.position == "learned" and not c.qk_norm:
+            as_they_are = c.position == "learned" and not c.qk_norm
+            if self.form == "flash" and drop is None and as_they_are and self.split is None:
                 mixed = flash_qkv(qkv, context.segments)  # reads all three where the product left them
             else:
-                mixed = attend_causally(q, k, v, context.mask, self.form, drop, segments=context.segments)
+                mixed = attend_causally(
+                    q, k, v, context.mask, self.form, drop, segments=context.segments, split=self.split
+                )
         elif mode.prefill:
             cache = cache.fill(k, v)
             mixed = attend_causally(q, k, v, context.mask, scores_dtype=jnp.float32)
@@ -184,6 +188,7 @@ class Block(nn.Module):
     activations: Any  # the dtype from product to product
     lora: LoRA | None = None
     attention: str = "chunked"
+    split: Split | None = None
 
     @nn.compact
     def __call__(
@@ -192,7 +197,9 @@ class Block(nn.Module):
         c = self.config
         drop = dropout(self, c.dropout, mode.deterministic)
         norm = partial(Norm, kind=c.norm, epsilon=c.norm_eps, use_bias=c.bias, dtype=self.activations)
-        attn = Attention(c, self.dtype, self.activations, lora=self.lora, form=self.attention, name="attn")
+        attn = Attention(
+            c, self.dtype, self.activations, lora=self.lora, form=self.attention, split=self.split, name="attn"
+        )
         mlp = MLP(c, self.dtype, self.activations, lora=self.lora, name="mlp")
         y, cache = attn(norm(name="attn_norm")(x), context, cache, mode)
         x = x + drop(y)
@@ -215,6 +222,7 @@ class GPT(nn.Module):
     attention: str = "chunked"  # of sequences without a cache: see `attend_causally`
     activations: Any = None  # the dtype from product to product; None: `dtype`
     gather: Callable[[Any], Any] | None = None  # of a block's parameters, split over devices, makes all of them
+    split: Split | None = None  # of attention, where devices share the heads: see `attend_causally`
 
     def setup(self) -> None:
         c = self.config
@@ -224,7 +232,7 @@ class GPT(nn.Module):
         if not c.tie_embeddings:
             self.lm_head = Embedding(rows=c.vocab_size, width=c.d_model, std=INIT["embedding"])
         block, activations = self._block(), self.dtype if self.activations is None else self.activations
-        self.h = [block(c, self.dtype, activations, self.lora, self.attention) for _ in range(c.n_layers)]
+        self.h = [block(c, self.dtype, activations, self.lora, self.attention, self.split) for _ in range(c.n_layers)]
         self.norm = Norm(kind=c.norm, epsilon=c.norm_eps, use_bias=c.bias, dtype=jnp.float32)
 
     def _block(self) -> type[Block]:

@@ -4,9 +4,11 @@ In the data path: what training joins to the token files. A plan asks for the sa
 so that what it compiles is what training runs.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -41,6 +43,8 @@ _ONE_DEVICE = {
     "gpu": "CUDA_VISIBLE_DEVICES=0",
     "tpu": "TPU_VISIBLE_CHIPS=0 TPU_CHIPS_PER_PROCESS_BOUNDS=1,1,1 TPU_PROCESS_BOUNDS=1,1,1",
 }
+
+log = logging.getLogger("jgpt")
 
 
 @dataclass(frozen=True)
@@ -150,9 +154,11 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
     rows = max(n for n in sizes if n <= execution.micro_batch_size)
     accumulation = config.batch.global_batch_size // strategy.shares // rows
     lora = lora_config(config.lora)
-    attention = _attention(config, shapes, policy, devices[0])
+    attention = _attention(config, shared, policy, devices)
     plain = GPT(shapes, policy.compute, execution.remat, lora)  # makes the parameters, so it needs no fused attention
     model = GPT(shared, policy.compute, execution.remat, lora, attention, policy.activations)
+    if isinstance(strategy, Sharded):
+        model = model.clone(split=strategy.split_attention)
     optimizer = make_optimizer(config.optimizer, policy, DTYPES[precision.first_moment])
     stepped = model
     if isinstance(strategy, FullySharded) and strategy.by_layer:
@@ -246,25 +252,41 @@ def _splits_model(config: ConfigDict) -> bool:
     return config.execution.parallel == "tensor"
 
 
-def _attention(config: ConfigDict, shapes: ModelConfig, policy: Policy, device: jax.Device) -> str:
-    """Return the form of attention: what the config names, or what suits the device and the model."""
-    wanted = config.execution.attention
-    if _splits_model(config):
-        if wanted == "flash":
-            raise UserError(
-                "execution.attention='flash' with execution.parallel='tensor': a fused kernel is not split over"
-                " devices. Allowed: 'auto', 'plain', 'chunked'. Take --config.execution.attention=auto."
-            )
-        if wanted == "auto":
-            return "chunked"  # the only form that has been tested with the model split
-    return choose_attention(
+def _attention(config: ConfigDict, shapes: ModelConfig, policy: Policy, devices: list[jax.Device]) -> str:
+    """Return the form of attention: what the config names, or what suits the devices and the model, as they share it.
+
+    Raises UserError where there is no such form.
+    """
+    wanted, split = config.execution.attention, _splits_model(config)
+    if split and wanted == "auto":
+        return "chunked"  # the only form that was measured with the model split
+    form = choose_attention(
         wanted,
         policy.compute,
-        device.platform,
-        compute_capability(device),
+        devices[0].platform,
+        compute_capability(devices[0]),
         d_head=shapes.d_head,
         deterministic=config.execution.deterministic,
     )
+    group = group_size(config.execution.mesh, AXIS, len(devices)) if split else 1
+    if wanted == "flash" and split and (form != "flash" or shapes.n_kv_heads % group):
+        raise UserError(
+            f"execution.attention='flash' with execution.parallel='tensor', {shapes.n_kv_heads} key/value heads on"
+            f" {group} devices in {jnp.dtype(policy.compute).name}: there is no fused attention for this. Allowed: fp16"
+            " on GPUs, and heads that the devices divide. Take --config.execution.attention=auto."
+        )
+    if wanted == "flash" and config.model.dropout:
+        _say_once(
+            f"execution.attention='flash' with model.dropout={config.model.dropout:g}: a fused kernel drops no weights"
+            " of attention, so training takes 'chunked'. For the kernel, set --config.model.dropout=0."
+        )
+    return form
+
+
+@cache
+def _say_once(message: str) -> None:
+    """Warn, the first time: a search for the fastest step builds many."""
+    log.warning("%s", message)
 
 
 def _count_adapters(shapes: ModelConfig, lora: LoRA | None) -> int:

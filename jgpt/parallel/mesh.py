@@ -13,8 +13,9 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
+from jgpt.model.attention.choose import Attend
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.rules import COPIES, device_mesh, param_shardings, place, split_bytes
+from jgpt.parallel.rules import AXIS, COPIES, device_mesh, param_shardings, place, split_bytes
 from jgpt.parallel.strategy import laid_out, put, saved_from
 from jgpt.step.eval_step import EvalStep
 from jgpt.step.gradients import Exchange
@@ -51,6 +52,20 @@ class Sharded:
             return step(state, frozen, batch, Exchange(whole))
 
         return jax.jit(on_all, donate_argnums=0, out_shardings=self._copied)
+
+    def split_attention(self, attend: Attend) -> Attend:
+        """Run attention on each device, for the sequences and the key/value heads that it has anyway; nothing moves.
+
+        The devices of a group divide the key/value heads. For kernels of our own: XLA cannot divide their work itself.
+        """
+        own = PartitionSpec(COPIES, None, AXIS)
+
+        def on_all(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+            specs = (own, own, own, PartitionSpec(COPIES))
+            split = jax.shard_map(attend, mesh=self._mesh, in_specs=specs, out_specs=own, check_vma=False)
+            return split(q, k, v, segments)
+
+        return on_all
 
     def eval_step(self, step: EvalStep) -> EvalStep:
         """Compile (params, frozen, batch [shares * B, ...]) -> the loss summed over the batch."""

@@ -216,11 +216,12 @@ def attentions_of(config: ConfigDict, shapes: ModelConfig, target: Target) -> li
 def _first_size(config: ConfigDict, shapes: ModelConfig, target: Target, length: int) -> int:
     """Guess the largest micro-batch that fits without recomputation, or one that fills the device. At least 1.
 
-    A layer keeps about 20 vectors of each token, and its scores of half the keys twice, in half precision. Compiling a
-    large model for 8 sequences to learn that 1 does not fit takes many minutes.
+    A layer keeps about 20 vectors of each token, and, but for fused attention, its scores of half the keys twice, in
+    half precision. Compiling a large model for 8 sequences to learn that 1 does not fit takes many minutes.
     """
     room = (target.memory_bytes or math.inf) - least_bytes(config, shapes, target)
-    kept = shapes.n_layers * length * (40 * shapes.d_model + 2 * shapes.n_heads * length)
+    scores = 0 if config.execution.attention == "flash" else 2 * shapes.n_heads * length
+    kept = shapes.n_layers * length * (40 * shapes.d_model + scores)
     return max(1, int(min(FIRST_TOKENS // length, room // kept)))
 
 

@@ -65,12 +65,12 @@ MODELS = {
 }
 
 
-class TwoT4s:
+class T4s:
     """Compile-only devices, and a model as they share it: shapes in the place of arrays."""
 
-    def __init__(self, plain: ModelConfig) -> None:
-        self.devices = compile_only("t4x2").devices
-        self.plain, self.shared, self.mesh = plain, for_devices(plain, 2), device_mesh(self.devices)
+    def __init__(self, plain: ModelConfig, n: int = 2) -> None:
+        self.devices = compile_only("t4x2").devices[:n]
+        self.plain, self.shared, self.mesh = plain, for_devices(plain, n), device_mesh(self.devices)
         self.whole = NamedSharding(self.mesh, PartitionSpec())
 
     def copied(self, tree: Any, sharding: NamedSharding | None = None) -> Any:
@@ -82,8 +82,8 @@ class TwoT4s:
         params = jax.eval_shape(FP16.cast_to_compute, abstract_params(self.shared))
         return jax.tree.map(self.copied, params, param_shardings(params, self.shared, self.mesh))
 
-    def compile_decoding(self, size: int) -> tuple[Any, Any]:
-        """Compile the prefill of `size` tokens and the loop that decodes with a cache of as many."""
+    def lower_decoding(self, size: int) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """Trace the prefill of `size` tokens and the loop that decodes with a cache of as many."""
         model, params, one = GPT(self.shared, jnp.float16), {"params": self.params()}, jnp.zeros(1, jnp.int32)
         stops = jnp.full((1, 4), -1)
         task = self.copied(Task(one.astype(jnp.uint32), one, one, one, stops, one, Sampling().rules(1)))
@@ -91,7 +91,7 @@ class TwoT4s:
         lowered = prefill.lower(model, size, params, task, tokens, length, None)
         rows = self.copied(lowered.out_info)
         rows = rows._replace(cache=self.copied(rows.cache, cache_sharding(self.shared, self.mesh)))
-        return lowered.compile(), decode.lower(model, params, task, rows, steps).compile()
+        return lowered, decode.lower(model, params, task, rows, steps)
 
     def compile_lora_step(self, length: int) -> Any:
         """Compile a training step on one sequence of `length` tokens."""
@@ -142,7 +142,7 @@ def mebibytes(array: str) -> float:
     return math.prod(int(n) for n in dimensions.split(",") if n) * bits / 8 / 2**20
 
 
-def predict(cards: TwoT4s, size: int) -> str:
+def predict(cards: T4s, size: int) -> str:
     """Predict the speed of decoding one text from the bytes that a card must read for each token (a roofline)."""
     shared, need = cards.shared, needed(cards.plain, jnp.float16, size, 1, cards.devices)
     lookup = 0 if shared.tie_embeddings else shared.vocab_size * shared.d_model * 2 // 2  # one row of this is read
@@ -163,14 +163,14 @@ def main() -> None:
     parser.add_argument("--lora", default="512,1024,2048,4096", help="lengths of a training sequence; '': skip")
     flags = parser.parse_args()
     began, plain = time.perf_counter(), MODELS[flags.model]
-    cards = TwoT4s(plain)
+    cards = T4s(plain)
     print(
         f"{flags.model}: {count_parameters(plain) / 1e9:.2f} B parameters in fp16 over two T4s, jax {jax.__version__}"
     )
     print(f"{f'GiB of {USABLE / GIB:.1f} on each':<20}{'arguments':>11}{'results':>11}{'temporary':>11}{'peak':>11}")
     if flags.decode:
-        for name, compiled in zip(("prefill", "decode"), cards.compile_decoding(flags.decode), strict=True):
-            report(f"{name} {flags.decode}", compiled)
+        for name, lowered in zip(("prefill", "decode"), cards.lower_decoding(flags.decode), strict=True):
+            report(f"{name} {flags.decode}", lowered.compile())
         print(f"    jgpt's own estimate before it loads: {needed(plain, jnp.float16, flags.decode, 1, cards.devices)}")
         print(f"    {predict(cards, flags.decode)}")
     for length in filter(None, flags.lora.split(",")):

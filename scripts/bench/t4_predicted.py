@@ -1,19 +1,20 @@
 """What a training step of GPT-2 costs on two T4s, predicted: compiled for them on any machine, no GPU, no driver.
 
     pip install "jgpt[plan]"        # jax 0.10 or newer
-    python scripts/bench/t4_predicted.py [--rows kept,light] [--sizes gpt2,gpt2-medium]
+    python scripts/bench/t4_predicted.py [--rows average16,flash] [--json predicted.json]
 
-The first table takes GPT-2 124M (T=1024, vocabulary 50304, 8 micro-batches of 8 a step) from a GPT as one writes it in
-plain linen to jgpt's own, change by change; the second asks which size of GPT-2 fits two T4s. Peak memory is XLA's
-analysis of the compiled step; the times are those of `jgpt/planning/roofline.py` at a T4's rates in
-`jgpt/hardware/chips.py`, none measured.
+The table takes GPT-2 124M (T=1024, vocabulary 50304, 8 micro-batches of 8 a step) from a GPT as one writes it in plain
+linen to jgpt's own, change by change. Peak memory is XLA's analysis of the compiled step; the times are those of
+`jgpt/planning/roofline.py` at a T4's rates in `jgpt/hardware/chips.py`, none measured. A row compiles in about a minute
+of CPU. `t4_fits.py` asks which sizes of GPT-2 fit.
 """
 
 import argparse
+import json
 import os
 import time
-from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: the plugin only compiles here
@@ -26,24 +27,20 @@ from jax import Array
 
 from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
-from jgpt.errors import UserError
 from jgpt.model.gpt import GPT, Block, Context, Mode, Output
 from jgpt.model.layers import Embedding, Norm
-from jgpt.model.parameters import count_parameters
 from jgpt.model.precision import Policy
 from jgpt.model.scopes import SCOPES
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.replicate import Replicate
 from jgpt.planning.devices import Target, compile_only
 from jgpt.planning.hlo import parse
-from jgpt.planning.page import tried_row
-from jgpt.planning.roofline import COLLECTIVE, OTHER, predict
-from jgpt.planning.search import search
+from jgpt.planning.roofline import COLLECTIVE, OTHER, Prediction, predict
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import init_state
 from jgpt.step.train_step import make_train_step
 
-USABLE_GIB, T, V, A = 14.0, 1024, 50_304, 8
+T, V, A, GIB = 1024, 50_304, 8, 2**30
 GROUPS = (*dict.fromkeys(SCOPES.values()), COLLECTIVE, OTHER)  # the columns of the first table
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 
@@ -65,9 +62,10 @@ STEPS = {
     "chunked": Variant("chunked", "none", 8),
     "chunked_vjp_recompute": Variant("chunked_vjp_recompute", "none", 8),
     "chunked_vjp": Variant("chunked_vjp", "none", 8),
-    "kept-average16": Variant("chunked_vjp", "none", 8, jnp.float16),
-    "kept-remat": Variant("chunked_vjp", "block", 8, jnp.float16),
-    "kept-rows12": Variant("chunked_vjp", "none", 12, jnp.float16),
+    "average16": Variant("chunked_vjp", "none", 8, jnp.float16),
+    "remat": Variant("chunked_vjp", "block", 8, jnp.float16),
+    "rows12": Variant("chunked_vjp", "none", 12, jnp.float16),
+    "flash": Variant("flash", "none", 8, jnp.float16),
     "scan": Variant("chunked_vjp", "none", 8, jnp.float16, scanned=True),
     "scan-remat": Variant("chunked_vjp", "block", 8, jnp.float16, scanned=True),
 }
@@ -214,55 +212,52 @@ def compile_for(variant: Variant, devices: Any) -> Any:
     return Replicate(devices).train_step(step).lower(state, {}, Batch(batch)).compile()  # type: ignore[attr-defined]
 
 
-def row(name: str, variant: Variant, target: Target) -> None:
+def write(
+    name: str, size: int, remat: str, peak: int, prediction: Prediction, tokens: int, note: str
+) -> dict[str, Any]:
+    """Print a row: `tokens` of a step on one card, `size` sequences at a time; return it for the JSON file."""
+    groups = {group: 1e3 * prediction.by_group()[group] for group in GROUPS}
+    fp32 = sum(op.kind == "fp32 gemm" for op in prediction.ops)
+    reduces = sum(op.kind == "collective" and op.bytes > 1e4 for op in prediction.ops)
+    speed, cells = tokens / prediction.seconds, " ".join(f"{groups[group]:10.0f}" for group in GROUPS)
+    print(
+        f"{name:<30}{size:>3} {remat:<6}{peak / GIB:>6.2f} {cells} {1e3 * prediction.seconds:>7.0f}{speed:>8.0f}"
+        f"{fp32:>6}{reduces:>8}   {note}",
+        flush=True,
+    )
+    found = {"name": name, "micro_batch": size, "remat": remat, "gib": round(peak / GIB, 2)}
+    found |= {"ms_by_group": {group: round(ms) for group, ms in groups.items()}, "ms": round(1e3 * prediction.seconds)}
+    return found | {"tokens_per_second_of_a_card": round(speed), "note": note}
+
+
+def row(name: str, variant: Variant, target: Target) -> dict[str, Any]:
     """Compile, and print a row of the first table."""
     assert target.rates is not None
     start, compiled = time.process_time(), compile_for(variant, target.devices)
     m, prediction = compiled.memory_analysis(), predict(parse(compiled.as_text()), target.rates, SCOPES)
-    peak = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes) / 2**30
-    groups = " ".join(f"{1e3 * prediction.by_group()[group]:10.0f}" for group in GROUPS)
-    tokens = A * variant.rows * T / prediction.seconds
-    fp32 = sum(op.kind == "fp32 gemm" for op in prediction.ops)
-    reduces = sum(op.kind == "collective" and op.bytes > 1e4 for op in prediction.ops)
-    print(
-        f"{name:<15}{variant.rows:>3} {variant.remat:<6}{peak:>6.2f} {groups} {1e3 * prediction.seconds:>7.0f}"
-        f"{tokens:>8.0f}{fp32:>6}{reduces:>8}   compiled in {time.process_time() - start:.0f} s of CPU",
-        flush=True,
-    )
+    peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    note = f"compiled in {time.process_time() - start:.0f} s of CPU"
+    return write(name, variant.rows, variant.remat, peak, prediction, A * variant.rows * T, note)
 
 
-def fit(size: str, target: Target) -> None:
-    """Search for the fastest step of a GPT-2 that fits, as `micro_batch_size=auto` and `remat=auto` do; print it."""
-    config, shapes = default_config(), shapes_of(size)
-    config.batch.global_batch_size, config.precision.gradient_average = 2 * A * 8, "fp16"
-    config.execution.update({"micro_batch_size": 0, "remat": "auto"})
-    named = f"{size}, {count_parameters(shapes) / 1e6:.0f}M"
-    try:
-        found = search(config, shapes, target, lambda tried: print(f"    tried {tried_row(tried)}", flush=True))
-    except UserError as error:  # before anything is compiled
-        return print(f"{named}: {error}", flush=True)
-    best = found.best() or found.smallest()
-    verdict = "fits" if best.peak <= found.limit else "does not fit"
-    print(f"{named}: {verdict}: {tried_row(best)}", flush=True)
+def heading() -> str:
+    """Return the heads of the table that `write` prints."""
+    heads = " ".join(f"{group:>10}" for group in GROUPS)
+    return f"{'':<30}{'B':>3} {'remat':<6}{'GiB':>6} {heads} {'all ms':>7}{'tok/s':>8}{'fp32':>6}{'reduces':>8}"
 
 
 def main() -> None:
-    """Compile and print both tables."""
+    """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(STEPS), help="of the first table, of " + ", ".join(STEPS))
-    parser.add_argument("--sizes", default=",".join(SIZES), help="of the second table, of " + ", ".join(SIZES))
+    parser.add_argument("--rows", default=",".join(STEPS), help="of " + ", ".join(STEPS))
+    parser.add_argument("--json", type=Path, help="where to write the table")
     flags = parser.parse_args()
     target = compile_only("t4x2")
-    print(
-        f"predicted for two T4s at {target.rates}, A={A}, T={T}, V={V}, jax {jax.__version__}: tokens a second of each"
-    )
-    heads = " ".join(f"{group:>10}" for group in GROUPS)
-    print(f"{'':<15}{'B':>3} {'remat':<6}{'GiB':>6} {heads} {'all ms':>7}{'tok/s':>8}{'fp32':>6}{'reduces':>8}")
-    for name in filter(None, flags.rows.split(",")):
-        row(name, STEPS[name], target)
-    print(f"which GPT-2 fits {USABLE_GIB} GiB on each; tokens a second of both")
-    for size in filter(None, flags.sizes.split(",")):
-        fit(size, replace(target, memory_bytes=int(USABLE_GIB * 2**30)))
+    what = f"predicted for two T4s at {target.rates}, A={A}, T={T}, V={V}, jax {jax.__version__}; tokens/s of each"
+    print(f"{what}\n{heading()}")
+    rows = [row(name, STEPS[name], target) for name in flags.rows.split(",")]
+    if flags.json:
+        flags.json.write_text(json.dumps({"what": what, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

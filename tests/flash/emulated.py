@@ -2,12 +2,13 @@
 
 import ctypes
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jgpt.model.attention.flash.shapes import KERNELS, SHAPES, WIDTHS, grid, layout
+from jgpt.model.attention.flash.shapes import KERNELS, SHAPES, grid, layout
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "jgpt" / "model" / "attention" / "flash"
@@ -15,23 +16,35 @@ SOURCE = HERE.parents[1] / "jgpt" / "model" / "attention" / "flash"
 Array = NDArray
 
 
-def build(folder: Path, source: Path = SOURCE, widths: tuple[int, ...] = WIDTHS) -> "Emulator":
-    """Compile the kernels of `source` into `folder`."""
-    chosen = {(k, w): s for (k, w), s in SHAPES.items() if w in widths}
-    shapes = " ".join(f"SHAPE({k}, {w}, {s.row_tiles}, {s.warps}, {s.columns})" for (k, w), s in chosen.items())
-    library = folder / "emulated.so"
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-DFLASH_EMULATED"]
-    command += [f"-DSHAPES={shapes}", f"-I{HERE}", f"-I{source}", str(HERE / "emulate.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return Emulator(library)
-
-
 class Emulator:
-    """Run kernels. Raises RuntimeError with what the emulated GPU found wrong."""
+    """Run kernels. Those of a width are compiled into `folder` when they are first run, from the files in `source`.
 
-    def __init__(self, library: Path):
-        self._library = ctypes.CDLL(str(library))
-        self._library.error.restype = ctypes.c_char_p
+    Raises RuntimeError with what the emulated GPU found wrong.
+    """
+
+    def __init__(self, folder: Path, source: Path = SOURCE):
+        self._folder, self._source = folder, source
+        self._libraries: dict[int, ctypes.CDLL] = {}
+        self._alone = threading.Lock()  # there is one emulated GPU
+
+    def _library(self, width: int) -> ctypes.CDLL:
+        if width not in self._libraries:
+            chosen = {(k, w): s for (k, w), s in SHAPES.items() if w == width}
+            shapes = " ".join(f"SHAPE({k}, {w}, {s.row_tiles}, {s.warps}, {s.columns})" for (k, w), s in chosen.items())
+            target = self._folder / f"emulated_{width}.so"
+            command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-DFLASH_EMULATED"]
+            command += [
+                f"-DSHAPES={shapes}",
+                f"-I{HERE}",
+                f"-I{self._source}",
+                str(HERE / "emulate.cpp"),
+                "-o",
+                str(target),
+            ]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            self._libraries[width] = ctypes.CDLL(str(target))
+            self._libraries[width].error.restype = ctypes.c_char_p
+        return self._libraries[width]
 
     def run(
         self, kernel: str, arrays: list[Array], outputs: int, dims: tuple[int, ...], packed: bool, seed: int
@@ -47,14 +60,16 @@ class Emulator:
         pointers = (ctypes.c_void_p * n)(*(a.ctypes.data for a in arrays))
         sizes = (ctypes.c_longlong * n)(*(a.nbytes for a in arrays))
         writable = (ctypes.c_int * n)(*(int(i >= n - outputs) for i in range(n)))
-        self._library.set_arrays(pointers, sizes, writable, n)
         shared = SHAPES[kernel, width].shared_bytes(kernel, width)
-        ok = self._library.emulate(
-            kernel.encode(), width, pointers, (ctypes.c_int * len(scalars))(*scalars), (ctypes.c_int * 3)(*blocks),
-            shared, ctypes.c_uint(seed),
-        )  # fmt: skip
-        if not ok:
-            raise RuntimeError(f"{kernel} {width}: {self._library.error().decode()}")
+        with self._alone:
+            library = self._library(width)
+            library.set_arrays(pointers, sizes, writable, n)
+            ok = library.emulate(
+                kernel.encode(), width, pointers, (ctypes.c_int * len(scalars))(*scalars), (ctypes.c_int * 3)(*blocks),
+                shared, ctypes.c_uint(seed),
+            )  # fmt: skip
+            if not ok:
+                raise RuntimeError(f"{kernel} {width}: {library.error().decode()}")
 
     def forward(
         self, q: Array, k: Array, v: Array, segments: Array | None = None, seed: int = 1

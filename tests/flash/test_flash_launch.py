@@ -8,8 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jgpt.model.attention.flash import FlashUnavailable, check, flash, flash_qkv, launch, supports
+from jgpt.model.columns import for_devices
+from jgpt.model.shapes import ModelConfig
+from jgpt.parallel.mesh import Sharded
 
 SHAPE = (2, 100, 3, 2, 64)  # B, T, K, G, H
 
@@ -182,3 +186,22 @@ def test_it_compiles_for_two_t4s_with_no_copy(t4s: list[jax.Device]):
     assert not re.findall(r" = f16\[8,1024,4,\d,64\]\S* (?:copy|transpose|concatenate|pad|slice)\(", text)
     assert "1024,1024]" not in text
     assert compiled.memory_analysis().temp_size_in_bytes < 150 << 20
+
+
+@pytest.mark.parametrize("group", [2, 1])
+def test_two_t4s_share_the_heads_or_the_sequences_and_nothing_moves(t4s: list[jax.Device], group: int):
+    """Under jit over a mesh, as execution.parallel=tensor runs it: each card launches for what it has."""
+    strategy = Sharded(t4s, for_devices(ModelConfig(64, 1024, 1, 8, 2, 512, 64, 512), group), group)
+    own = NamedSharding(strategy._mesh, PartitionSpec("data", None, "tensor"))
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        attend = strategy.split_attention(lambda *x: flash(*x, capability=75))
+        return jnp.sum(attend(q, k, v, None).astype(jnp.float32))
+
+    shapes = [(4, 1024, 2, 4, 64), (4, 1024, 2, 64), (4, 1024, 2, 64)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float16, sharding=own) for shape in shapes]
+    text = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=own).lower(*arrays).compile().as_text()
+    assert len(re.findall(r'custom_call_target="triton_kernel_call"', text)) == 3
+    batch, heads = (4, 1) if group == 2 else (2, 2)
+    assert f"f16[{batch},1024,{heads},4,64]" in text and "f16[4,1024,2,4,64]" not in text
+    assert not re.findall(r" (?:all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", text)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jgpt.errors import UserError
-from jgpt.model.attention import choose
+from jgpt.model.attention import choose, flash
 from jgpt.model.attention.choose import attend_causally, choose_attention
 from jgpt.model.attention.plain import attend, attend_newest
 from jgpt.model.rope import rope
@@ -150,6 +150,48 @@ def test_flash_is_the_fused_kernel_of_the_device(launches: bool, monkeypatch: py
     else:
         with pytest.raises(UserError, match="attention=auto"):
             choose_attention("flash", half, "gpu", (7, 5), deterministic=True)
+
+
+@pytest.mark.parametrize(("compute", "d_head"), [(jnp.float16, 80), (jnp.float32, 64), (jnp.bfloat16, 64)])
+def test_a_t4_has_no_kernel_for_other_heads_and_dtypes(compute, d_head: int):
+    """ "flash" says so, "auto" takes another form and says nothing."""
+    name = jnp.dtype(compute).name
+    with pytest.raises(
+        UserError, match=f"'flash' on sm_75 in {name} with heads {d_head} wide.*Allowed: fp16 and heads"
+    ):
+        choose_attention("flash", compute, "gpu", (7, 5), d_head=d_head)
+    assert choose_attention("auto", compute, "gpu", (7, 5), d_head=d_head) == "chunked_vjp"
+
+
+def test_a_jaxlib_that_cannot_launch_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """A T4 then has no fused attention, a newer GPU cuDNN's; why is said once. Where nobody asks, nothing is said."""
+
+    def unavailable() -> None:
+        raise flash.FlashUnavailable("this jaxlib has no module gpu_triton (gone)")
+
+    monkeypatch.setattr(flash, "check", unavailable)
+    for known in (choose._can_launch, choose._launch_problem):
+        known.cache_clear()
+    try:
+        assert choose_attention("auto", jnp.float16, "gpu", (7, 5)) == "chunked_vjp" and not caplog.text
+        with pytest.raises(UserError, match="no module gpu_triton.*Allowed: jaxlib 0.7.2 to.*attention=auto"):
+            choose_attention("flash", jnp.float16, "gpu", (7, 5))
+        assert choose_attention("auto", jnp.float16, "gpu", (9, 0)) == "cudnn"
+        assert choose_attention("auto", jnp.float16, "gpu", (9, 0), deterministic=True) == "chunked_vjp"
+        assert caplog.text.count("our attention kernels are not used: this jaxlib has no module gpu_triton") == 1
+    finally:
+        for known in (choose._can_launch, choose._launch_problem):
+            known.cache_clear()
+
+
+def test_dropout_and_fp32_scores_take_another_form():
+    """No kernel is launched for them, so this runs on a CPU."""
+    q, k, v = inputs()
+    expected = attend_causally(q, k, v, causal(T), "chunked", lambda weights: 2 * weights)
+    found = attend_causally(q, k, v, causal(T), "flash", lambda weights: 2 * weights)
+    np.testing.assert_array_equal(found, expected)
+    found = attend_causally(q, k, v, causal(T), "flash", scores_dtype=jnp.float32)
+    np.testing.assert_array_equal(found, attend_causally(q, k, v, causal(T), scores_dtype=jnp.float32))
 
 
 def test_causal_pieces_compute_five_eighths_of_the_products():

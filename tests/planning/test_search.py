@@ -129,6 +129,8 @@ def test_a_model_that_fills_the_device_starts_with_one_sequence():
 
     least = 6.81  # GiB of parameters and moments; a sequence takes 0.44
     assert [first_size(gib) for gib in (least - 1, least + 0.1, least + 1, 80)] == [1, 1, 2, 8]
+    config.execution.attention = "flash"  # which keeps no scores
+    assert [first_size(gib) for gib in (least + 1, least + 2)] == [3, 6]
     check_parameters_fit(config, shapes, replace(machine, memory_bytes=7 * 2**30))
     with pytest.raises(UserError, match="moments alone take 6.81 GiB of each, 0.81 more than the 6.00 that there are"):
         check_parameters_fit(config, shapes, replace(machine, memory_bytes=6 * 2**30))

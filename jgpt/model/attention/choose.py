@@ -19,6 +19,9 @@ from jgpt.model.attention.plain import attend
 
 log = logging.getLogger("jgpt")
 
+Attend = Callable[[Array, Array, Array, Array | None], Array]  # (q, k, v, segments) -> the output
+Split = Callable[[Attend], Attend]  # makes it run on each device, on the sequences and heads that are there
+
 
 def choose_attention(
     attention: str,
@@ -43,36 +46,52 @@ def choose_attention(
     """
     major, minor = compute_capability or (0, 0)
     capability = (major, minor)
-    on_tpu = platform == "tpu" and flash_tpu.supports(d_head, compute)
+    if attention not in ("auto", "flash"):
+        return attention
+    if attention == "auto" and not (flash_tpu.fills_unit(d_head) if platform == "tpu" else capability >= (8, 0)):
+        return "chunked_vjp"
     ours = capability >= (7, 5) and flash.supports(d_head, compute)
     cudnn = capability >= (8, 0) and compute != jnp.float32 and d_head % 8 == 0 and d_head <= 128
-    fused = "flash_tpu" if on_tpu else "flash" if ours and _can_launch() else ""
-    fused = fused or ("cudnn" if cudnn and not deterministic else "")
-    if attention == "auto":
-        fastest = flash_tpu.fills_unit(d_head) if on_tpu else capability >= (8, 0)
-        return fused if fused and fastest else "chunked_vjp"
-    if attention == "flash" and not fused:
-        device = "sm_{}{}".format(*compute_capability) if compute_capability else platform
-        exact = " with execution.deterministic=False" if deterministic else ""
+    if platform == "tpu":
+        fused = "flash_tpu" if flash_tpu.supports(d_head, compute) else ""
+    elif ours and _can_launch():
+        fused = "flash"
+    else:
+        fused = "cudnn" if cudnn and not deterministic else ""
+    if fused or attention == "auto":
+        return fused or "chunked_vjp"
+    device = "sm_{}{}".format(*compute_capability) if compute_capability else platform
+    given = f"execution.attention='flash' on {device} in {jnp.dtype(compute).name} with heads {d_head} wide: "
+    if ours:
         raise UserError(
-            f"execution.attention='flash' on {device} in {jnp.dtype(compute).name} with heads {d_head} wide: there is"
-            " no fused attention for this. Allowed: fp16 and heads 32, 64, 96 or 128 wide on a GPU of compute"
-            f" capability 7.5 (a T4) or more; fp16 or bf16 and heads of 8, 16, ... 128 from 8.0 on{exact}; bf16 or fp32"
-            " and heads up to 128 wide, or of a multiple of 128, on a TPU. Take"
-            " --config.execution.attention=auto."
+            f"{given}our kernels cannot be launched ({_launch_problem()}). Allowed: jaxlib 0.7.2 to 0.12, with JAX's"
+            " CUDA plugin. Take --config.execution.attention=auto."
         )
-    return fused if attention == "flash" else attention
+    exact = " with execution.deterministic=False" if deterministic else ""
+    raise UserError(
+        f"{given}there is no fused attention for this. Allowed: fp16 and heads 32, 64, 96 or 128 wide on a GPU of"
+        " compute capability 7.5 (a T4) or more; fp16 or bf16 and heads of 8, 16, ... 128 from 8.0 on"
+        f"{exact}; bf16 or fp32 and heads up to 128 wide, or of a multiple of 128, on a TPU. Take"
+        " --config.execution.attention=auto."
+    )
+
+
+@cache
+def _launch_problem() -> str:
+    """Return why this jaxlib cannot launch our kernels; "" where it can."""
+    try:
+        flash.check()
+    except flash.FlashUnavailable as error:
+        return str(error)
+    return ""
 
 
 @cache
 def _can_launch() -> bool:
     """Tell whether this jaxlib can launch our kernels; say once why not."""
-    try:
-        flash.check()
-    except flash.FlashUnavailable as error:
-        log.warning("our attention kernels are not used: %s", error)
-        return False
-    return True
+    if problem := _launch_problem():
+        log.warning("our attention kernels are not used: %s", problem)
+    return not problem
 
 
 def attend_causally(
@@ -84,13 +103,15 @@ def attend_causally(
     drop: Callable[[Array], Array] | None = None,
     scores_dtype: Any = None,
     segments: Array | None = None,
+    split: Split | None = None,
 ) -> Array:
     """Compute causal softmax attention of a sequence to itself (S = T), in the form that `attention` names.
 
     `q` [B, T, K, G, H], `k` and `v` [B, T, K, H], `mask` bool [B or 1, T, T], true where a query may attend to a key;
     it must be causal, and exclude other segments where `segments` int32 [B, T] are given. `drop` is dropout on the
-    weights. The scores are products in `scores_dtype`, by default q's. Returns [B, T, K, G, H] in the dtype of `v`.
-    The forms agree to rounding:
+    weights. The scores are products in `scores_dtype`, by default q's. `split` runs "flash" on several devices, which
+    XLA does by itself for the others but "flash_tpu". Returns [B, T, K, G, H] in the dtype of `v`. The forms agree to
+    rounding:
 
     - "plain": all pairs of a query and a key at once.
     - "chunked": the queries in four chunks, each with the keys up to its end: 5/8 of the work and of the memory.
@@ -104,7 +125,7 @@ def attend_causally(
     """
     supports_vjp = drop is None and scores_dtype is None
     if attention == "flash" and supports_vjp:
-        return flash.flash(q, k, v, segments)
+        return (split(flash.flash) if split else flash.flash)(q, k, v, segments)
     if attention == "flash_tpu" and supports_vjp:
         return flash_tpu.flash_on_tpu(q, k, v, segments)
     if attention == "cudnn" and supports_vjp and mask.shape[0] == 1:
