@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -31,7 +32,6 @@ from jgpt.parallel.rules import COPIES, PARTS, device_mesh, split_axis, split_by
 from jgpt.parallel.strategy import laid_out, own_rows, put, put_rows, saved_from
 from jgpt.step.eval_step import EvalStep
 from jgpt.step.gradients import Cast, Exchange
-from jgpt.step.muon import alone
 from jgpt.step.state import TrainState
 from jgpt.step.train_step import Numbers, Step, TrainStep
 
@@ -89,7 +89,7 @@ class FullySharded:
                 out_specs=(parts.params, SAME),
                 check_vma=False,
             )(state, frozen, batch)
-            state, numbers = step.update(state, gradient, loss, alone)
+            state, numbers = step.update(state, gradient, loss, self._share)
             return jax.lax.with_sharding_constraint(state, self.shardings(state)), numbers
 
         return jax.jit(on_all, donate_argnums=0)
@@ -130,6 +130,23 @@ class FullySharded:
         gradient, loss = gradient_and_loss
         averaged = jax.tree.map(average, gradient, axes)
         return averaged, jax.lax.psum(loss / self.shares, (COPIES, PARTS))
+
+    def _share(self, function: Callable[[Array], Array], matrices: Array) -> Array:
+        """Apply a function to independent matrices [n, rows, columns], of which each device holds a part of each.
+
+        Each device of a group gets n / group whole ones, by an all-to-all, and sends the results back by another. Left
+        to itself, XLA divides each matrix product, and gathers an operand for each.
+        """
+        axis = split_axis(matrices.shape[1:], self._group)
+        if axis < 0:
+            return function(matrices)
+
+        def lying(x: Array, axis: int) -> Array:
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, PartitionSpec(*[None] * axis, PARTS)))
+
+        padded = jnp.pad(matrices, ((0, -len(matrices) % self._group), (0, 0), (0, 0)))
+        results = function(lying(lying(padded, 1 + axis), 0))
+        return lying(lying(results, 0), 1 + axis)[: len(matrices)]
 
     def eval_step(self, step: EvalStep) -> EvalStep:
         """Compile (params, frozen, batch [shares, B, ...]) -> the loss summed over all devices."""

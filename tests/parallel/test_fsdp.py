@@ -26,7 +26,7 @@ V, T, STEPS, HOT = 64, 12, 3, 63  # HOT: an id whose row of the embedding is inf
 NUMBERS = 4 * 50  # bytes of the numbers that XLA may sum together with arrays: the loss, the norm of each parameter
 
 
-def config_of(parallel: str, gather: str = "step", compute: str = "fp32") -> ConfigDict:
+def config_of(parallel: str, gather: str = "step", compute: str = "fp32", kind: str = "adamw") -> ConfigDict:
     config = default_config()
     config.model.update(
         n_layers=2,
@@ -39,7 +39,7 @@ def config_of(parallel: str, gather: str = "step", compute: str = "fp32") -> Con
         position="learned",
         tie_embeddings=False,
     )
-    config.optimizer.update(warmup_steps=1, total_steps=10, learning_rate=0.02, eps=1e-3)
+    config.optimizer.update(warmup_steps=1, total_steps=10, learning_rate=0.02, eps=1e-3, kind=kind)
     config.batch.global_batch_size, config.execution.micro_batch_size = 8, 2  # 2 devices x 2 micro-batches x 2
     config.execution.update(parallel=parallel, gather=gather)
     config.precision.compute, config.precision.loss_scale, config.precision.gradient_average = compute, 8.0, compute
@@ -47,8 +47,8 @@ def config_of(parallel: str, gather: str = "step", compute: str = "fp32") -> Con
 
 
 @cache
-def parts(parallel: str, gather: str = "step", compute: str = "fp32") -> Parts:
-    config = config_of(parallel, gather, compute)
+def parts(parallel: str, gather: str = "step", compute: str = "fp32", kind: str = "adamw") -> Parts:
+    config = config_of(parallel, gather, compute, kind)
     return make_parts(config, model_config(config.model, V), jax.local_devices())
 
 
@@ -62,9 +62,9 @@ def step(p: Parts, state: TrainState, tokens: np.ndarray) -> tuple[TrainState, d
 
 
 @cache
-def trained(parallel: str, gather: str = "step") -> tuple[TrainState, list[dict[str, Any]]]:
+def trained(parallel: str, gather: str = "step", kind: str = "adamw") -> tuple[TrainState, list[dict[str, Any]]]:
     """Train three steps in fp32; return the state, on the host, and the numbers of each step."""
-    p, all_numbers = parts(parallel, gather), []
+    p, all_numbers = parts(parallel, gather, kind=kind), []
     state = p.first_state()
     for number in range(STEPS):
         state, numbers = step(p, state, batch(number))
@@ -78,10 +78,10 @@ def assert_close(found: Any, expected: Any) -> None:
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("gather", ["step", "layer"])
-def test_trains_as_with_a_copy_on_each_device(gather: str):
+@pytest.mark.parametrize("gather, kind", [("step", "adamw"), ("layer", "adamw"), ("step", "muon"), ("layer", "muon")])
+def test_trains_as_with_a_copy_on_each_device(gather: str, kind: str):
     """Losses, norms, parameters and moments over three steps of two micro-batches with dropout."""
-    (found, numbers), (expected, expected_numbers) = trained("fsdp", gather), trained("data")
+    (found, numbers), (expected, expected_numbers) = trained("fsdp", gather, kind), trained("data", kind=kind)
     for one, other in zip(numbers, expected_numbers, strict=True):
         assert_close(one, other)
     assert_close(found, expected)
@@ -121,9 +121,9 @@ def test_an_overflow_on_one_device_changes_no_part_of_the_state(gather: str, hot
     assert np.isfinite(numbers["loss"]) and int(p.strategy.on_host(state).updates) == 1
 
 
-def exchanged(gather: str, accumulation: int) -> tuple[Counter[tuple[str, bool]], Parts]:
+def exchanged(gather: str, accumulation: int, kind: str = "adamw") -> tuple[Counter[tuple[str, bool]], Parts]:
     """Return the bytes that a device gives to collectives of arrays in a step, by their kind, in a loop or outside."""
-    config = config_of("fsdp", gather)
+    config = config_of("fsdp", gather, kind=kind)
     config.batch.global_batch_size = 2 * config.execution.micro_batch_size * accumulation
     p = make_parts(config, model_config(config.model, V), jax.local_devices())
     assert p.accumulation == accumulation
@@ -165,6 +165,17 @@ def test_blocks_are_gathered_for_each_micro_batch(accumulation: int):
     scattered = found["reduce-scatter", in_loop] + found["all-reduce", True]
     assert scattered in (accumulation * matrices, 0 if accumulation == 1 else accumulation * matrices)
     assert vectors <= found["all-reduce", False] <= vectors + NUMBERS + (0 if in_loop else matrices)
+
+
+@pytest.mark.parametrize("gather", ["step", "layer"])
+def test_whole_matrices_go_to_muon_and_come_back_once_a_step(gather: str):
+    """By two all-to-alls of all matrices; their products exchange nothing, and no device gets all of them."""
+    (found, p), (without, _) = exchanged(gather, 2, "muon"), exchanged(gather, 2)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(p.init).params)
+    kernels = 4 * sum(x.size for path, x in leaves if path[-1].key == "kernel")  # of each shape an even number
+    assert found.pop(("all-to-all", False)) == 2 * kernels // 2  # there and back, of the half that a device holds
+    for exchange, size in found.items():
+        assert size <= without[exchange] + NUMBERS, (exchange, found, without)
 
 
 @pytest.mark.parametrize("gather", ["step", "layer"])
