@@ -128,7 +128,10 @@ def test_every_key_is_listed_with_its_default_and_its_comment():
         ([BASE, "--config.eval=3"], ["--config.eval is a group of keys", "every_steps, batches"]),
         ([BASE, "--config.optimizer=adam"], ["--config.optimizer is a group of keys", "Did you mean optimizer.kind?"]),
         ([BASE, "--model=gpt2"], ["unknown flag --model. Did you mean init_from for a model to begin from?"]),
-        ([BASE, "--device=cpu"], ["unknown flag --device. There is no such setting: all devices", "JAX_PLATFORMS=cpu"]),
+        (
+            [BASE, "--num_gpus=1"],
+            ["unknown flag --num_gpus. There is no such setting: all devices", "JAX_PLATFORMS=cpu"],
+        ),
         ([BASE, "--config.wandb_log=1"], ["unknown config key --config.wandb_log. Did you mean logging.wandb?"]),
         ([BASE, "--config.warmup_ratio=0.1"], ["optimizer.warmup_steps = warmup_ratio x optimizer.total_steps."]),
         ([BASE, "--config.model.n_layers=x"], ["--config.model.n_layers='x': it must be a whole number, such as 6"]),
