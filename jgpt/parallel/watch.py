@@ -110,9 +110,10 @@ class _Watch:
         message = redact(f"process {i} of this run ({self._names[i]}) has ended: {reason}")
         with suppress(Exception):  # a full disk
             self._on_lost(message)
+        again = AGAIN if code == EXIT_LOST else ""  # an error's own message says what to change
         print(
             f"error: {message}\nThe processes of a run work together, so process {process_id()} ends, too. Look into"
-            f" the log of process {i} for more. {AGAIN}",
+            f" the log of process {i} for more. {again}".rstrip(),
             file=sys.stderr, flush=True,
         )  # fmt: skip
         sys.stdout.flush()

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
 from jgpt.hardware.process import user_cache
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.hosts import first_decides, is_first
+from jgpt.parallel.hosts import first_decides, is_first, share
 from jgpt.planning.devices import Target, this_machine
 from jgpt.planning.execution import Execution, execution_of
 from jgpt.planning.gather import with_gather
@@ -48,7 +49,7 @@ def choose_execution(config: ConfigDict, shapes: ModelConfig, devices: list[jax.
 
     The choice of a search is kept in the user's cache directory. An unreadable cache is ignored.
     """
-    target = this_machine(devices)
+    target = _with_least_memory(this_machine(devices))
     config = with_gather(config, shapes, target)
     if not is_auto(config):
         return config
@@ -65,6 +66,12 @@ def choose_execution(config: ConfigDict, shapes: ModelConfig, devices: list[jax.
     config = _fill_in(config, chosen)
     log.info("chosen for %s: %s (%s)", target.kind, execution_of(config).flags(), how)
     return config
+
+
+def _with_least_memory(target: Target) -> Target:
+    """Return a target with what the smallest device of all processes has: each of them must choose the same."""
+    known = [int(said) for said in share(str(target.memory_bytes or 0)) if said != "0"]
+    return replace(target, memory_bytes=min(known, default=None))
 
 
 def _search(config: ConfigDict, shapes: ModelConfig, target: Target) -> tuple[Execution, str]:

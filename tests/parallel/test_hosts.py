@@ -24,7 +24,7 @@ from jgpt.parallel.hosts import (
     first_decides,
     share,
 )
-from jgpt.run_dir.manifest import verify
+from jgpt.run_dir.manifest import verify, whole_steps
 
 LAUNCHER = Path(__file__).parents[2] / "scripts" / "launch_local.sh"
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "JAX_NUM_CPU_DEVICES": "1"}
@@ -123,6 +123,33 @@ def test_a_signal_to_one_process_stops_both_saved_and_both_go_on(start: Start, t
     assert [process.returncode for process in processes] == [0, 0], first + second
     assert status(run)["state"] == "stopped" and status(run)["reason"] == "SIGTERM"
     assert not verify(run / "checkpoints", status(run)["step"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes, code, state, said",
+    [
+        ({"optimizer.total_steps": 100_000, "deadline_hours": 0.001}, 0, "stopped", "deadline_hours is near"),
+        ({"optimizer.total_steps": 9, "optimizer.weight_decay": 1e6}, 4, "failed", "training has diverged"),
+    ],
+    ids=["the deadline", "divergence"],
+)
+def test_the_deadline_and_a_divergence_end_both_saved_with_one_code(
+    start: Start, own_run: Path, tiny: list[str], changes: dict[str, float], code: int, state: str, said: str
+):
+    """Each process sees them by itself. The run before was of one process."""
+    more = (f"--config.{key}={value}" for key, value in changes.items())
+    processes = start(*tiny, "--config.execution.parallel=fsdp", *more)
+    printed = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [code, code], printed
+    assert status(own_run)["state"] == state and said in status(own_run)["reason"]
+    newest = whole_steps(own_run / "checkpoints")[-1]
+    assert not verify(own_run / "checkpoints", newest)
+    if code:
+        assert newest == 4 and [text.count(said) for text in printed] == [1, 1], printed
+        assert all("The newest checkpoint is that of step 4" in text for text in printed)
+    else:
+        assert newest == status(own_run)["step"] > 4 and printed[0].count(said) == 1 and said not in printed[1]
 
 
 @pytest.mark.slow

@@ -119,6 +119,17 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers(cache: Path, monkey
     assert not cache.exists()
 
 
+def test_processes_choose_by_the_smallest_device_of_all(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where they chose different gathers, or searched in different orders, they would wait for each other for ever."""
+    machine, config = auto.this_machine, config_of()
+    config.execution.update(parallel="fsdp", gather="auto", micro_batch_size=1, remat="none")
+    here = machine(training_devices(config))
+    step = choose_execution(config, model_config(config.model, 50), here.devices)
+    assert execution_of(step).gather == "step"
+    monkeypatch.setattr(auto, "share", lambda memory: [memory, "1000"])  # another process has a smaller device
+    assert execution_of(choose_execution(config, model_config(config.model, 50), here.devices)).gather == "layer"
+
+
 def test_a_resumed_run_keeps_what_it_started_with(tmp_path: Path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
