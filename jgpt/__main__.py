@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from jgpt.cli.text import columns, first_line
+from jgpt.errors import EXIT_USER
 from jgpt.wording import did_you_mean
 
 FOLDER = Path(__file__).parent
@@ -29,7 +30,6 @@ COMMANDS = {
     "check_env": FOLDER / "check_env.py",
     "kaggle": FOLDER / "kaggle" / "__main__.py",
 }
-EXIT_USER = 2
 
 
 def entry() -> None:
