@@ -5,7 +5,6 @@ weights. Keys, defaults and meanings are those of transformers' configuration_*.
 """
 
 import logging
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +12,10 @@ from ml_collections import ConfigDict
 
 from jgpt.config.check import problems
 from jgpt.config.defaults import KEYS, default_config
-from jgpt.config.key import LARGEST_INT
 from jgpt.errors import UserError
+from jgpt.exchange.json_keys import Keys, shortened, wrong_value
 from jgpt.model.rope import RopeScaling
 from jgpt.model.shapes import ModelConfig
-from jgpt.wording import range_text
 
 log = logging.getLogger("jgpt")
 
@@ -72,71 +70,11 @@ def _family(given: Mapping[str, Any]) -> str:
     bare = [name for name in named if name.endswith("Model") and not name.endswith("LMHeadModel")]
     if not isinstance(family, str) or family not in ARCHITECTURES or (named and not by_name and not bare):
         raise UserError(
-            f"its config.json names model_type {_shortened(family)}, architectures {_shortened(named)}. Supported are"
+            f"its config.json names model_type {shortened(family)}, architectures {shortened(named)}. Supported are"
             " GPT-2, Llama (SmolLM2, TinyLlama), Mistral, Qwen2, Qwen2.5 and Qwen3"
             f" ({', '.join(ARCHITECTURES.values())}). Take one of these; code in a model's repository is never run."
         )
     return family
-
-
-class Keys:
-    """Read the keys of a JSON object; every method raises UserError for a value of the wrong kind."""
-
-    def __init__(self, given: Mapping[str, Any]):
-        self.given = given
-
-    def count(self, key: str, default: int | None = None, least: int = 1, most: int = LARGEST_INT) -> int:
-        """Read a whole number from `least` to `most`."""
-        value = self.given.get(key)
-        value = default if value is None else value
-        if type(value) is not int or not least <= value <= most:
-            raise _wrong(key, value, f"a whole number, {range_text(least, most)}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Read a number above 0."""
-        value = self.given.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-            raise _wrong(key, value, "a number above 0")
-        return float(value)
-
-    def names(self, key: str) -> list[str]:
-        """Read a list of texts; null and a missing key are an empty one."""
-        value = self.given.get(key)
-        value = [] if value is None else value
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise _wrong(key, value, "a list of texts")
-        return value
-
-    def flag(self, key: str) -> bool:
-        """Read true or false; null and a missing key are false."""
-        value = self.given.get(key)
-        if value not in (True, False, None):
-            raise _wrong(key, value, "true or false")
-        return bool(value)
-
-    def must_be(self, key: str, *allowed: Any) -> None:
-        """Refuse any value but those allowed; a missing key counts as None."""
-        if self.given.get(key) not in allowed:
-            raise _wrong(key, self.given.get(key), " or ".join(repr(value) for value in allowed if value is not None))
-
-
-def _wrong(key: str, value: Any, allowed: str) -> UserError:
-    given = f"no {key}" if value is None else f"{key}={_shortened(value)}"
-    return UserError(
-        f"its config.json has {given}. Allowed: {allowed}; jgpt does not compute anything else. Take another model, or"
-        " restore the published file."
-    )
-
-
-def _shortened(value: Any) -> str:
-    """Write a value of a file for a message; a number of many digits has no text in Python."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return "(a value too large to print)"
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _read_gpt2(keys: Keys) -> dict[str, Any]:
@@ -158,7 +96,7 @@ def _read_llama(keys: Keys, family: str) -> dict[str, Any]:
     width, heads, context = keys.count("hidden_size"), keys.count("num_attention_heads"), _context_length(keys, family)
     attention, mlp = keys.flag("attention_bias"), family == "llama" and keys.flag("mlp_bias")
     if mlp and not attention:
-        raise _wrong("mlp_bias", True, "true together with attention_bias, or false")
+        raise wrong_value("mlp_bias", True, "true together with attention_bias, or false")
     theta, scaling = _read_rope(keys)
     return {
         "n_layers": keys.count("num_hidden_layers"), "n_heads": heads,
@@ -179,7 +117,7 @@ def _context_length(keys: Keys, family: str) -> int:
         return context
     kinds = set(keys.names("layer_types"))
     if not kinds <= {"full_attention", "sliding_attention"}:
-        raise _wrong("layer_types", sorted(kinds), "'full_attention' and 'sliding_attention'")
+        raise wrong_value("layer_types", sorted(kinds), "'full_attention' and 'sliding_attention'")
     if family != "mistral":
         late = keys.count("max_window_layers", 0, 0) >= keys.count("num_hidden_layers")
         if not keys.flag("use_sliding_window") or (late and not kinds) or kinds == {"full_attention"}:
@@ -201,14 +139,14 @@ def _read_rope(keys: Keys) -> tuple[float, dict[str, Any]]:
     """
     both = keys.given.get("rope_scaling") or keys.given.get("rope_parameters") or {}
     if not isinstance(both, Mapping):
-        raise _wrong("rope_scaling", both, "an object")
+        raise wrong_value("rope_scaling", both, "an object")
     outside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     rope = Keys({**{key: keys.given[key] for key in outside if key in keys.given}, **both})
     kind = rope.given.get("rope_type") or rope.given.get("type") or "default"
     rope.must_be("partial_rotary_factor", None, 1)
     if kind not in ("default", "linear", "llama3", "yarn") or any(isinstance(x, Mapping) for x in both.values()):
         raise UserError(
-            f"its config.json scales RoPE by {_shortened(both)}. Allowed are the kinds default, linear, llama3 and"
+            f"its config.json scales RoPE by {shortened(both)}. Allowed are the kinds default, linear, llama3 and"
             " yarn, the same in all layers. Take another model, or the original with the shorter context."
         )
     theta = rope.number("rope_theta")
@@ -221,14 +159,14 @@ def _read_rope(keys: Keys) -> tuple[float, dict[str, Any]]:
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if low >= high:
-            raise _wrong("low_freq_factor", low, f"less than high_freq_factor={high}")
+            raise wrong_value("low_freq_factor", low, f"less than high_freq_factor={high}")
         scaling |= {"low_freq_factor": low, "high_freq_factor": high}
     if kind == "yarn":
         rope.must_be("truncate", None, True)
         if rope.given.get("attention_factor") is not None:
             scaling["attention_factor"] = rope.number("attention_factor")
         elif rope.given.get("mscale") and rope.given.get("mscale_all_dim"):
-            raise _wrong("mscale", rope.given["mscale"], "attention_factor, or neither mscale nor mscale_all_dim")
+            raise wrong_value("mscale", rope.given["mscale"], "attention_factor, or neither mscale nor mscale_all_dim")
         scaling |= {"beta_fast": rope.number("beta_fast", 32), "beta_slow": rope.number("beta_slow", 1)}
     return theta, scaling
 
