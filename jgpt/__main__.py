@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from jgpt.cli.text import columns, first_line
+from jgpt.errors import EXIT_USER
 from jgpt.wording import did_you_mean
 
 FOLDER = Path(__file__).parent
@@ -43,7 +44,6 @@ CALLED = {
     "eval": "evaluate",
     "report": "train: report.html in the run directory is its report",
 }
-EXIT_USER = 2
 
 
 def entry() -> None:

@@ -22,6 +22,7 @@ It takes the package gguf (pip install gguf). What llama.cpp is not known to com
 Beside the data path: between the Hugging Face layout and run directories.
 """
 
+import json
 import shlex
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def _export(run_dir: str, out: str) -> None:
     family, dtype = export_run(run_dir, Path(out), step=args.step, base=args.base, dtype=args.dtype)
     megabytes = sum(path.stat().st_size for path in Path(out).iterdir()) / 1e6
     print(f"{out} is written: {family}, {dtype}, {megabytes:,.1f} MB. To open it:")
-    print(f'    transformers.AutoModelForCausalLM.from_pretrained("{out}")')
+    print(f"    transformers.AutoModelForCausalLM.from_pretrained({_literal(out)})")
 
 
 def _adapter(run_dir: str, out: str) -> None:
@@ -98,9 +99,9 @@ def _adapter(run_dir: str, out: str) -> None:
     print(f"{out} is written: LoRA adapters, {dtype}, {megabytes:,.1f} MB, for the base model {base}. To open it:")
     if is_run:  # transformers does not open it
         base, run = "NEW_DIR", base
-        print(f"    python -m jgpt.convert export {run} {base}")
-    print(f'    base = transformers.AutoModelForCausalLM.from_pretrained("{base}")')
-    print(f'    peft.PeftModel.from_pretrained(base, "{out}")')
+        print(f"    python -m jgpt.convert export {shlex.quote(run)} {base}")
+    print(f"    base = transformers.AutoModelForCausalLM.from_pretrained({_literal(base)})")
+    print(f"    peft.PeftModel.from_pretrained(base, {_literal(out)})")
 
 
 def _gguf(run_dir: str, out: str) -> None:
@@ -109,7 +110,12 @@ def _gguf(run_dir: str, out: str) -> None:
     args = flags.FLAGS
     family, dtype = export_gguf(run_dir, Path(out), step=args.step, base=args.base, dtype=args.dtype)
     print(f"{out} is written: {family}, {dtype}, {Path(out).stat().st_size / 1e6:,.1f} MB. To try it:")
-    print(f'    llama-cli -m {out} -no-cnv -p "Once"')
+    print(f'    llama-cli -m {shlex.quote(out)} -no-cnv -p "Once"')
+
+
+def _literal(text: str) -> str:
+    """Write a string of Python, in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import sys
 from absl import flags
 
 from jgpt.cli.flags import define_config, load_config
-from jgpt.cli.run import EXIT_DONE, EXIT_MEMORY, run
+from jgpt.cli.run import run
 from jgpt.cli.terminal import say
 from jgpt.config.check import check
-from jgpt.errors import UserError
+from jgpt.errors import EXIT_DONE, EXIT_MEMORY, UserError
 
 
 def define_flags() -> None:

@@ -121,9 +121,10 @@ def shorten(text: str, width: int) -> str:
     """
     if display_width(text) <= width:
         return text
-    while text and display_width(text) > width - 1:
-        text = text[:-1]
-    return text + "…"
+    columns, n = 0, 0
+    while (columns := columns + display_width(text[n])) < width:
+        n += 1
+    return text[:n] + "…"
 
 
 def either(names: Iterable[str]) -> str:

@@ -5,7 +5,6 @@ Beside the data path: the commands (`jgpt NAME`, `python -m jgpt.NAME`) are the 
 
 import atexit
 import contextlib
-import errno
 import inspect
 import logging
 import os
@@ -21,12 +20,19 @@ from jgpt.cli.flags import asks_for_help, parse_flags
 from jgpt.cli.help import help_text
 from jgpt.cli.terminal import TerminalHandler, accept_all_characters, shown
 from jgpt.config.defaults import KEYS
-from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
+from jgpt.errors import (
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_MEMORY,
+    OutOfMemory,
+    TrainingDiverged,
+    UserError,
+    exit_code,
+    is_disk_full,
+)
 from jgpt.redaction import redact
 from jgpt.training.stop import recorded_interrupt
-
-EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_MEMORY, EXIT_DIVERGED = 0, 1, 2, 3, 4
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def run(main: Callable[..., int | None], doc: str | None) -> None:
@@ -47,24 +53,20 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
         sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
-        code, message = EXIT_USER, _with_flags(str(error))
-    except OutOfMemory as error:
-        code, message = EXIT_MEMORY, str(error)
-    except TrainingDiverged as error:
-        code, message = EXIT_DIVERGED, str(error)
-    except KeyboardInterrupt:
-        code, message = EXIT_INTERRUPTED, "interrupted"
+        code, message = exit_code(error), _with_flags(str(error))
+    except (OutOfMemory, TrainingDiverged) as error:
+        code, message = exit_code(error), str(error)
+    except KeyboardInterrupt as error:
+        code, message = exit_code(error), "interrupted"
     except BrokenPipeError:  # the reader of a pipe went away: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         sys.exit(EXIT_DONE)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             _print_error(traceback.format_exc())
             _leave(EXIT_BUG)
-        code, message = (
-            EXIT_USER,
-            f"the disk is full: {error}. Free some space, then run the same command again: it continues.",
-        )
+        code = exit_code(error)
+        message = f"the disk is full: {error}. Free some space, then run the same command again: it continues."
     except Exception as error:
         from jgpt.hardware.memory import shortage  # here: it loads JAX, which --help does without
 

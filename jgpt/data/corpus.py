@@ -171,6 +171,8 @@ class Corpus:
                 yield [self._well_formed(text, place)]
             else:
                 have = f"has the fields {sorted(record)}" if isinstance(record, dict) else f"is {str(record)[:40]!r}"
+                if isinstance(record, dict) and self.text_field in record:
+                    have = f"has {str(text)[:40]} there"
                 hint = lines_hint("[", file) if isinstance(record, list) else ""
                 raise UserError(
                     f"{place} has no text in the field {self.text_field!r}: it {have}. Each line must be an object "

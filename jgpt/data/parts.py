@@ -26,6 +26,7 @@ from jgpt.errors import UserError
 
 COPY_BYTES = 1 << 20
 PARTS, PLAN, COMPLETE = "parts", "plan.json", "part.json"
+MOST_PARTS = 10_000  # whoever completes one looks at all
 SUMS = ("train_bytes", "val_bytes", "n_documents", "replaced_characters")
 
 
@@ -49,6 +50,11 @@ def parse_part(text: str) -> Part:
     if part.index >= part.n:
         last = f"0/{part.n} to {part.n - 1}/{part.n}" if part.n else "0/4, 1/4, 2/4 and 3/4 for four parts"
         raise UserError(f"--shard={text}: it must be INDEX/NUMBER, where the first index is 0. Allowed: {last}.")
+    if part.n > MOST_PARTS:
+        raise UserError(
+            f"--shard={text}: there are at most {MOST_PARTS:,} shards. Each has whole files, so more than there are"
+            " files make nothing faster. Use as many as you have processor cores."
+        )
     return part
 
 

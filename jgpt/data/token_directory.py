@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from jgpt.atomic_write import write_file
 from jgpt.config.files import user_path
-from jgpt.errors import UserError
+from jgpt.errors import UserError, is_disk_full
 from jgpt.file_lock import LOCK, hold
 from jgpt.wording import json_text
 
@@ -75,10 +75,14 @@ def storage_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_disk_full(error):
+            what, advice = "has no space left", "It takes 2 or 4 bytes a token. Free space"
+        elif error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            what, advice = "cannot be written", "Something else has this name. Remove it"
+        else:
+            what, advice = "cannot be written", "It must be a directory that you may write in. Make it one"
         raise UserError(
-            f"the token directory {directory} {'has no space left' if full else 'cannot be written'}: {error}. It "
-            "takes 2 or 4 bytes a token. Free space, or set data.cache_dir to another directory."
+            f"the token directory {directory} {what}: {error}. {advice}, or set data.cache_dir to another directory."
         ) from error
 
 

@@ -92,8 +92,9 @@ def open_token_files(directory: Path) -> TokenFiles:
 
 
 def _open(path: Path, expected: int) -> BinaryIO:
-    n_bytes = path.stat().st_size if path.exists() else 0
-    if not path.exists() or n_bytes != expected:
+    if not path.exists():
+        raise UserError(f"{path} is missing, one of the token files that meta.json names. {_advice(path.parent)}")
+    if (n_bytes := path.stat().st_size) != expected:
         raise UserError(
             f"{path} is damaged: it has {n_bytes:,} bytes, and {expected:,} are expected. {_advice(path.parent)}"
         )

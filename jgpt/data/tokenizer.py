@@ -2,41 +2,35 @@
 
 One class for the three kinds (char, bpe, hf), over the file format of the `tokenizers` library: the saved directory
 opens in `transformers.AutoTokenizer` and gives the same ids there. In the data path: after `corpus.py`, before
-`write_tokens.py`.
+`write_tokens.py`. `make_tokenizer.py` makes the one of a config; `published.py` opens those of others.
 """
 
 import hashlib
 import json
-import logging
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from ml_collections import ConfigDict
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jgpt.atomic_write import write_file
-from jgpt.data import published
-from jgpt.data.corpus import Corpus, without_surrogates
+from jgpt.data.corpus import without_surrogates
 from jgpt.data.first_bytes import why_unusable
 from jgpt.errors import UserError
 from jgpt.wording import json_text
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
+EMBEDDING_ROWS = "embedding_rows"  # our key in tokenizer_config.json: ids from there on have no row in the model
 MIN_BPE_VOCABULARY = 257  # all bytes and the end-of-text token
 # How bpe cuts text into words: as GPT-2 does, but at 512 characters. No word of a language is as long, and text without
 # spaces would be one word. Learning takes time that grows with the square of a word's length.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WORDS = GPT2_WORDS.replace("+", "{1,512}")
-MOST_NEW = 8_000_000  # bytes of different words to learn merges from: each takes about 80 bytes of memory
-log = logging.getLogger("jgpt")
-_WORDS = re.compile(r"[^\W\d]+|\d+|[^\w\s]+")  # about those of GPT-2's pre-tokenizer, to count them
 
 
 class Tokenizer:
@@ -60,7 +54,7 @@ class Tokenizer:
         self.backend.post_processor = None  # it adds special tokens, which nobody here wants, and trims offsets
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         # The number of ids, though a vocabulary may skip some; without those that the model has no row for.
-        self.vocab_size: int = min(max(vocabulary.values()) + 1, settings.get(published.ROWS, 2**32))
+        self.vocab_size: int = min(max(vocabulary.values()) + 1, settings.get(EMBEDDING_ROWS, 2**32))
         self.eot_id: int = vocabulary[settings["eos_token"]]
         self.start_ids = [i for i in start if i != self.eot_id]
         self.sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
@@ -101,7 +95,7 @@ class Tokenizer:
     def _ids(self, encoding: tokenizers.Encoding) -> np.ndarray:
         """Return the ids of a text; raise UserError where the model has no row for one."""
         ids = np.array(encoding.ids, np.uint32)
-        if published.ROWS in self.settings and (beyond := ids[ids >= self.vocab_size]).size:
+        if EMBEDDING_ROWS in self.settings and (beyond := ids[ids >= self.vocab_size]).size:
             raise UserError(
                 f"the text holds {self.backend.id_to_token(int(beyond[0]))!r}, a token that was added to the tokenizer,"
                 f" and the model's embedding has no row for it: it ends at {self.vocab_size - 1}. Allowed: texts"
@@ -137,43 +131,6 @@ class Tokenizer:
         write_file(directory / "tokenizer.json", self.tokenizer_json)
 
 
-def make_tokenizer(options: ConfigDict, corpus: Corpus) -> Tokenizer:
-    """Train or load the tokenizer that config.tokenizer describes; training reads the corpus once."""
-    if options.kind == "hf":
-        return load_pretrained(options.pretrained)
-    if options.kind == "char":
-        return train_char(piece.text for piece in corpus.pieces("characters"))
-    return train_bpe(_sample(corpus, options.training_megabytes * 1e6), options.vocab_size)
-
-
-def _sample(corpus: Corpus, budget: float) -> Iterator[str]:
-    """Yield about `budget` characters of text, spread evenly over a corpus, whether it is compressed or not.
-
-    A trainer keeps every different word in memory. Where most words are different (no spaces, Chinese, random data) the
-    sample is smaller, and the log says so; half of `MOST_NEW` is taken as it comes, and half is spread evenly.
-    """
-    taken, n_new, left_out, total = 0, 0, 0, max(corpus.n_bytes, 1)
-    seen: set[int] = set()
-    for piece in corpus.pieces("tokenizer"):
-        done = corpus.bytes_read / total
-        if taken > done * budget:
-            continue
-        if n_new > (1 + done) / 2 * MOST_NEW:
-            left_out += len(piece.text)
-            continue
-        new = [word for word in set(_WORDS.findall(piece.text)) if hash(word) not in seen]
-        seen.update(map(hash, new))
-        n_new += sum(len(word.encode("utf-8", "surrogatepass")) for word in new)
-        taken += len(piece.text)
-        yield piece.text
-    if left_out:
-        log.warning(
-            "tokenizer: learned from %.1f MB of text, because nearly all of its words are different: %.1f MB of them, "
-            "and more do not fit in 1 GB of memory",
-            *(taken / 1e6, n_new / 1e6),
-        )
-
-
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Open a directory that `Tokenizer.save` wrote; raise UserError when it is damaged."""
     try:
@@ -184,7 +141,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise UserError(
             f"{directory} holds no complete tokenizer ({type(error).__name__}: {error}). It must have tokenizer.json "
             "and tokenizer_config.json as a run wrote them. Restore them, or delete the directory that holds them."
-            + _what_files_are(directory)
+            + what_files_are(directory)
         ) from error
 
 
@@ -234,73 +191,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend.to_str(pretty=True), {"eos_token": END_OF_TEXT})
 
 
-def load_pretrained(name: str) -> Tokenizer:
-    """Open any fast tokenizer through transformers: a directory (offline), or a name on the Hugging Face Hub.
-
-    Raises UserError when there is none, or it has no end-of-text token.
-    """
-    directory = os.path.expanduser(name)
-    if not name or (not os.path.isdir(directory) and name.startswith((".", "/", "~"))):
-        raise UserError(
-            f"tokenizer.pretrained is {name!r}, which is not a directory. tokenizer.kind='hf' needs a tokenizer's "
-            "directory, or a name on the Hugging Face Hub. Set tokenizer.pretrained to one, such as 'gpt2'."
-        )
-    os.environ.setdefault("USE_TF", "0")  # TensorFlow in the process breaks NCCL
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # such as "PyTorch was not found"
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    is_directory = os.path.isdir(directory)
-    if is_directory and (packages := published.missing_packages(Path(directory))):
-        raise UserError(
-            f"tokenizer.pretrained: {name!r} has a tokenizer.model and no tokenizer.json. To read it takes packages"
-            f" that are not installed. Run: pip install {packages}"
-        )
-    try:
-        pretrained = AutoTokenizer.from_pretrained(
-            directory if is_directory else name, local_files_only=is_directory, trust_remote_code=False
-        )
-    except Exception as error:  # transformers and the Hub may raise any error
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"tokenizer.pretrained: {name!r} does not open in transformers ({type(error).__name__}: {reason}). It "
-            "must be a directory with tokenizer.json, or the name of a public model, which needs internet. Check the "
-            "name, or download it and name the directory. Tokenizers with code of their own are never run."
-            + (_what_files_are(Path(directory)) if is_directory else "")
-        ) from error
-    if not isinstance(pretrained, PreTrainedTokenizerFast):
-        raise UserError(
-            f"tokenizer.pretrained: {name!r} is a {type(pretrained).__name__}, which has no tokenizer.json. "
-            "A fast tokenizer is needed. Choose another, such as gpt2."
-        )
-    backend = pretrained.backend_tokenizer
-    if not backend.get_vocab(with_added_tokens=False):
-        raise UserError(
-            f"tokenizer.pretrained: {name!r} opens as a {type(pretrained).__name__} without any vocabulary. It must"
-            " have tokenizer.json, or the files of its kind. Write the kind as tokenizer_class into"
-            " tokenizer_config.json: BertTokenizer for a vocab.txt."
-        )
-    settings: dict[str, Any] = {key: str(token) for key, token in pretrained.special_tokens_map.items() if str(token)}
-    template = pretrained.chat_template  # from tokenizer_config.json, or chat_template.jinja beside it
-    if isinstance(template, dict):  # several, by name; the others are for tools and retrieval
-        template = template.get("default")
-    if template:
-        settings["chat_template"] = template
-    if "eos_token" not in settings and is_directory and (end := published.end_token(Path(directory), backend)):
-        settings["eos_token"] = end
-    if "eos_token" not in settings:
-        token = published.likely_end(backend) or "<|endoftext|>"
-        raise UserError(
-            f"tokenizer.pretrained: {name!r} has no eos_token, which must end every document. Choose another, or name"
-            " its end-of-text token in the directory's tokenizer_config.json, such as"
-            f' {{"eos_token": {json.dumps(token, ensure_ascii=False)}}}.'
-        )
-    rows = published.rows_for(Path(directory), backend) if is_directory else None
-    if rows is not None and (backend.token_to_id(settings["eos_token"]) or 0) < rows:
-        settings[published.ROWS] = rows
-    return Tokenizer(backend.to_str(pretty=True), settings)
-
-
-def _what_files_are(directory: Path) -> str:
+def what_files_are(directory: Path) -> str:
     """Name the files of a tokenizer's directory that are something else, such as git-lfs pointers; "" without one."""
     files = (directory / name for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     return "".join(f" {file}:{reason}" for file in files if (reason := why_unusable(file)))

@@ -14,11 +14,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jgpt.atomic_write import remove_leftovers
-from jgpt.data.chat_template import read_template
+from jgpt.data.config_text import chat_template, find_text, open_corpus
 from jgpt.data.conversations import ChatCorpus, write_conversations
 from jgpt.data.corpus import Corpus
-from jgpt.data.find_files import find_files
 from jgpt.data.made_from import difference_of, fingerprint, setting_values, settings_hash, sha256
+from jgpt.data.make_tokenizer import make_tokenizer
 from jgpt.data.parts import (
     ALL,
     PARTS,
@@ -46,7 +46,7 @@ from jgpt.data.token_directory import (
     token_directory,
 )
 from jgpt.data.token_files import TokenData, map_token_files, open_token_files
-from jgpt.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
+from jgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jgpt.data.write_documents import write_documents
 from jgpt.data.write_shards import ShardWriter
 from jgpt.errors import UserError
@@ -68,7 +68,7 @@ def prepare(
     directory = token_directory(config)
     files = find_text(config) if files is None else files
     given = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
-    corpus = _open_corpus(config, given, files)
+    corpus = open_corpus(config, given, files)
     with _held(directory) as held:
         difference = _difference(directory, held, config, corpus, given)
         if difference:
@@ -103,7 +103,7 @@ def prepare_part(config: ConfigDict, part: Part, files: Sequence[TextFile] | Non
         )
     directory = token_directory(config)
     files = find_text(config) if files is None else files
-    corpus = _open_corpus(config, None, files)
+    corpus = open_corpus(config, None, files)
     with _held(directory) as held:
         difference = _difference(directory, held, config, corpus, None)
         if difference:
@@ -159,27 +159,6 @@ def _say_up_to_date(data: TokenData, directory: Path) -> None:
     log.info("tokens: %s tokens in %s are up to date", f"{len(data.train) + len(data.val):,}", directory)
 
 
-def find_text(config: ConfigDict) -> Sequence[TextFile]:
-    """List the files of a config's text; [] where they are gone and their tokens are complete, with a warning.
-
-    Raises UserError where there is no text and no tokens that were made from the same data.text_glob.
-    """
-    try:
-        return find_files(config.data.text_glob, "chat" if config.data.format == "chat" else "text")
-    except UserError as error:
-        directory, reason = token_directory(config), str(error).split(". ")[0]
-        meta = read_token_meta(directory)
-        if meta.get("format_version") != FORMAT_VERSION or meta.get("text_glob") != config.data.text_glob:
-            raise
-    log.warning(
-        "%s. Training continues from the tokens in %s, which were made from %s",
-        reason,
-        directory,
-        f"{meta['n_files']:,} files that data.text_glob={config.data.text_glob!r} matched before",
-    )
-    return []
-
-
 def _difference(directory: Path, held: bool, config: ConfigDict, corpus: Corpus, given: Tokenizer | None) -> str:
     """Say why the tokens in a directory do not serve a config; "" where they do.
 
@@ -224,7 +203,7 @@ def _begin(
     check_room(directory, corpus.n_bytes // 4)  # they would not fit even at 8 bytes of text a token
     tokenizer = given or make_tokenizer(config.tokenizer, corpus)
     if isinstance(corpus, ChatCorpus):
-        corpus.template = tokenizer.settings["chat_template"] = _chat_template(config, tokenizer)
+        corpus.template = tokenizer.settings["chat_template"] = chat_template(config, tokenizer)
         corpus.settings = tokenizer.settings
     remove_tokens(directory)  # only now that the tokenizer is there: a wrong name for it must not cost the old files
     tokenizer.save(directory / "tokenizer", config.model.context_length)
@@ -273,32 +252,6 @@ def _plan(config: ConfigDict, corpus: Corpus, n_parts: int) -> dict[str, Any]:
         },
         "n_bytes": corpus.n_bytes,
     }
-
-
-def _open_corpus(config: ConfigDict, given: Tokenizer | None, files: Sequence[TextFile]) -> Corpus:
-    """Open the text of a config. Of conversations the template stays empty where a pretrained tokenizer brings it."""
-    data, chat = config.data, config.data.format == "chat"
-    if not chat:
-        return Corpus(files, data.text_field, data.encoding_errors, encoding=data.encoding)
-    from_tokenizer = config.tokenizer.kind == "hf" and not given and not config.tokenizer.chat_template
-    template = "" if from_tokenizer else _chat_template(config, given)
-    # The settings are for a tokenizer that is trained on the rendered text.
-    settings = {"eos_token": END_OF_TEXT}
-    return ChatCorpus(files, "", data.encoding_errors, template, settings, encoding=data.encoding)
-
-
-def _chat_template(config: ConfigDict, tokenizer: Tokenizer | None) -> str:
-    """Return the template of conversations: the file that a config names, else the tokenizer's own."""
-    if config.tokenizer.chat_template:
-        return read_template(config.tokenizer.chat_template)
-    own = tokenizer.settings.get("chat_template") if tokenizer else None
-    if not own:
-        raise UserError(
-            "data.format='chat' needs a chat template, which turns messages into text, and the tokenizer has none. "
-            "Tokenizers of instruct models have one. Start from such a model, or set tokenizer.chat_template to a "
-            "Jinja file."
-        )
-    return own
 
 
 def _write_part(

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jgpt.config.files import user_path
-from jgpt.errors import UserError
+from jgpt.errors import UserError, is_disk_full
 from jgpt.wording import did_you_mean
 
 log = logging.getLogger("jgpt")
@@ -154,7 +154,7 @@ def _reason(name: str, error: Exception, here: str) -> tuple[str, str]:
         return problem, "Correct the name (OWNER/NAME), or set HF_TOKEN to a token that may read it"
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"the Hub answered {error.response.status_code}", f"Try again later, or check HF_TOKEN. {again}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         place = os.environ.get("HF_HOME", "~/.cache/huggingface")
         return f"the disk of {place} is full", f"Make room, or set HF_HOME to another disk. {again}"
     return f"the download broke off ({type(error).__name__})", f"Check the network. {again}"

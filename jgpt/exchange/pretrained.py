@@ -22,7 +22,8 @@ from jgpt.atomic_write import atomic_directory, write_file
 from jgpt.config.defaults import KEYS
 from jgpt.config.key import Key
 from jgpt.data.first_bytes import why_unusable
-from jgpt.data.tokenizer import Tokenizer, load_pretrained
+from jgpt.data.published import load_pretrained
+from jgpt.data.tokenizer import Tokenizer
 from jgpt.errors import UserError
 from jgpt.exchange import model_card
 from jgpt.exchange.families import export_family, read_config, write_config

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 
-from jgpt.errors import UserError
+from jgpt.errors import EXIT_USER, UserError
 from jgpt.wording import format_duration
 
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # what JAX reads
@@ -204,7 +204,7 @@ def _give_up(place: Place, seconds: int) -> None:
         " all of them again; --coordinator_timeout_seconds=N waits longer.",
         file=sys.stderr, flush=True,
     )  # fmt: skip
-    os._exit(2)
+    os._exit(EXIT_USER)
 
 
 def _try(coordinator: str | None) -> str:

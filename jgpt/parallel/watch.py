@@ -21,15 +21,13 @@ from typing import Any, NoReturn
 import jax
 from jax._src import distributed
 
-from jgpt.errors import OutOfMemory, TrainingDiverged, UserError
+from jgpt.errors import EXIT_LOST, OutOfMemory, TrainingDiverged, UserError, exit_code
 from jgpt.parallel.hosts import calls, comes_from_others, is_first, n_processes, process_id, put_text, share
 from jgpt.redaction import redact
 
 POLL_SECONDS = 1.0  # between two looks at the others
 SILENT_SECONDS = 30.0  # after which a process counts as dead: longer than any pause of Python's threads
 LEAVE_SECONDS = 3.0  # that process 0 stays after an error, so that the others read of it: the store is in process 0
-EXIT_LOST = 5  # another process of the run has ended
-CODES = ((UserError, 2), (OutOfMemory, 3), (TrainingDiverged, 4), (KeyboardInterrupt, 130))
 HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)  # of a signal, in C
 AGAIN = "Start all processes again with the same command: training goes on from the newest checkpoint."
 
@@ -126,10 +124,9 @@ class _Watch:
         if self._over.is_set():
             return
         self._over.set()
-        code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
         text = str(error) if isinstance(error, UserError | OutOfMemory | TrainingDiverged) else repr(error)[:500]
         with suppress(jax.errors.JaxRuntimeError):
-            put_text(f"jgpt/ended/{self._run}/{process_id()}", json.dumps({"code": code, "reason": text}))
+            put_text(f"jgpt/ended/{self._run}/{process_id()}", json.dumps({"code": exit_code(error), "reason": text}))
             if is_first():
                 time.sleep(LEAVE_SECONDS)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ml_collections import ConfigDict
 
 from jgpt.config.files import user_path
-from jgpt.data.tokenizer import load_pretrained
+from jgpt.data.published import load_pretrained
 from jgpt.hardware.chips import NETWORK
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import ModelConfig, model_config

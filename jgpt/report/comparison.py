@@ -6,7 +6,8 @@ Beside the data path: run directories in, a table and facts out. `compare_pictur
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class Comparison:
         if len(reached) > 1:
             best = min(reached, key=lambda run: run.best[self.measure])
             unit = "nats per token" if self.by_loss else "bits per byte"
-            parts.append(f"best: {best.name}, {best.best[self.measure]:.4f} {unit}")
+            parts.append(f"best: {best.name}, {_loss(best.best[self.measure])} {unit}")
         parts += [f"note: {note}" for note in self.notes]
         if self.differences:
             head = ["config", *(str(n) for n in range(1, len(self.runs) + 1))]
@@ -102,15 +103,18 @@ class Comparison:
 
 def _row(run: ComparedRun) -> list[str]:
     found = run.numbers()
-    formats = {
-        "best_val_loss": "{:.4f}", "best_step": "{:,}", "last_val_loss": "{:.4f}", "bits_per_byte": "{:.4f}",
-        "steps": "{:,}",
+    columns: dict[str, Callable[[Any], str]] = {
+        "best_val_loss": _loss, "best_step": "{:,}".format, "last_val_loss": _loss, "bits_per_byte": _loss,
+        "steps": "{:,}".format, "tokens": format_count, "hours": lambda hours: format_duration(3600 * hours),
+        "tokens_per_second": format_count,
     }  # fmt: skip
-    cells = [formats[key].format(found[key]) if found[key] is not None else "-" for key in formats]
-    cells.append("-" if found["tokens"] is None else format_count(found["tokens"]))
-    cells.append("-" if found["hours"] is None else format_duration(found["hours"] * 3600))
-    cells.append("-" if found["tokens_per_second"] is None else format_count(found["tokens_per_second"]))
+    cells = ["-" if found[key] is None else written(found[key]) for key, written in columns.items()]
     return [shorten(run.name, LONGEST_NAME), *cells]
+
+
+def _loss(value: float) -> str:
+    """Write a loss; one of a run that diverged may have 38 digits."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _shown(value: Any) -> str:
@@ -141,7 +145,7 @@ def open_run(name: str) -> ComparedRun:
     run_dir = user_path(name).absolute()
     records = read_metrics(run_dir / "metrics.jsonl")
     if not records:
-        there = "there is no such directory" if not run_dir.is_dir() else "it has no metrics.jsonl with a record"
+        there = "there is no such directory" if not os.path.isdir(run_dir) else "it has no metrics.jsonl with a record"
         raise UserError(
             f"{name} is no run: {there} (current folder: {Path.cwd()}).{_did_you_mean(run_dir)} Allowed: a directory"
             " that training wrote (config.out_dir)."

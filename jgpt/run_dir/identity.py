@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -137,7 +138,8 @@ def _check_manifests(checkpoints: Path) -> None:
             f"{checkpoints} holds steps {', '.join(map(str, without))} without their manifests (STEP.sha256), so that"
             " nothing tells whether they are whole, and going on would delete them. A run that is killed while it saves"
             " leaves one such step at most. Put the manifests back. Where you are sure of a step, make its manifest: cd"
-            f" {checkpoints} && find {without[-1]} -type f -exec sha256sum {{}} + > {without[-1]}.sha256. Or remove the"
+            f" {shlex.quote(str(checkpoints))} && find {without[-1]} -type f -exec sha256sum {{}} + >"
+            f" {without[-1]}.sha256. Or remove the"
             " folders of these steps, or set another --config.out_dir. Nothing was changed."
         )
 

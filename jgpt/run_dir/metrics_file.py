@@ -6,14 +6,17 @@ In the data path: beside the step. Next: `report/`, which draws what the file ho
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from jgpt.atomic_write import write_file
+from jgpt.errors import UserError
 
 MOST_STEPS = 2**63 - 1
+LARGEST = 3.5e38  # above float32: what a step computes is smaller, or infinite
 
 log = logging.getLogger("jgpt")
 
@@ -52,17 +55,23 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the records of metrics.jsonl, without damaged lines; no file is an empty list.
 
-    Each record has a step, a whole number; every value is a finite number, or None for one that was not finite. The
-    file may come from anywhere: it is an output of an earlier run.
+    Each record has a step, a whole number; every value is a finite number, or None for one that was not finite or that
+    no run writes. The file may come from anywhere: it is an output of an earlier run. Raises UserError where the name
+    is that of something else, or the file cannot be read.
     """
     return [record for line in _read_lines(path) if (record := _parse(line))]
 
 
 def _read_lines(path: Path) -> list[str]:
-    if not path.exists():
+    if not os.path.isfile(path):  # unlike Path.is_file, it takes a name of any length
+        if os.path.lexists(path):
+            raise UserError(f"{path} is not a file. It must be what the run wrote. Put that back, or remove it.")
         return []
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        return list(file)
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            return list(file)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Make it readable (chmod).") from None
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -81,7 +90,7 @@ def _plain(value: Any) -> int | float | None:
     if isinstance(value, str):
         raise TypeError(f"{value!r} is not a number")
     number = int(value) if isinstance(value, Integral) else float(value)
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(number) and abs(number) <= LARGEST else None
 
 
 def best_validation(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -49,7 +49,10 @@ def with_steps_of_run(config: ConfigDict, run_dir: Path) -> ConfigDict:
                 "optimizer.%s=%g: this run's %d steps stay, which were settled at its start (then %g). To change them"
                 " set --config.optimizer.total_steps=N", name, config.optimizer[name], before.total_steps, before[name],
             )  # fmt: skip
-    return _with_steps(config, before.total_steps)
+    config = _with_steps(config, before.total_steps)
+    with config.unlocked():  # what the steps were settled from stays beside them, for whoever starts the run next
+        config.optimizer.update(budget_hours=before.budget_hours, budget_epochs=before.budget_epochs)
+    return config.lock()
 
 
 def settle_steps(config: ConfigDict, setup: Setup, started: float) -> tuple[ConfigDict, Setup]:

@@ -12,7 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jgpt.config.check import check
-from jgpt.data.write_tokens import find_text, prepare
+from jgpt.data.config_text import find_text
+from jgpt.data.write_tokens import prepare
 from jgpt.errors import OutOfMemory
 from jgpt.hardware.process import keep_compiled_programs, set_up_process
 from jgpt.loading.adopt import adopt_source

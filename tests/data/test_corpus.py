@@ -113,6 +113,8 @@ def test_jsonl(tmp_path: Path) -> None:
     assert documents(Corpus([path], text_field="body")) == [text for text in texts if text]
     with pytest.raises(UserError, match=r"line 1 has no text in the field 'text': it has the fields \['body', 'n'\]"):
         documents(Corpus([path]))
+    with pytest.raises(UserError, match="line 1 has no text in the field 'n': it has 1 there"):
+        documents(Corpus([path], text_field="n"))
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,12 @@ def test_what_is_no_part_is_refused(text: str) -> None:
     assert parse_part("3/4") == Part(3, 4)
 
 
+def test_more_parts_than_anybody_looks_through_are_refused() -> None:
+    with pytest.raises(UserError, match="--shard=0/999999999: there are at most 10,000 shards"):
+        parse_part("0/999999999")
+    assert parse_part("9999/10000") == Part(9999, 10_000)
+
+
 AT_ONCE = (
     FORK
     + """

@@ -12,9 +12,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from test_shards import make_config
 
 from jgpt.config.check import problems
+from jgpt.data.config_text import find_text
 from jgpt.data.corpus import Corpus
 from jgpt.data.find_files import find_files
-from jgpt.data.write_tokens import find_text, prepare
+from jgpt.data.write_tokens import prepare
 from jgpt.errors import UserError
 
 URL = "memory://bucket/texts"

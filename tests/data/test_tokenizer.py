@@ -11,9 +11,11 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from jgpt.data import tokenizer as tokenizer_module
+from jgpt.data import make_tokenizer as make_module
 from jgpt.data.corpus import Corpus
-from jgpt.data.tokenizer import Tokenizer, _sample, load_pretrained, load_tokenizer, train_bpe, train_char
+from jgpt.data.make_tokenizer import _sample
+from jgpt.data.published import load_pretrained
+from jgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_char
 from jgpt.errors import UserError
 
 CORPUS = [
@@ -218,7 +220,7 @@ def test_long_words_are_cut_where_they_are_learned_and_where_they_are_encoded(tm
 def test_text_whose_words_are_all_different_is_learned_from_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tokenizer_module, "MOST_NEW", 40_000)
+    monkeypatch.setattr(make_module, "MOST_NEW", 40_000)
     rng = random.Random(0)
     for i in range(100):
         (tmp_path / f"{i:02}.txt").write_text(f"{i:02}" + "".join(rng.choices("ACGT", k=2000)))

@@ -99,9 +99,9 @@ def test_the_adapters_of_a_run_and_its_cards(command, base, tiny, tmp_path):
         np.testing.assert_allclose(before[name] + update, after, atol=1e-6)
         assert a is None or np.abs(update).max() > 1e-3
     assert pairs == {}
-    half = command("convert", "adapter", str(tmp_path / "run"), str(tmp_path / "half"), "--dtype=bf16", "--step=2")
-    assert half.code == 0 and "bf16" in half.out
-    assert (tmp_path / "half" / "tokenizer.json").is_file()
+    half = command("convert", "adapter", str(tmp_path / "run"), str(tmp_path / 'ha"lf'), "--dtype=bf16", "--step=2")
+    assert half.code == 0 and "bf16" in half.out and r'/ha\"lf")' in half.out
+    assert (tmp_path / 'ha"lf' / "tokenizer.json").is_file()
 
     known = {"license": "other", "license_name": "mine", "license_link": "LICENSE", "language": ["en", "de"]}
     for folder, library in (("out", "peft"), ("merged", "transformers")):

@@ -213,10 +213,11 @@ def test_what_is_not_certain_is_refused_by_name(shapes, part, tokenizer, tmp_pat
 
 def test_the_command_writes_a_file_that_is_there_whole_or_not_at_all(command, trained, tokenizer, tmp_path):
     params = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), abstract_params(OWN))
-    model, out = tmp_path / "model", tmp_path / "m.gguf"
+    model, out = tmp_path / "model", tmp_path / "with a space.gguf"
     export_model(model, params, OWN, tokenizer, vocab_size=OWN.vocab_size, stop_ids=(), dtype="bf16")
     result = command("convert", "gguf", str(model), str(out))
     assert result.code == 0 and f"{out} is written: llama, fp16, " in result.out, result.err
+    assert f"llama-cli -m '{out}' " in result.out
     assert all(np.all(tensor.data == 0.5) for tensor in gguf.GGUFReader(out).tensors)
     before = out.read_bytes()
     for arguments, part in (

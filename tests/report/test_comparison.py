@@ -10,6 +10,7 @@ import pytest
 from conftest import Command
 from test_report import make_run, trained
 
+from jgpt import wording
 from jgpt.config import default_config
 from jgpt.report.compare_picture import draw
 from jgpt.report.comparison import compare
@@ -149,6 +150,8 @@ def test_runs_without_evaluation_config_or_end_are_compared_as_far_as_it_goes(fo
         (["runs/quickstart", "quickstart"], "Did you mean runs/quickstart?"),
         (["runs/quickstart", "runs/quickstrat"], "Did you mean runs/quickstart?"),
         (["runs/quickstart", "runs/empty"], "no metrics.jsonl with a record"),
+        (["runs/quickstart", "runs/odd"], "metrics.jsonl is not a file"),
+        (["runs/quickstart", "x" * 300], "no such directory"),
         (["runs/quickstart", "runs/../runs/quickstart/"], "was given twice"),
         (["runs/quickstart", "runs/b", "--out=a.jpeg"], "must be one of .png, .svg, .pdf"),
         (["runs/quickstart", "runs/b", "--out=gone/a.png"], "there is no folder"),
@@ -158,6 +161,7 @@ def test_mistakes_are_one_clear_error(folder: Path, command: Command, arguments:
     run_of(folder, "quickstart")
     run_of(folder, "b")
     (folder / "empty").mkdir()
+    (folder / "odd" / "metrics.jsonl").mkdir(parents=True)
     result = command("compare", *arguments)
     assert result.code == 2 and result.err.startswith("error: ") and message in result.err
     assert "Traceback" not in result.err and not list(Path().glob("*.*"))
@@ -170,3 +174,20 @@ def test_without_matplotlib_there_is_the_table_and_how_to_get_the_picture(
     result = command("compare", run_of(folder, "a"), run_of(folder, "b"))
     assert result.code == 0 and "best val" in result.out and 'pip install "jgpt[plot]"' in result.err
     assert not Path("compare.png").exists()
+
+
+def test_losses_of_a_run_that_diverged_keep_the_columns_narrow(folder: Path, command: Command) -> None:
+    """And numbers that no run writes are no numbers: a picture with them would never be done."""
+    names = run_of(folder, "a"), run_of(folder, "b")
+    lines = ['{"step": 1, "tokens": 10, "val_loss": 3e38}', '{"step": 2, "tokens": 1e308, "val_loss": -1e308}']
+    (folder / "b" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    result = command("compare", *names)
+    assert result.code == 0 and Path("compare.png").stat().st_size
+    assert result.out.splitlines()[2].split()[2:5] == ["3e+38", "1", "3e+38"]
+
+
+def test_a_long_value_is_shortened_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(wording, "display_width", lambda text: measured.append(len(text)) or display_width(text))
+    assert wording.shorten("文" * 5000, 8) == "文文文…"
+    assert sum(measured) < 5100

@@ -101,6 +101,8 @@ def test_epochs_become_steps(command: Any, tiny: list[str], tmp_path: Path):
     assert status(tmp_path / "run")["total_steps"] == 5
     again = command("train", *auto, "--config.optimizer.budget_epochs=0.6")
     assert again.code == 0 and "budget_epochs=0.6: this run's 5 steps stay" in again.out
+    before = json.loads((tmp_path / "run" / "config.json").read_text())["optimizer"]
+    assert (before["total_steps"], before["budget_epochs"]) == (5, 0.3)  # that of which the steps were settled
     few = command("train", *auto, "--config.optimizer.budget_epochs=0.1", f"--config.out_dir={tmp_path / 'few'}")
     assert few.code == 2 and "budget_epochs=0.1 of 71 sequences hold 1 steps, and 1 are for the warmup" in few.err
 

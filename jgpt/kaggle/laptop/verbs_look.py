@@ -3,6 +3,7 @@
 Beside the data path. A public function without `define_` is a verb, and its docstring is its --help.
 """
 
+import shlex
 from pathlib import Path
 
 from absl import flags
@@ -110,7 +111,8 @@ def pull() -> None:
         )
     print(f"pulling {progress}")
     download_run(kaggle, slug, progress.version, target)
-    print(f'{target} is written. To try it:\n    python -m jgpt.generate --model {target} --prompt "Once"')
+    command = f'python -m jgpt.generate --model {shlex.quote(str(target))} --prompt "Once"'
+    print(f"{target} is written. To try it:\n    {command}")
 
 
 def define_publish() -> None:

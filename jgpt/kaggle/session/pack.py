@@ -22,7 +22,7 @@ from typing import NamedTuple
 from jgpt import atomic_write
 from jgpt.atomic_write import atomic_file
 from jgpt.data.find_files import holds_run
-from jgpt.errors import UserError
+from jgpt.errors import UserError, is_disk_full
 from jgpt.run_dir.disk import bytes_below
 from jgpt.run_dir.manifest import steps_without_manifest, whole_steps
 
@@ -144,7 +144,7 @@ def fetch(part: Part, run_dir: Path) -> Path | None:
         names = {path.name for path in staging.iterdir()}
         damage = "" if names == set(part.names) else f"it holds {', '.join(sorted(names)) or 'nothing'}"
     except (OSError, EOFError, tarfile.ReadError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise  # our disk is full: the source is not damaged
         damage = str(error).splitlines()[0][:200]
     if damage:
