@@ -5,7 +5,6 @@ connection broke, keeps complete files in HF_HOME, reads its token from HF_TOKEN
 HF_HUB_OFFLINE=1.
 """
 
-import errno
 import logging
 import os
 import re

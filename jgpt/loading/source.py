@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
 from jgpt.config.files import user_path
-from jgpt.data.tokenizer import Tokenizer, load_pretrained, load_tokenizer
+from jgpt.data.published import load_pretrained
+from jgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jgpt.errors import UserError
 from jgpt.exchange.families import export_family
 from jgpt.exchange.hub import ADAPTER_CONFIG, is_adapter, locate
