@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 from jgpt.errors import UserError
 from jgpt.model.scopes import SCOPES
 from jgpt.model.shapes import model_config
+from jgpt.parallel.build import make_parts
 from jgpt.planning.audit import collectives, products
 from jgpt.planning.devices import Target, compile_for, compile_only
 from jgpt.planning.estimate import estimate
-from jgpt.planning.hlo import Program, parse
+from jgpt.planning.hlo import Program, Shape, parse
 from jgpt.planning.page import as_dict, page
 from jgpt.planning.summary import Plan, make_plan
 
@@ -142,6 +143,63 @@ def test_split_states_are_exchanged_once_a_step_whatever_the_accumulation(t4s: T
     # Each block gathers its four matrices forward and backward, or several of them in one all-gather.
     assert layer["all-gather", accumulation > 1] >= 2 * 2 * accumulation
     assert layer["reduce-scatter", accumulation > 1] >= 2 * accumulation
+
+
+def scores_in(program: Program, length: int) -> list[Shape]:
+    """List the arrays with a side of queries and a side of keys, whole or in the four chunks of `chunked_vjp`."""
+    sides = {length // 4 * n for n in (1, 2, 3, 4)}
+    shapes = {shape for ops in program.computations.values() for op in ops for shape in op.shapes}
+    return [shape for shape in shapes if sum(side in sides for side in shape.dims) > 1]
+
+
+def test_fused_attention_fits_stores_no_scores_and_exchanges_once(t4s: Target, plan: Plan):
+    """configs/kaggle_t4.py with execution.attention=flash, again with one layer of twelve."""
+    config = kaggle_t4()
+    config.model.n_layers, config.execution.attention = 1, "flash"
+    found = estimate(config, model_config(config.model, config.tokenizer.vocab_size), t4s)
+    assert found.program is not None and plan.found.program is not None and t4s.memory_bytes is not None
+    assert kaggle_t4().model.n_layers * found.peak < t4s.memory_bytes and found.peak < plan.found.peak
+    calls = [op for ops in found.program.computations.values() for op in ops if op.is_our_attention]
+    assert len(calls) == 3  # forward, and two of the backward pass
+    length = config.model.context_length
+    assert scores_in(plan.found.program, length) and not scores_in(found.program, length)
+    (average,) = [one for one in collectives(found.program) if one.kind == "all-reduce"]
+    assert average.times == 1 and not any(one.in_loop for one in collectives(found.program))
+    assert wide_products(found.program) == []
+
+
+def test_flash_where_devices_share_a_model(t4s: Target):
+    """Each runs the kernels on its own heads. Heads that do not divide, and fp32, are refused in a line."""
+
+    def attention(n_heads: int, compute: str, wanted: str = "flash") -> str:
+        config = kaggle_t4()
+        config.model.n_heads, config.precision.compute, config.lora.rank = n_heads, compute, 4
+        config.execution.update(parallel="tensor", attention=wanted)
+        return make_parts(config, model_config(config.model, 512), t4s.devices).model.attention
+
+    assert attention(10, "fp16") == "flash" and attention(10, "fp16", "auto") == "chunked"
+    with pytest.raises(UserError, match="parallel='tensor', 5 key/value heads on 2 devices in float16.*attention=auto"):
+        attention(5, "fp16")
+    with pytest.raises(UserError, match="'flash' on sm_75 in float32 with heads 64 wide"):
+        attention(10, "fp32")
+
+
+@pytest.mark.parametrize("gather", ["step", "layer"])
+def test_flash_where_devices_split_the_state(t4s: Target, gather: str):
+    """All of a step runs in a shard_map there, and so do the kernels: traced for two T4s, not compiled."""
+    config = kaggle_t4()
+    config.model.update(n_layers=1, n_heads=2, d_model=128, context_length=128, vocab_size=512)
+    config.execution.update(micro_batch_size=1, remat="block", parallel="fsdp", gather=gather, attention="flash")
+    text = make_parts(config, model_config(config.model, 512), t4s.devices).lower().as_text()
+    assert text.count("triton_kernel_call") >= 3  # forward, and two of the backward pass
+
+
+def test_flash_with_dropout_says_once_that_training_takes_another_form(t4s: Target, caplog):
+    config = kaggle_t4()
+    config.model.dropout, config.execution.attention = 0.123, "flash"
+    for _ in range(2):
+        make_parts(config, model_config(config.model, 512), t4s.devices)
+    assert caplog.text.count("model.dropout=0.123: a fused kernel drops no weights") == 1
 
 
 def test_the_check_sees_a_second_exchange(t4s: Target):
