@@ -16,6 +16,7 @@ from jgpt.atomic_write import atomic_path
 from jgpt.data.tokenizer import WORDS, Tokenizer
 from jgpt.errors import UserError
 from jgpt.exchange.families import export_family
+from jgpt.exchange.pretrained import place_errors
 from jgpt.exchange.tensors import Entry, prefix
 from jgpt.exchange.weights import cast, entry_bytes, named_tensors
 from jgpt.model.precision import DTYPES
@@ -38,7 +39,9 @@ def check_gguf(out: Path, shapes: ModelConfig, tokenizer: Tokenizer) -> str:
     """
     if out.suffix != ".gguf":
         raise UserError(f"{out} does not end in .gguf, and tools know the format by that. Name a file such as m.gguf.")
-    if out.exists() or not out.absolute().parent.is_dir():
+    with place_errors(out):
+        is_free = not out.exists() and out.absolute().parent.is_dir()
+    if not is_free:
         raise UserError(f"{out} exists, or its folder does not. Allowed: a new file in a folder that is there.")
     _gguf()
     family, scaling = export_family(shapes), shapes.rope_scaling
@@ -123,7 +126,7 @@ def write_gguf(
     size, free = sum(entry_bytes(entry, np.float32) for entry in entries), shutil.disk_usage(out.absolute().parent).free
     if size > free:
         raise UserError(f"{out} may take {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there. Make room.")
-    with atomic_path(out) as temporary:
+    with place_errors(out), atomic_path(out) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURES[family])
         _describe_model(writer, gguf, shapes, family, vocab_size, dtype, out.stem)
         _describe_tokenizer(writer, tokenizer, vocab_size, stop_ids)

@@ -4,6 +4,7 @@ Beside the data path: `loading/` and the convert command call it. A directory ho
 generation_config.json, weights in safetensors and the tokenizer's files.
 """
 
+import errno
 import json
 import logging
 import shutil
@@ -40,6 +41,9 @@ SHARD_BYTES = 5_000_000_000
 # What generation_config.json may say of how tokens are drawn.
 RULES = {name: KEYS[f"sample.{name}"] for name in ("temperature", "top_k", "top_p", "min_p")}
 RULES |= {"repetition_penalty": Key(1.0, "above 1, what the text holds gets less likely", 0.01, 100)}
+
+# Not ENOTEMPTY, which another process leaves, nor a full disk.
+OF_THE_PLACE = (errno.EACCES, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -195,22 +199,38 @@ def check_export(out: Path, shapes: ModelConfig) -> str:
 
 def check_new(out: Path) -> None:
     """Raise UserError where `out` is not the name of a new or an empty directory."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty. Allowed: a new directory, or an empty one. Name another.")
+    with place_errors(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists and is not empty. Allowed: a new directory, or an empty one. Name another.")
+
+
+@contextmanager
+def place_errors(out: Path) -> Iterator[None]:
+    """Turn an error about the name of `out`, or about the place where it would be, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_THE_PLACE or error.filename2:  # which a rename has: another process was there
+            raise
+        raise UserError(
+            f"{out} cannot be made: {error.strerror}. Allowed: a name in a directory that you may write in. Name"
+            " another."
+        ) from None
 
 
 @contextmanager
 def new_directory(out: Path, planned: int) -> Iterator[Path]:
     """Yield a temporary directory for `planned` bytes: it becomes `out` at the end, and is removed on an error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
+    with place_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
     if planned > free:
         raise UserError(
             f"the model takes {planned / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at {out.parent}. Make room, name"
             " a directory on another disk, or export with --dtype=fp16."
         )
     try:
-        with atomic_directory(out) as directory:
+        with place_errors(out), atomic_directory(out) as directory:
             yield directory
     except OSError as error:
         if error.filename2 != str(out):  # it is not about the new name

@@ -84,6 +84,10 @@ def test_what_is_refused(command, trained, exported, tmp_path):
     refused(command("convert", "export", "a", "b", "--dtype=int8"), "--dtype='int8'", "auto, fp32, fp16, bf16")
     refused(command("convert", "export", str(trained), str(exported)), "exists and is not empty")
     refused(command("convert", "export", str(tmp_path / "nothing"), str(tmp_path / "b")), "nothing")
+    (tmp_path / "file").write_text("")
+    for out in ("x" * 300, "x" * 250, "file/x"):  # to 250 characters a temporary name adds too many
+        refused(command("convert", "export", str(trained), str(tmp_path / out)), "cannot be made")
+    refused(command("convert", "gguf", str(trained), str(tmp_path / ("x" * 300 + ".gguf"))), "cannot be made")
     refused(command("convert", "import", str(tmp_path / "nothing"), str(tmp_path / "b")), "there is no directory")
     assert not (tmp_path / "b").exists()
 
