@@ -57,7 +57,7 @@ def decay_begins(optimizer: ConfigDict) -> int:
 
     >>> from jgpt.config import default_config
     >>> decay_begins(default_config().optimizer)
-    800
+    600
     """
     total = optimizer.total_steps or LARGEST_INT
     return total - max(1, round(optimizer.decay_fraction * total))

@@ -120,7 +120,7 @@ def test_a_flipped_byte_in_any_shard_is_caught_and_a_missing_one(tmp_path: Path)
             with pytest.raises(UserError, match=rf"{file} is damaged: it is not what was written"):
                 opening()
         path.unlink()
-        with pytest.raises(UserError, match=rf"{file} is damaged: it has 0 bytes, and {len(content):,} are expected"):
+        with pytest.raises(UserError, match=rf"{file} is missing, one of the token files"):
             prepare(config)
         path.write_bytes(content)
     assert len(files) > 8 and len(prepare(config).train)

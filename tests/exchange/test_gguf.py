@@ -227,4 +227,4 @@ def test_the_command_writes_a_file_that_is_there_whole_or_not_at_all(command, tr
     ):
         refused = command("convert", "gguf", *arguments)
         assert refused.code == 2 and part in refused.err and "Traceback" not in refused.err
-    assert out.read_bytes() == before and [path.name for path in tmp_path.glob("*gguf*")] == ["m.gguf"]
+    assert out.read_bytes() == before and [path.name for path in tmp_path.glob("*gguf*")] == [out.name]
