@@ -1,9 +1,12 @@
 """The curves of a run: metrics.jsonl in, loss.png out.
 
-In the data path: beside the checkpoints. The picture is drawn again at every evaluation.
+In the data path: beside the checkpoints. The picture is drawn again behind an evaluation.
 """
 
 import logging
+import math
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,25 @@ from jgpt.report.warn_on_error import warn_on_error
 from jgpt.run_dir.metrics_file import best_validation, loss_text, read_metrics
 from jgpt.wording import format_count
 
+SHARE = 0.05  # of a run's time, at most, that goes into the picture while it trains
+
 log = logging.getLogger(__name__)
+
+
+class LivePicture:
+    """loss.png while a run trains: where evaluations are seconds apart, not every one of them is drawn."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._next = -math.inf
+
+    def write(self, run_dir: Path) -> None:
+        """Draw it again, unless the last time was only just now."""
+        began = self._clock()
+        if began >= self._next:
+            write_curves(run_dir)
+            ended = self._clock()
+            self._next = ended + (ended - began) / SHARE
 
 
 def write_curves(run_dir: Path) -> None:

@@ -10,7 +10,7 @@ import jax
 
 from jgpt.data.prefetch import Prefetcher
 from jgpt.parallel.hosts import Agreement, is_first
-from jgpt.report.curves import write_curves
+from jgpt.report.curves import LivePicture, write_curves
 from jgpt.report.page import write_report
 from jgpt.run_dir.checkpoint import SAVE_BYTES_PER_SECOND
 from jgpt.step.train_step import Numbers
@@ -45,7 +45,7 @@ def loop(run: Run, metrics: Log, save: Save, health: Health, stop: Stop) -> None
     log.info("compiling the step")
     reason, unread = "", None  # the step whose numbers are not read yet
     first_step, longest, began = run.step + 1, 0.0, time.monotonic()
-    agree = Agreement(run.parts.strategy.devices)
+    agree, picture = Agreement(run.parts.strategy.devices), LivePicture()
     with Prefetcher(run.batch, run.step) as batches:
         while not run.is_done and not reason:
             if run.step + 1 == first_step:
@@ -70,7 +70,7 @@ def loop(run: Run, metrics: Log, save: Save, health: Health, stop: Stop) -> None
                 _check_health(run, save, health, *unread)
                 unread = None
             if reports:
-                _report(run, metrics, numbers)
+                _report(run, metrics, numbers, picture)
             with metrics.paused():
                 if sample_due(run):
                     sample(run)
@@ -87,7 +87,7 @@ def _check_health(run: Run, save: Save, health: Health, step: int, numbers: Numb
         raise save.diverged(trouble)
 
 
-def _report(run: Run, metrics: Log, numbers: Numbers) -> None:
+def _report(run: Run, metrics: Log, numbers: Numbers, picture: LivePicture) -> None:
     """Report the numbers of this step, evaluated where that is due; draw the curves behind an evaluation."""
     record, eta_seconds = metrics.measure(run, numbers)
     evaluates = evaluation_due(run)
@@ -98,7 +98,7 @@ def _report(run: Run, metrics: Log, numbers: Numbers) -> None:
     if evaluates:
         with metrics.paused():
             if is_first():
-                write_curves(run.run_dir)
+                picture.write(run.run_dir)
 
 
 def finish(run: Run, save: Save, reason: str = "") -> None:

@@ -71,6 +71,7 @@ class Racer:
     def start(self) -> None:
         """Start the process, stopped."""
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": str(self.log.parent / "inductor")}  # both compile within their time
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment, cwd=ROOT

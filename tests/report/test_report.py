@@ -295,3 +295,19 @@ def test_samples_come_back_as_they_were_and_a_resume_drops_the_later_ones(tmp_pa
 def test_no_samples_is_nothing_to_drop(tmp_path: Path) -> None:
     drop_samples_after(tmp_path / "samples.txt", 3)
     assert read_samples(tmp_path / "samples.txt") == [] and not (tmp_path / "samples.txt").exists()
+
+
+def test_the_picture_of_a_run_that_trains_takes_a_small_share_of_its_time(tmp_path: Path, monkeypatch):
+    """An evaluation a second, and drawing takes a second too: one is drawn, and 20 seconds later the next."""
+    now, drawn = [0.0], []
+
+    def draw(run_dir: Path) -> None:
+        drawn.append(now[0])
+        now[0] += 1.0
+
+    monkeypatch.setattr(curves, "write_curves", draw)
+    picture = curves.LivePicture(clock=lambda: now[0])
+    while now[0] < 60:
+        picture.write(tmp_path)
+        now[0] += 1.0
+    assert drawn == [0.0, 21.0, 42.0]
