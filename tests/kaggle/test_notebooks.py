@@ -59,7 +59,9 @@ def session(tmp_path: Path, name: str, compiled: Path) -> Machine:
 @pytest.mark.slow
 def test_two_sessions_of_kaggle_t4(execute: Execute, tmp_path: Path, compiled_on_kaggle: Path):
     first = session(tmp_path, "first", compiled_on_kaggle)
-    output = execute(first, "kaggle_t4.ipynb", f"changes.update({small(optimizer__total_steps=3, optimizer__warmup_steps=1)!r})")
+    output = execute(
+        first, "kaggle_t4.ipynb", f"changes.update({small(optimizer__total_steps=3, optimizer__warmup_steps=1)!r})"
+    )
     assert "1 files, 0.0 MB" in output and "Training can work here" in output
     assert "devices 2" in output and "finished" in output and "-" * 80 in output
     assert first.status()["state"] == "finished" and first.status()["step"] == 3
