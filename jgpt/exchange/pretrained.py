@@ -206,11 +206,16 @@ def check_new(out: Path) -> None:
 
 @contextmanager
 def place_errors(out: Path) -> Iterator[None]:
-    """Turn an error about the name of `out`, or about the place where it would be, into a UserError."""
+    """Turn an error about the name of `out`, or about the place where it would be, into a UserError.
+
+    An error about another file, such as weights that cannot be read, stays as it is.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in OF_THE_PLACE or error.filename2:  # which a rename has: another process was there
+        named = str(error.filename or "")  # `out`, a temporary name that begins so, or a directory above
+        is_there = named and (named.startswith(str(out)) or Path(named) in out.parents)
+        if error.errno not in OF_THE_PLACE or not is_there or error.filename2:  # two names: another process was there
             raise
         raise UserError(
             f"{out} cannot be made: {error.strerror}. Allowed: a name in a directory that you may write in. Name"

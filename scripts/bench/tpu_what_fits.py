@@ -72,9 +72,8 @@ class Step(NamedTuple):
     seconds: float
 
     def extended(self, other: "Step", share: float) -> "Step":
-        """Return the point of the line from here, 0, to `other`, 1."""
-        first, last = self, other
-        return Step(*(a + share * (b - a) for a, b in zip(first, last, strict=True)))
+        """Return the point at `share` of the line from this step (0) to the other (1); beyond it, above 1."""
+        return Step(*(a + share * (b - a) for a, b in zip(self, other, strict=True)))
 
 
 def config_of(shape: str, way: str) -> ConfigDict:

@@ -1,5 +1,6 @@
 """Whole model directories: written, opened again, and refused where something is missing or wrong."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -231,3 +232,13 @@ def test_two_exports_to_one_place_leave_one_that_is_whole(tmp_path: Path) -> Non
             (first / "config.json").write_text("first")
             (second / "config.json").write_text("second")
     assert list(tmp_path.iterdir()) == [out] and (out / "config.json").read_text() == "second"
+
+
+def test_an_error_about_another_file_is_not_blamed_on_the_new_directory(tmp_path: Path) -> None:
+    weights = str(tmp_path / "weights")
+    with pytest.raises(PermissionError, match="weights"), pretrained.new_directory(tmp_path / "export", 0):
+        raise PermissionError(errno.EACCES, "Permission denied", weights)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="export cannot be made: File exists"):
+        with pretrained.new_directory(tmp_path / "file" / "export", 0):
+            pass
