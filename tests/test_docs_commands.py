@@ -33,6 +33,7 @@ NOT_RUN = {
     r"ps |nvidia-smi|sha256sum ": "is a tool of the system",
     r"jgpt plan .*--device|jgpt plan --device": "needs the extra `plan`; tests/planning/test_plan.py runs it",
     r"(jgpt|python -m jgpt\.)\s?serve ": "runs until it is stopped; tests/serve starts it",
+    r"jgpt train .*upload=gs://": "needs a bucket; tests/kaggle/test_bucket.py trains with a folder as one",
     r"jgpt train .*budget_hours": "takes the hours that it names; tests/training/test_length.py trains so",
 }
 

@@ -204,8 +204,9 @@ def _names(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
         if key not in wrong and "://" in name:
             yield (
                 f"{key}={name!r}: it must be a folder of this machine, because files there are locked, renamed and "
-                "mapped into memory, which gs:// and s3:// do not have; set a local folder, and copy it when the run "
-                "has ended (gcloud storage rsync, aws s3 sync). data.text_glob may be such an address"
+                "mapped into memory, which gs:// and s3:// do not have; set a local folder. data.text_glob may be such "
+                f"an address, and checkpoints go to one with checkpoint.upload={name!r}, from where the same command "
+                "takes them on another machine"
             )
     if "data.text_glob" not in wrong and not config.data.text_glob.strip():
         yield "data.text_glob='': name the text, a glob or a directory; set data.text_glob='texts/**/*.txt'"

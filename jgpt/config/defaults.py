@@ -318,7 +318,7 @@ CHECKPOINT = Group(
         "keep_last": Key(2, "newest checkpoints to keep", low=1),
         "keep_best": Key(True, "also keep the one with the lowest validation loss"),
         "disk_gb": Key(0.0, "GB (1e9 bytes) that the run directory may hold; 0: what is free", low=0),
-        "upload": Key("", "also send the newest to 'hub:OWNER/NAME' or 'dataset:OWNER/SLUG'; '': nowhere"),
+        "upload": Key("", "also send the newest to gs://BUCKET/FOLDER, s3://..., hub:OWNER/NAME or dataset:OWNER/SLUG"),
         "upload_every_minutes": Key(60.0, "at least so long between uploads, each a new version; one at the end", 0),
         "resume": Key(
             "auto",

@@ -87,7 +87,7 @@ class RemoteFile:
         try:
             raw = self.files.open(self.files._strip_protocol(self.url), "rb", block_size=READ_AHEAD)
         except Exception as error:
-            raise OSError(_said(error)) from error
+            raise OSError(said(error)) from error
         return io.BufferedReader(_Raw(raw), READ_AHEAD)  # pyright: ignore[reportReturnType] (it is one)
 
 
@@ -110,7 +110,7 @@ class _Raw(io.RawIOBase):
         try:
             data = self.raw.read(len(buffer))
         except Exception as error:
-            raise OSError(_said(error)) from error
+            raise OSError(said(error)) from error
         buffer[: len(data)] = data
         return len(data)
 
@@ -151,7 +151,7 @@ def find_remote(address: str) -> list[RemoteFile]:
         raise UserError(f"data.text_glob: {address!r} needs a package: {error}. Install it with pip.") from error
     except Exception as error:  # of the service, of its client, of the network: each has its own
         raise UserError(
-            f"data.text_glob: {address!r} cannot be listed: {_said(error)}. Its name and the credentials must be "
+            f"data.text_glob: {address!r} cannot be listed: {said(error)}. Its name and the credentials must be "
             "right. Check them with the tools of the service (gcloud storage ls, aws s3 ls)."
         ) from error
     named = path.split("*")[0]
@@ -166,6 +166,7 @@ def _version(info: dict[str, Any]) -> str:
     return next((f"{key}={info[key]}" for key in VERSIONS if info.get(key)), "")
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """Return what an error of a service says, in one line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

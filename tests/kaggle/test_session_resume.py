@@ -270,6 +270,8 @@ def test_a_packed_run_is_a_model_to_begin_from(config, mount, root, tmp_path):
     (root / "temp").mkdir()
     assert unpack_model(str(folder)) == str(run_dir)
     assert read_meta(run_dir / "checkpoints", 4)["step"] == 4
+    (run_dir / "checkpoints" / "8.sha256").touch()  # of another model that a cell before began from
+    assert unpack_model(str(folder)) == str(run_dir) and packing.checkpoints_in(run_dir) == [2, 4]
     for name in ("", "gpt2", str(tmp_path), str(mount(MOUNTS[1]))):
         assert unpack_model(name) == name
     assert packing.checkpoints_in(folder) == [2, 4]

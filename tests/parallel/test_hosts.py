@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -123,6 +124,18 @@ def test_a_signal_to_one_process_stops_both_saved_and_both_go_on(start: Start, t
     assert [process.returncode for process in processes] == [0, 0], first + second
     assert status(run)["state"] == "stopped" and status(run)["reason"] == "SIGTERM"
     assert not verify(run / "checkpoints", status(run)["step"])
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_what_was_uploaded(start: Start, tiny: list[str], tmp_path: Path):
+    """The first one copies it into the run directory, and the other waits."""
+    run, upload = tmp_path / "run", f"--config.checkpoint.upload=file://{tmp_path}/bucket"
+    for steps, said in (4, "step 4/4"), (6, "resuming from step 4 of 6"):
+        processes = start(*tiny, upload, f"--config.optimizer.total_steps={steps}")
+        first, second = (process.communicate()[0] for process in processes[-2:])
+        assert [process.returncode for process in processes[-2:]] == [0, 0] and said in first, first + second
+        assert f"checkpoint {steps} was uploaded" in first and "uploaded" not in second
+        shutil.rmtree(run)
 
 
 @pytest.mark.slow

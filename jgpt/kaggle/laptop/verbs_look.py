@@ -117,12 +117,12 @@ def pull() -> None:
 
 def define_publish() -> None:
     """Define the flags of publish."""
-    flags.DEFINE_string("to", "", "dataset:OWNER/NAME, model:OWNER/MODEL/FRAMEWORK/VARIATION, or hub:OWNER/NAME")
+    flags.DEFINE_string("to", "", "dataset:OWNER/NAME, model:OWNER/MODEL/FRAMEWORK/VARIATION, hub:OWNER/NAME, gs://...")
     define_dry_run()
 
 
 def publish(directory: str = "") -> None:
-    """Send a run directory or an exported model to a Kaggle dataset or model, or to the Hugging Face Hub.
+    """Send a run directory or an exported model to a Kaggle dataset or model, to the Hugging Face Hub, or to a bucket.
 
         python -m jgpt.kaggle publish runs/kaggle/me-my-gpt/run --to dataset:me/my-gpt-run
         python -m jgpt.kaggle publish exported/my-gpt --to hub:me/my-gpt

@@ -14,6 +14,7 @@ from jgpt.kaggle.session.paths import check_inputs, on_kaggle
 from jgpt.kaggle.session.resume import restore_earlier_run, unpack_model
 from jgpt.kaggle.session.secrets import provide_hub_token, provide_wandb_key
 from jgpt.kaggle.session.uploads import Uploads
+from jgpt.parallel.watch import together
 
 
 @contextmanager
@@ -29,10 +30,12 @@ def open_session(config: ConfigDict) -> Iterator[tuple[ConfigDict, Callable[[Pat
         provide_hub_token(name)
     if config.logging.wandb:
         provide_wandb_key()
-    with Uploads(config.checkpoint) as uploads:
+    with together():  # with several processes an error in one of them ends all
+        uploads = Uploads(config.checkpoint)
         if on_kaggle():
             check_inputs()
             config.init_from = unpack_model(config.init_from)
         if on_kaggle() or config.checkpoint.upload:
             restore_earlier_run(config)
+    with uploads:
         yield fit_to_kaggle(config), uploads.saved

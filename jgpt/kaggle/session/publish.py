@@ -1,8 +1,8 @@
-"""Upload a run directory or an exported model to a Kaggle dataset or model, or to the Hub, and download it again.
+"""Upload a run directory or an exported model to Kaggle, the Hub or a bucket, and download it again.
 
-Beside the data path: `python -m jgpt.kaggle publish` and the uploads of a run call it. kagglehub and huggingface_hub do
-the work, and find the credentials: KAGGLE_API_TOKEN, ~/.kaggle or a notebook's session token; HF_TOKEN or
-~/.cache/huggingface. As a program it runs beside training:
+Beside the data path: `python -m jgpt.kaggle publish` and the uploads of a run call it. kagglehub, huggingface_hub and
+fsspec (`bucket.py`) do the work, and find the credentials: KAGGLE_API_TOKEN, ~/.kaggle or a notebook's session token;
+HF_TOKEN or ~/.cache/huggingface; those of a bucket's service. As a program it runs beside training:
 
     python -m jgpt.kaggle.session.publish DIRECTORY WHERE
 """
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jgpt.data.find_files import holds_run
+from jgpt.data.remote import is_remote
 from jgpt.errors import UserError
-from jgpt.kaggle.session import pack
+from jgpt.kaggle.session import bucket, pack
 from jgpt.kaggle.session.paths import scratch_dir
 from jgpt.redaction import redact
 
@@ -37,27 +38,31 @@ log = logging.getLogger("jgpt")
 class Target(NamedTuple):
     """A place to publish to."""
 
-    kind: Literal["dataset", "model", "hub"]
+    kind: Literal["dataset", "model", "hub", "bucket"]
     handle: str
 
     @property
     def url(self) -> str:
-        """Return the address of its page."""
+        """Return the address of its page, or of the bucket."""
+        if self.kind == "bucket":
+            return self.handle
         if self.kind == "hub":
             return f"https://huggingface.co/{self.handle}"
         return f"https://www.kaggle.com/{self.kind}s/{self.handle}"
 
 
 def parse_target(where: str) -> Target:
-    """Read "dataset:OWNER/SLUG", "model:OWNER/MODEL/FRAMEWORK/VARIATION" or "hub:OWNER/NAME".
+    """Read "dataset:OWNER/SLUG", "model:OWNER/MODEL/FRAMEWORK/VARIATION", "hub:OWNER/NAME" or "gs://BUCKET/FOLDER".
 
     Raises UserError for any other text, and for a name that Kaggle would refuse when the upload begins.
     """
+    if is_remote(where):
+        return Target("bucket", where.strip().rstrip("/"))
     kind, _, handle = where.partition(":")
     parts = handle.split("/")
     fits = kind in KINDS and len(parts) == len(KINDS[kind].split("/"))
     if not (fits and all(re.fullmatch(r"\w[\w.-]*", part) for part in parts)):
-        allowed = ", ".join(f"{name}:{shape}" for name, shape in KINDS.items())
+        allowed = ", ".join([*(f"{name}:{shape}" for name, shape in KINDS.items()), "gs://BUCKET/FOLDER", "s3://..."])
         raise UserError(
             f"{where!r} is not a place to publish to. Allowed: {allowed}. Copy OWNER and the name from the address of"
             " its page; what does not exist yet is created, private."
@@ -84,6 +89,9 @@ def parse_target(where: str) -> Target:
 def check_target(where: str) -> Target:
     """Return the target; raise UserError where its package or its credentials are missing, or where it cannot exist."""
     target = parse_target(where)
+    if target.kind == "bucket":
+        bucket.check(target.handle)
+        return target
     package = "huggingface_hub" if target.kind == "hub" else "kagglehub"
     if importlib.util.find_spec(package) is None:
         raise UserError(
@@ -141,6 +149,8 @@ def publish(directory: Path, where: str, note: str = "") -> str:
             if holds_run(staged):
                 pack.pack(staged)
             _send(staged, target, note or f"jgpt: {directory.name}")
+        except UserError:
+            raise
         except Exception as error:  # the network libraries may raise anything
             raise UserError(f"nothing could be sent to {where!r}: {_reason(error)}") from None
     return target.url
@@ -165,13 +175,15 @@ def _link(source: str, target: str) -> None:
 
 
 def _send(directory: Path, target: Target, note: str) -> None:
-    if target.kind == "hub":
+    if target.kind == "bucket":
+        bucket.send(directory, target.handle)
+    elif target.kind == "hub":
         from huggingface_hub import HfApi
 
         api = HfApi()
         api.create_repo(target.handle, private=True, exist_ok=True)
-        packed = "checkpoint-*.tar"  # of an earlier upload: only the newest is needed to resume
-        api.upload_folder(repo_id=target.handle, folder_path=directory, commit_message=note, delete_patterns=packed)
+        old = bucket.CHECKPOINTS
+        api.upload_folder(repo_id=target.handle, folder_path=directory, commit_message=note, delete_patterns=old)
     elif target.kind == "dataset":
         import kagglehub
 
@@ -185,10 +197,13 @@ def _send(directory: Path, target: Target, note: str) -> None:
 def fetch(where: str, folder: Path) -> Path | None:
     """Download the newest version published to `where`, and return its folder.
 
-    That is `folder` for the Hub; for Kaggle it is where kagglehub has it, mounted or in its cache. Logs the reason and
-    returns None when there is nothing yet, or when it cannot be reached.
+    That is `folder` for the Hub and a bucket; for Kaggle it is where kagglehub has it, mounted or in its cache. Returns
+    None when there is nothing yet, or when Kaggle or the Hub cannot be reached, and logs the reason; these two keep
+    earlier versions. Raises UserError when a bucket cannot be read.
     """
     target = parse_target(where)
+    if target.kind == "bucket":
+        return bucket.fetch(target.handle, folder)
     try:
         if target.kind == "hub":
             from huggingface_hub import snapshot_download
