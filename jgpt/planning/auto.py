@@ -82,7 +82,7 @@ def _search(config: ConfigDict, shapes: ModelConfig, target: Target) -> tuple[Ex
         raise UserError(refusal(found, config, target))
     speed = f", {best.tokens_per_second:,.0f} tokens/s predicted" if best.tokens_per_second else ""
     return best.execution, (
-        f"{best.peak / GIB:.2f} of {found.limit / GIB:.2f} GiB{speed}; {len(found.tried)} compiles in"
+        f"{best.peak / GIB:.2f} of {found.limit / GIB:.2f} GiB{speed}; steps compiled: {len(found.tried)}, in"
         f" {format_duration(time.monotonic() - start)}"
     )
 

@@ -1,13 +1,11 @@
 """What fits on Kaggle's TPU v5e-8: the bytes of a chip that each model takes, by arithmetic or by compiling its step.
 
     pip install -e '.[plan-tpu]'
-    python scripts/bench/tpu_what_fits.py                               # parameters and moments alone: a minute
-    python scripts/bench/tpu_what_fits.py --compile 124m                # the step, with activations and speed: minutes
-    python scripts/bench/tpu_what_fits.py --compile 774m --layers 2,4   # two short models, and the line through both
+    python scripts/bench/tpu_what_fits.py                  # parameters and moments alone: a minute
+    python scripts/bench/tpu_what_fits.py --compile 124m   # the step, with activations and speed: 2 to 6 minutes of CPU
 
 Without --compile nothing of a step is counted but what it holds all the time: what is more than 15.75 GiB cannot fit,
-and what is less may not. With --layers two models of so many layers are compiled: all layers are alike, so each adds
-the same bytes and the same time, and the line through both is extended to all layers. No TPU is needed.
+and what is less may not. Times are those of `jgpt/planning/roofline.py`, none measured. No TPU is needed.
 """
 
 import argparse
@@ -15,7 +13,7 @@ import math
 import os
 import time
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: libtpu only compiles here
 
@@ -28,7 +26,7 @@ from jgpt.model.parameters import abstract_adapters, count_parameters, flops_per
 from jgpt.model.shapes import ModelConfig, model_config
 from jgpt.planning.audit import collectives
 from jgpt.planning.devices import Target, compile_only
-from jgpt.planning.estimate import estimate
+from jgpt.planning.estimate import Estimate, estimate
 from jgpt.planning.search import least_bytes
 from jgpt.wording import GIB, format_count
 
@@ -61,19 +59,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "data": {},
     "fsdp": {"execution.parallel": "fsdp", "execution.gather": "step"},
     "fsdp, gather=layer": {"execution.parallel": "fsdp", "execution.gather": "layer"},
+    "fsdp, gather=layer, Muon": {
+        "execution.parallel": "fsdp",
+        "execution.gather": "layer",
+        "optimizer.kind": "muon",
+        "precision.first_moment": "bf16",
+    },
     "tensor, LoRA of rank 16": {"execution.parallel": "tensor", "lora.rank": 16},
 }
-
-
-class Step(NamedTuple):
-    """What a compiled step takes of a chip, and its time by the roofline; `seconds` is 0 where it was refused."""
-
-    bytes: float
-    seconds: float
-
-    def extended(self, other: "Step", share: float) -> "Step":
-        """Return the point at `share` of the line from this step (0) to the other (1); beyond it, above 1."""
-        return Step(*(a + share * (b - a) for a, b in zip(self, other, strict=True)))
 
 
 def config_of(shape: str, way: str) -> ConfigDict:
@@ -94,11 +87,11 @@ def shapes_of(config: ConfigDict) -> ModelConfig:
     return model_config(config.model, config.model.vocab_size or VOCABULARY)
 
 
-def compiled(config: ConfigDict, n_layers: int, target: Target) -> Step:
-    """Compile the step of a config with so many layers, and print what it takes."""
-    config, began = config.copy_and_resolve_references(), time.process_time()
-    config.model.n_layers = n_layers
-    found = estimate(config, shapes_of(config), target)
+def print_compiled(shape: str, way: str, target: Target) -> None:
+    """Compile the step of a model, and print what it takes of a chip, and how fast it is."""
+    config, began = config_of(shape, way), time.process_time()
+    shapes = shapes_of(config)
+    found = estimate(config, shapes, target)
     cpu = time.process_time() - began
     times, sent = Counter[str](), Counter[str]()
     for one in collectives(found.program) if found.program else []:
@@ -106,11 +99,9 @@ def compiled(config: ConfigDict, n_layers: int, target: Target) -> Step:
         sent[one.kind] += int(one.bytes * one.times)
     exchanged = ", ".join(f"{times[kind]} {kind} ({sent[kind] / 1e6:,.0f} MB)" for kind in times)
     print(
-        f"{n_layers:>3} layers: {found.peak / GIB:6.2f} GiB a chip, {1e3 * (found.seconds or 0):,.1f} ms a step;"
-        f" exchanged: {exchanged or 'nothing'}; compiled in {cpu:.0f} s of CPU",
-        flush=True,
+        f"{format_count(count_parameters(shapes))}, {way}: {found.peak / GIB:.2f} GiB a chip"
+        f"{speed(found, config, shapes, target)}; exchanged: {exchanged or 'nothing'}; compiled in {cpu:.0f} s of CPU"
     )
-    return Step(found.peak, found.seconds or 0.0)
 
 
 def main() -> None:
@@ -118,36 +109,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", default="", choices=["", *SHAPES], help="compile the step of this model")
     parser.add_argument("--way", default="data", choices=WAYS, help="with --compile: how the chips share it")
-    parser.add_argument("--layers", default="", help="with --compile: two numbers of layers to compile instead")
     options = parser.parse_args()
     target = compile_only("v5e8")
-    if not options.compile:
-        print_state_alone(target)
-        return
-    config = config_of(options.compile, options.way)
-    shapes = shapes_of(config)
-    if options.layers:
-        fewer, more = (int(n) for n in options.layers.split(","))
-        short, longer = (compiled(config, n, target) for n in (fewer, more))
-        step = short.extended(longer, (shapes.n_layers - fewer) / (more - fewer))
+    if options.compile:
+        print_compiled(options.compile, options.way, target)
     else:
-        step = compiled(config, shapes.n_layers, target)
-    how = "extended to" if options.layers else "of"
-    print(
-        f"{format_count(count_parameters(shapes))}, {options.way}, {how} {shapes.n_layers} layers:"
-        f" {step.bytes / GIB:.2f} GiB{speed(step, config, shapes, target)}"
-    )
+        print_state_alone(target)
 
 
-def speed(step: Step, config: ConfigDict, shapes: ModelConfig, target: Target) -> str:
-    """Say how fast a step is, and which share of the peak it makes; "" where that is not known."""
-    if not step.seconds:
+def speed(found: Estimate, config: ConfigDict, shapes: ModelConfig, target: Target) -> str:
+    """Say how fast a step is, and which share of the peak it makes; "" where it was refused."""
+    if not found.seconds:
         return ""
-    tokens = config.batch.global_batch_size * shapes.context_length / step.seconds
+    tokens = config.batch.global_batch_size * shapes.context_length / found.seconds
     lora = lora_config(config.lora)
     adapters = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_adapters(shapes, lora))) if lora else 0
     mfu = flops_per_token(shapes, adapters) * tokens / len(target.devices) / (target.chip.peak_flops["bf16"] or 1.0)
-    return f", {tokens:,.0f} tokens/s, MFU {100 * mfu:.0f}%"
+    return f", {1e3 * found.seconds:,.1f} ms a step, {tokens:,.0f} tokens/s, MFU {100 * mfu:.0f}%"
 
 
 def print_state_alone(target: Target) -> None:

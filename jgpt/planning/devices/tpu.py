@@ -36,6 +36,7 @@ def set_up_libtpu() -> None:
     if path is None:
         raise UserError(f"compiling for a TPU needs libtpu, which is not installed. No TPU is needed. {pip_line()}")
     os.environ.setdefault("TPU_LIBRARY_PATH", path)
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # its lock is for the chips: two plans may run at once
     # Else it asks Google's cloud, for minutes, which machine this is; and writes its log to the terminal.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
