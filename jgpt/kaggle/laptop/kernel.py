@@ -157,8 +157,9 @@ def _problems(kernel: Kernel) -> Iterator[str]:
                 " from the model's page"
             )
     if kernel.accelerator not in ACCELERATORS:
-        known = ", ".join(filter(None, ACCELERATORS))
-        yield f"accelerator={kernel.accelerator!r}: it must be {known} or empty; set --accelerator=NvidiaTeslaT4"
+        known, meant = ", ".join(filter(None, ACCELERATORS)), re.search("tpu|v5", kernel.accelerator, re.IGNORECASE)
+        likely = TPU_V5E_8 if meant else "NvidiaTeslaT4"
+        yield f"accelerator={kernel.accelerator!r}: it must be {known} or empty; set --accelerator={likely}"
     if kernel.accelerator == TPU_V5E_8 and kernel.docker_image:
         yield (
             f"docker_image={kernel.docker_image!r} with accelerator={TPU_V5E_8!r}: a TPU's machine has an image of its"
