@@ -34,7 +34,7 @@ from jgpt.parallel.strategy import Strategy
 from jgpt.step.eval_step import EvalStep, make_eval_step
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import TrainState, init_state, tree_bytes
-from jgpt.step.train_step import TrainStep, make_train_step
+from jgpt.step.train_step import Step, TrainStep
 
 # By JAX's platform: the environment variable that leaves a process some of its devices, and how it leaves it one.
 _VISIBLE = {"cpu": "JAX_NUM_CPU_DEVICES", "gpu": "CUDA_VISIBLE_DEVICES", "tpu": "TPU_VISIBLE_CHIPS"}
@@ -163,7 +163,7 @@ def make_parts(config: ConfigDict, shapes: ModelConfig, devices: list[jax.Device
     stepped = model
     if isinstance(strategy, FullySharded) and strategy.by_layer:
         stepped = model.clone(gather=strategy.gather_block(abstract_params(shapes)["h_0"], policy.cast_to_compute))
-    train_step = make_train_step(
+    train_step = Step(
         stepped,
         policy,
         optimizer,

@@ -40,7 +40,7 @@ from jgpt.planning.devices import compile_only
 from jgpt.planning.hlo import parse
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import init_state
-from jgpt.step.train_step import make_train_step
+from jgpt.step.train_step import Step
 
 GIB = 2**30
 USABLE = 0.92 * 14.6 * GIB  # of a T4, by XLA_CLIENT_MEM_FRACTION as jgpt sets it
@@ -98,7 +98,7 @@ class T4s:
         config, lora = default_config(), LoRA(rank=16, alpha=32.0)
         optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config.optimizer)
         runner, model = Sharded(self.devices, self.shared), GPT(self.shared, jnp.float16, "block", lora)
-        step = make_train_step(
+        step = Step(
             model, FP16, optimizer, schedule, accumulation=1, seed=0, loss_chunk_tokens=512, growth_steps=1000
         )
         plain = GPT(self.plain, jnp.float16, "block", lora)  # adapters have the plain model's shapes

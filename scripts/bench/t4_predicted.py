@@ -38,7 +38,7 @@ from jgpt.planning.hlo import parse
 from jgpt.planning.roofline import COLLECTIVE, OTHER, Prediction, predict
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import init_state
-from jgpt.step.train_step import make_train_step
+from jgpt.step.train_step import Step
 
 T, V, A, GIB = 1024, 50_304, 8, 2**30
 GROUPS = (*dict.fromkeys(SCOPES.values()), COLLECTIVE, OTHER)  # the columns of the first table
@@ -197,7 +197,7 @@ def compile_for(variant: Variant, devices: Any) -> Any:
     model: Any = GPT(shapes, policy.compute, variant.remat, attention=variant.attention)
     if variant.scanned:
         model = ScannedGPT(shapes, variant.remat == "block", variant.attention)
-    step = make_train_step(
+    step = Step(
         model,
         policy,
         optimizer,

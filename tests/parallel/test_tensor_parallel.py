@@ -24,7 +24,7 @@ from jgpt.parallel.replicate import Replicate
 from jgpt.step.eval_step import make_eval_step
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import init_state
-from jgpt.step.train_step import make_train_step, variables
+from jgpt.step.train_step import Step, variables
 
 T, STEPS, SEED = 12, 3, 5
 # One key/value head, whose two copies must learn as one; an MLP that is split.
@@ -54,7 +54,7 @@ class Trained:
         optimizer, self.model = make_optimizer(options), GPT(shapes, lora=ADAPTERS)
         schedule = learning_rate_schedule(options)
         self.step = runner.train_step(
-            make_train_step(
+            Step(
                 self.model,
                 POLICY,
                 optimizer,
