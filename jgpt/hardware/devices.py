@@ -1,6 +1,6 @@
-"""The devices that are here: which kind each is, its compute capability, its free memory.
+"""The devices that are here: which kind each is, its compute capability, its free memory, the dtypes that suit it.
 
-Beside the data path: the precision policy asks for their compute capability, and the metrics for the peak that a step's
+Beside the data path: training and loading ask for the precision policy, and the metrics for the peak that a step's
 speed is measured by. What is known of each kind stands in `chips.py`.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import replace
 import jax
 
 from jgpt.hardware.chips import CHIPS, Chip, unknown_chip
+from jgpt.model.precision import Policy, choose_policy
 
 MEMORY_SHARE = 0.92  # of a GPU's memory that JAX takes; it needs the rest for itself and CUDA
 
@@ -38,6 +39,11 @@ def compute_capability(device: jax.Device) -> tuple[int, int] | None:
     """Return NVIDIA's compute capability, (7, 5) for a T4; None for other devices."""
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))  # other devices lack it
     return (int(found[1]), int(found[2])) if found else None
+
+
+def choose_device_policy(compute: str, params: str, device: jax.Device) -> Policy:
+    """Return the policy that `precision.compute` and `precision.params` mean on a device. Raises UserError."""
+    return choose_policy(compute, params, device.platform, compute_capability(device))
 
 
 def free_memory(device: jax.Device) -> int | None:

@@ -12,13 +12,12 @@ from ml_collections import ConfigDict
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.errors import UserError
 from jgpt.exchange.pretrained import Pretrained
-from jgpt.hardware.devices import local_devices
+from jgpt.hardware.devices import choose_device_policy, local_devices
 from jgpt.hardware.process import keep_compiled_programs
 from jgpt.inference.placement import Placement, choose_placement
 from jgpt.loading.source import describe, is_run, load_params, open_source
 from jgpt.model.gpt import GPT
 from jgpt.model.precision import DTYPES, Policy
-from jgpt.parallel.build import choose_device_policy
 from jgpt.run_dir.identity import open_run_dir, write_identity
 from jgpt.run_dir.manifest import whole_steps
 from jgpt.run_dir.params import save_params

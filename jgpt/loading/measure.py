@@ -27,9 +27,9 @@ from jgpt.hardware.devices import all_devices
 from jgpt.loading.load import LoadedModel
 from jgpt.parallel.evaluation import bits_per_byte, evaluate
 from jgpt.parallel.hosts import connect
-from jgpt.parallel.mesh import Sharded
 from jgpt.parallel.replicate import Replicate
 from jgpt.parallel.strategy import Strategy
+from jgpt.parallel.tensor_parallel import TensorParallel
 from jgpt.step.eval_step import make_eval_step
 
 LONGEST = 2048  # tokens of a block, where neither the user nor a run says how many
@@ -160,7 +160,7 @@ def evaluate_loaded(
     """
     strategy: Strategy
     if len(loaded.placement.devices) > 1:
-        strategy, params = Sharded(loaded.placement.devices, loaded.placement.config), loaded.params
+        strategy, params = TensorParallel(loaded.placement.devices, loaded.placement.config), loaded.params
     else:
         connect(all_devices())
         strategy = Replicate(all_devices())

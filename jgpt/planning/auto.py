@@ -19,7 +19,7 @@ from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
 from jgpt.hardware.process import user_cache
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.hosts import first_decides, is_first, share
+from jgpt.parallel.hosts import first_decides, gather_texts, is_first
 from jgpt.planning.devices import Target, this_machine
 from jgpt.planning.execution import Execution, execution_of
 from jgpt.planning.gather import with_gather
@@ -70,7 +70,7 @@ def choose_execution(config: ConfigDict, shapes: ModelConfig, devices: list[jax.
 
 def _with_least_memory(target: Target) -> Target:
     """Return a target with what the smallest device of all processes has: each of them must choose the same."""
-    known = [int(said) for said in share(str(target.memory_bytes or 0)) if said != "0"]
+    known = [int(said) for said in gather_texts(str(target.memory_bytes or 0)) if said != "0"]
     return replace(target, memory_bytes=min(known, default=None))
 
 

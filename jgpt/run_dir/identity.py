@@ -25,7 +25,7 @@ from jgpt.config.files import user_path
 from jgpt.errors import UserError
 from jgpt.file_lock import HeldElsewhere, hold
 from jgpt.hardware.devices import all_devices
-from jgpt.parallel.hosts import first_decides, is_first, share
+from jgpt.parallel.hosts import barrier, first_decides, gather_texts, is_first
 from jgpt.redaction import redact_values
 from jgpt.run_dir.manifest import is_imported, newest_meta, steps_without_manifest, whole_steps
 from jgpt.run_dir.metrics_file import read_metrics
@@ -72,12 +72,12 @@ def _check_shared(run_dir: Path) -> None:
     mark = run_dir / name
     if is_first():
         write_file(mark, "")
-    share("")
+    barrier()
     for _ in range(SHARED_SECONDS):
         if mark.exists():
             break
         time.sleep(1)
-    seen = share("yes" if mark.exists() else str(run_dir))
+    seen = gather_texts("yes" if mark.exists() else str(run_dir))
     if is_first():
         mark.unlink(missing_ok=True)
     for i, answer in enumerate(seen):

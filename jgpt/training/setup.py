@@ -20,11 +20,11 @@ from jgpt.data.token_files import TokenData
 from jgpt.data.unknown import name_unknown, unknown_characters
 from jgpt.errors import UserError
 from jgpt.exchange.families import export_family
-from jgpt.hardware.devices import describe
+from jgpt.hardware.devices import choose_device_policy, describe
 from jgpt.model.parameters import count_parameters
 from jgpt.model.precision import dtype_name
 from jgpt.model.shapes import model_config
-from jgpt.parallel.build import Parts, choose_device_policy, make_parts
+from jgpt.parallel.build import Parts, make_parts
 from jgpt.parallel.hosts import check_same, n_processes
 from jgpt.planning.devices import this_machine
 from jgpt.planning.search import check_parameters_fit

@@ -18,8 +18,8 @@ from jgpt.errors import OutOfMemory
 from jgpt.hardware.process import keep_compiled_programs, set_up_process
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import model_config
-from jgpt.parallel.build import training_devices
-from jgpt.parallel.hosts import check_same, connect, first_before_others, is_first, share
+from jgpt.parallel.devices import training_devices
+from jgpt.parallel.hosts import barrier, check_same, connect, first_before_others, is_first
 from jgpt.parallel.watch import together
 from jgpt.planning.auto import choose_execution, with_execution_of_run
 from jgpt.run_dir.checkpoint import Checkpoints
@@ -93,7 +93,7 @@ def _train_together(
         config, source = adopt_source(config, run_dir)
         config = with_execution_of_run(with_steps_of_run(config, run_dir), run_dir)
         resuming = look_for_run(run_dir, config)
-        share("")  # XLA itself does not wait long for the devices of the others, and loading may take longer
+        barrier()  # XLA itself does not wait long for the devices of the others, and loading may take longer
         devices = training_devices(config)
         connect(devices)
         check_devices(config, devices)

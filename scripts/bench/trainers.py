@@ -114,7 +114,7 @@ def take_turns(trainers: Sequence[Trainer], rounds: int, steps: int, title: str)
 def devices_for(batch_size: int) -> list[Any]:
     """Return the devices of this machine on which jgpt would train with so many sequences a step."""
     from jgpt.config.defaults import default_config
-    from jgpt.parallel.build import training_devices
+    from jgpt.parallel.devices import training_devices
 
     config = default_config()
     config.batch.global_batch_size = batch_size

@@ -19,8 +19,8 @@ from jgpt.model.gpt import GPT
 from jgpt.model.lora import LoRA
 from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.mesh import Sharded
 from jgpt.parallel.replicate import Replicate
+from jgpt.parallel.tensor_parallel import TensorParallel
 from jgpt.step.eval_step import make_eval_step
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import init_state
@@ -48,7 +48,7 @@ def base() -> Any:
 class Trained:
     """Three steps of two micro-batches of two sequences, by a runner."""
 
-    def __init__(self, runner: Replicate | Sharded, shapes: ModelConfig) -> None:
+    def __init__(self, runner: Replicate | TensorParallel, shapes: ModelConfig) -> None:
         options = default_config().optimizer
         options.update(warmup_steps=0, learning_rate=0.02)
         optimizer, self.model = make_optimizer(options), GPT(shapes, lora=ADAPTERS)
@@ -96,13 +96,13 @@ def one() -> Trained:
 @cache
 def two() -> Trained:
     shapes = for_devices(CONFIG, 2)
-    return Trained(Sharded(jax.local_devices(), shapes), shapes)
+    return Trained(TensorParallel(jax.local_devices(), shapes), shapes)
 
 
 @cache
 def groups() -> Trained:
     """Two groups of one device: each has the whole base, and half of the batch (data=2,tensor=1)."""
-    return Trained(Sharded(jax.local_devices(), CONFIG, group=1), CONFIG)
+    return Trained(TensorParallel(jax.local_devices(), CONFIG, group=1), CONFIG)
 
 
 @pytest.mark.parametrize("several", [two, groups])

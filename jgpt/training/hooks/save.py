@@ -64,7 +64,7 @@ class Save:
             return
         trouble = self._health.exploding or (self._health.skipped if not leaving else "")
         if not trouble:
-            wrong = out_of_range(*run.parts.strategy.where_it_lies((run.state.params, run.state.opt_state)))
+            wrong = out_of_range(*run.parts.strategy.to_inspect((run.state.params, run.state.opt_state)))
             if wrong:
                 raise self.diverged(f"{wrong} at step {run.step}, and is not saved: training has diverged.")
             if not leaving:
