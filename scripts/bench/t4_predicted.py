@@ -27,7 +27,8 @@ from jax import Array
 
 from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
-from jgpt.model.gpt import GPT, Block, Context, Mode, Output
+from jgpt.model.block import Block, Context, Mode
+from jgpt.model.gpt import GPT, Output
 from jgpt.model.layers import Embedding, Norm
 from jgpt.model.precision import Policy
 from jgpt.model.scopes import SCOPES

@@ -1,6 +1,6 @@
 """The forms of causal attention: choose one for a device, and call the one chosen.
 
-In the data path: called by every block of `model/gpt.py`, whose legend names the dimensions.
+In the data path: called by every block (`model/block.py`). The legend of `model/gpt.py` names the dimensions.
 """
 
 import logging
