@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jgpt.atomic_write import write_file
-from jgpt.data.corpus import without_surrogates
+from jgpt.data.encodings import without_surrogates
 from jgpt.data.first_bytes import why_unusable
 from jgpt.errors import UserError
 from jgpt.wording import json_text

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batches
-from jgpt.data.conversations import BEGINS, LEARNED
 from jgpt.data.token_files import TokenData
 from jgpt.data.tokenizer import train_char
+from jgpt.data.words import BEGINS, LEARNED
 from jgpt.errors import UserError
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.parameters import abstract_params, count_parameters, flops_per_token
