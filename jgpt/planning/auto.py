@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from jgpt.atomic_write import write_file
+from jgpt.atomic_write import write_json
 from jgpt.errors import UserError
 from jgpt.hardware.process import user_cache
 from jgpt.model.shapes import ModelConfig
@@ -26,7 +26,7 @@ from jgpt.planning.gather import with_gather
 from jgpt.planning.search import refusal, search
 from jgpt.run_dir.identity import read_config, was_last_here
 from jgpt.version import __version__
-from jgpt.wording import GIB, format_duration, json_text
+from jgpt.wording import GIB, format_duration
 
 log = logging.getLogger("jgpt")
 
@@ -125,4 +125,4 @@ def _read_cache() -> dict[str, Execution]:
 def _write_cache(chosen: dict[str, Execution]) -> None:
     with suppress(OSError):
         _cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_file(_cache_file(), json_text(chosen) + "\n")
+        write_json(_cache_file(), chosen)

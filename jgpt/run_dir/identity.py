@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jgpt.atomic_write import write_file
+from jgpt.atomic_write import write_file, write_json
 from jgpt.config.check import problems
 from jgpt.config.defaults import default_config, flatten
 from jgpt.config.files import user_path
@@ -29,7 +29,6 @@ from jgpt.parallel.hosts import barrier, first_decides, gather_texts, is_first
 from jgpt.redaction import redact_values
 from jgpt.run_dir.manifest import is_imported, newest_meta, steps_without_manifest, whole_steps
 from jgpt.run_dir.metrics_file import read_metrics
-from jgpt.wording import json_text
 
 log = logging.getLogger("jgpt")
 
@@ -272,8 +271,3 @@ def write_lost(out_dir: str, reason: str, command: str) -> None:
     if is_first() and (run_dir / "status.json").is_file():
         status = json.loads((run_dir / "status.json").read_text())
         write_status(run_dir, "failed", status["step"], status["total_steps"], reason, command)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is there whole or not at all; what is read from it is `value`."""
-    write_file(path, json_text(value) + "\n")
