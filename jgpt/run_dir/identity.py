@@ -1,4 +1,4 @@
-"""The run directory: who may write in it, which run it holds, and how that run stands.
+"""The run directory: who may write in it, and which run it holds.
 
 Beside the data path: the loop opens it first and closes it last.
 """
@@ -26,7 +26,6 @@ from jgpt.errors import UserError
 from jgpt.file_lock import HeldElsewhere, hold
 from jgpt.hardware.devices import all_devices
 from jgpt.parallel.hosts import barrier, first_decides, gather_texts, is_first
-from jgpt.redaction import redact_values
 from jgpt.run_dir.manifest import is_imported, newest_meta, steps_without_manifest, whole_steps
 from jgpt.run_dir.metrics_file import read_metrics
 
@@ -250,24 +249,3 @@ def was_last_here(run_dir: Path) -> bool:
 def _devices_here() -> str:
     devices = all_devices()
     return f"{len(devices)} x {devices[0].device_kind}"
-
-
-def write_status(
-    run_dir: Path, state: str, step: int, total_steps: int, reason: str, command: str, try_command: str = ""
-) -> None:
-    """Write status.json; `state` is running, finished, stopped or failed.
-
-    `command` is what makes the run go on, `try_command` what tries its model.
-    """
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    status = {"state": state, "step": step, "total_steps": total_steps, "reason": reason, "resume_command": command}
-    status |= {"try_command": try_command, "time": now, "pid": os.getpid()}
-    write_json(run_dir / "status.json", redact_values(status))  # an error may quote a secret
-
-
-def write_lost(out_dir: str, reason: str, command: str) -> None:
-    """Write into status.json, in process 0, that the run ends because another of its processes has ended."""
-    run_dir = user_path(out_dir).absolute()
-    if is_first() and (run_dir / "status.json").is_file():
-        status = json.loads((run_dir / "status.json").read_text())
-        write_status(run_dir, "failed", status["step"], status["total_steps"], reason, command)

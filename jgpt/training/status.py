@@ -14,7 +14,7 @@ from jgpt.hardware.memory import shortage
 from jgpt.parallel.build import Parts
 from jgpt.parallel.hosts import is_first, own_devices
 from jgpt.planning.remedies import PLACING, TRAINING, explain
-from jgpt.run_dir.identity import write_status
+from jgpt.run_dir.status_file import write_status
 
 
 class Status:
