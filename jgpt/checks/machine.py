@@ -143,7 +143,7 @@ def describe(found: Sequence[jax.Device]) -> list[Check]:
     """Name each device: kind, compute capability, memory that JAX may take."""
     checks = []
     for device in found:
-        chip = devices.describe(device)
+        chip = devices.chip_of(device)
         parts = [device.device_kind]
         if chip.compute_capability:
             parts.append("sm_{}{}".format(*chip.compute_capability))
@@ -184,7 +184,7 @@ def accelerators(found: Sequence[jax.Device], gpus: Sequence[str], place: Place 
 def matmul_speed(device: jax.Device) -> list[Check]:
     """Measure the matrix product in each precision, and warn where bf16 is not the hardware's own."""
     size = 1024 if device.platform == "cpu" else 8192
-    capability, peaks = devices.compute_capability(device), devices.describe(device).peak_flops
+    capability, peaks = devices.compute_capability(device), devices.chip_of(device).peak_flops
     measured, on_tpu = {}, device.platform == "tpu"
     for dtype, jax_dtype in (("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32")):
         if dtype == "fp16" and on_tpu:

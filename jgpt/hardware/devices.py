@@ -25,7 +25,7 @@ def all_devices() -> list[jax.Device]:
     return sorted(jax.devices(), key=lambda device: device.process_index)
 
 
-def describe(device: jax.Device) -> Chip:
+def chip_of(device: jax.Device) -> Chip:
     """Return the record of a device's kind; that of a CPU or an unknown GPU or TPU has little more than a name."""
     kind, capability = device.device_kind, compute_capability(device)
     for chip in CHIPS:
@@ -54,4 +54,4 @@ def free_memory(device: jax.Device) -> int | None:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return describe(device).usable_bytes
+    return chip_of(device).usable_bytes

@@ -15,7 +15,7 @@ from jgpt.exchange.pretrained import Pretrained
 from jgpt.hardware.devices import choose_device_policy, local_devices
 from jgpt.hardware.process import keep_compiled_programs
 from jgpt.inference.placement import Placement, choose_placement
-from jgpt.loading.source import describe, is_run, load_params, open_source
+from jgpt.loading.source import is_run, load_params, open_source, source_of
 from jgpt.model.gpt import GPT
 from jgpt.model.precision import DTYPES, Policy
 from jgpt.run_dir.identity import open_run_dir, write_identity
@@ -82,7 +82,7 @@ def import_model(pretrained: Pretrained, run_dir: Path, params: str) -> bool:
     The directory is one to generate with, evaluate and begin from; it has no optimizer state. Returns whether it is a
     chat model. Raises UserError when the directory holds a run already.
     """
-    source = describe(pretrained)
+    source = source_of(pretrained)
     config = source.config
     config.update({"out_dir": str(run_dir), "precision": {"params": params}})
     with open_run_dir(str(run_dir)) as directory:

@@ -92,7 +92,7 @@ def open_source(name: str, step: int | None = None, fingerprint: str = "", base:
     if step is not None:
         raise UserError(f"a step was given, and {name} is no run directory, which alone has several. Leave it out.")
     directory = locate(name)
-    source = _open_peft(directory, base) if is_adapter(directory) else describe(open_pretrained(directory))
+    source = _open_peft(directory, base) if is_adapter(directory) else source_of(open_pretrained(directory))
     _same_files(source.directory, source.fingerprint, fingerprint)
     return source
 
@@ -197,7 +197,7 @@ def _same_files(directory: Path, found: str, expected: str) -> None:
         )
 
 
-def describe(pretrained: Pretrained) -> Source:
+def source_of(pretrained: Pretrained) -> Source:
     """Return a model of others as a source."""
     tokenizer, config = pretrained.tokenizer(), default_config()
     config.model = pretrained.model

@@ -1,4 +1,4 @@
-"""The shapes of a model's parameters, their number, and the floating-point operations that they cost.
+"""A model's parameters: their names, shapes and number, and the floating-point operations that they cost.
 
 Beside the data path: loading, planning and reports call these; nothing is allocated.
 """
@@ -13,6 +13,11 @@ from jgpt.errors import UserError
 from jgpt.model.gpt import GPT
 from jgpt.model.lora import LoRA, init_adapters
 from jgpt.model.shapes import ModelConfig
+
+
+def path_names(path: Any) -> tuple[str, ...]:
+    """Return the keys of a path that JAX gives, as ("h_0", "attn", "qkv", "kernel")."""
+    return tuple(key.key for key in path)
 
 
 def abstract_params(config: ModelConfig) -> Any:

@@ -17,7 +17,8 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jgpt.errors import UserError
-from jgpt.model.columns import path_names, regroup
+from jgpt.model.columns import regroup
+from jgpt.model.parameters import path_names
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.strategy import put
 

@@ -16,8 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jgpt.errors import UserError
-from jgpt.model.columns import path_names
-from jgpt.model.parameters import abstract_stored
+from jgpt.model.parameters import abstract_stored, path_names
 from jgpt.parallel.build import Parts, make_parts
 from jgpt.parallel.hosts import first_decides
 from jgpt.planning.budget import USED, steps_that_fit
