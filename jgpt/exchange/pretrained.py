@@ -6,12 +6,10 @@ generation_config.json, weights in safetensors and the tokenizer's files.
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from jgpt.config.defaults import KEYS
@@ -23,6 +21,7 @@ from jgpt.errors import UserError
 from jgpt.exchange.families import read_config
 from jgpt.exchange.read_weights import Stored, find_tensors, load_params, main_dtype, match
 from jgpt.exchange.tensors import table
+from jgpt.model.parameters import PlaceParam
 from jgpt.model.shapes import ModelConfig, model_config
 
 log = logging.getLogger("jgpt")
@@ -51,7 +50,7 @@ class Pretrained:
         check_vocabulary(tokenizer, self.shapes, self.directory)
         return tokenizer
 
-    def load_params(self, matrices: Any, place: Callable[[tuple[str, ...], np.ndarray], Any]) -> Any:
+    def load_params(self, matrices: Any, place: PlaceParam) -> Any:
         """Load the parameter tree, as `weights.load_params` does: matrices in the dtype `matrices`, vectors in fp32.
 
         Raises UserError, see there.

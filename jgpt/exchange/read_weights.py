@@ -7,7 +7,7 @@ memory, and checks that headers and offsets agree with the file. No other format
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from jgpt.data.first_bytes import why_unusable
 from jgpt.errors import UserError
 from jgpt.exchange.cast import RESTORE, cast
 from jgpt.exchange.tensors import BUFFERS, Entry, Shape, full_name, prefix
+from jgpt.model.parameters import PlaceParam
 from jgpt.model.precision import DTYPES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -152,7 +153,7 @@ def load_params(
     tensors: Mapping[str, Stored],
     entries: Iterable[Entry],
     matrices: Any,
-    place: Callable[[tuple[str, ...], np.ndarray], Any],
+    place: PlaceParam,
     *,
     tied: bool,
 ) -> Any:

@@ -4,15 +4,20 @@ Beside the data path: loading, planning and reports call these; nothing is alloc
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jgpt.errors import UserError
 from jgpt.model.gpt import GPT
 from jgpt.model.lora import LoRA, init_adapters
 from jgpt.model.shapes import ModelConfig
+
+# (a parameter's keys in the tree, its values) -> the leaf to keep: where it belongs, such as on a device
+PlaceParam = Callable[[tuple[str, ...], np.ndarray], Any]
 
 
 def path_names(path: Any) -> tuple[str, ...]:

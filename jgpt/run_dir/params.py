@@ -3,7 +3,6 @@
 Beside the data path: what `loading/` reads a run's model with, and an import writes.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
-from jgpt.model.parameters import path_names
+from jgpt.model.parameters import PlaceParam, path_names
 from jgpt.run_dir.disk import cannot_write, remove_unfinished, silence_orbax
 from jgpt.run_dir.manifest import check_whole, digest, verify
 
@@ -34,9 +33,7 @@ def save_params(directory: Path, step: int, params: Any, meta: dict[str, Any]) -
         raise UserError(f"{cannot_write(directory, error)} Make room, then run the same command again.") from error
 
 
-def restore_params(
-    directory: Path, step: int, abstract: Any, place: Callable[[tuple[str, ...], np.ndarray], Any]
-) -> Any:
+def restore_params(directory: Path, step: int, abstract: Any, place: PlaceParam) -> Any:
     """Restore the parameters of a step alone, verified, in the dtypes of `abstract`.
 
     Each goes through `place(path, array)`, `path` its keys in the tree; no more than one layer waits on the host.

@@ -62,7 +62,7 @@ def check_same_tokens(data: TokenData) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run trains on what: the model with its steps, and the text. Nothing is allocated on the devices."""
+    """What a run trains, and on what: the model with its steps, and the text. Nothing is allocated on the devices."""
 
     parts: Parts
     data: TokenData
