@@ -24,14 +24,8 @@ from jgpt.data.token_files import TokenData, open_token_data
 from jgpt.data.unknown import unknown_characters
 from jgpt.data.words import LEARNED
 from jgpt.errors import UserError
-from jgpt.hardware.devices import all_devices
 from jgpt.loading.load import LoadedModel
 from jgpt.parallel.evaluation import bits_per_byte, evaluate
-from jgpt.parallel.hosts import connect
-from jgpt.parallel.replicate import Replicate
-from jgpt.parallel.strategy import Strategy
-from jgpt.parallel.tensor_parallel import TensorParallel
-from jgpt.step.eval_step import make_eval_step
 
 LONGEST = 2048  # tokens of a block, where neither the user nor a run says how many
 
@@ -162,18 +156,12 @@ def evaluate_loaded(
 ) -> tuple[float, int]:
     """Evaluate a loaded model on `blocks`, on every device that is here; returns as `evaluate` does.
 
-    In several processes these are the devices of all of them. A model that one device holds is copied to all of them.
     `context_length` is the blocks' (0: the model's).
     """
-    strategy: Strategy
-    if len(loaded.placement.devices) > 1:
-        strategy, params = TensorParallel(loaded.placement.devices, loaded.placement.config), loaded.params
-    else:
-        connect(all_devices())
-        strategy = Replicate(all_devices())
-        params = strategy.place_state(loaded.params)
-    step = strategy.eval_step(make_eval_step(loaded.model, loaded.policy, loaded.config.execution.loss_chunk_tokens))
-    return evaluate(strategy, step, params, {}, blocks, rows, context_length or loaded.model.config.context_length)
+    strategy, eval_step = loaded.evaluation
+    is_split = len(loaded.placement.devices) > 1
+    params = loaded.params if is_split else strategy.place_state(loaded.params)
+    return evaluate(strategy, eval_step, params, {}, blocks, rows, context_length or loaded.model.config.context_length)
 
 
 def _rows(length: int) -> int:
