@@ -106,7 +106,7 @@ class FullySharded:
         """Return all of each parameter, cast; those that a block gathers itself are left as they are."""
         left = {name: params[name] for name in params if self._by_layer and name.startswith("h_")}
         mine = {name: params[name] for name in params if name not in left}
-        return left | _gather(cast(mine), {name: axes[name] for name in mine})
+        return left | _gather_parts(cast(mine), {name: axes[name] for name in mine})
 
     def _gather_block(self, block: Any, cast: Cast) -> Callable[[Any], Any]:
         """Return what makes all of a block's parameters, cast, out of this device's part; `block` are full shapes.
@@ -117,7 +117,7 @@ class FullySharded:
 
         def gather(params: Any) -> Any:
             params = checkpoint_name(cast(params), GATHERED)
-            return checkpoint_name(_gather(params, axes), GATHERED)
+            return checkpoint_name(_gather_parts(params, axes), GATHERED)
 
         return gather
 
@@ -243,7 +243,7 @@ def _own(batch: Batch) -> Batch:
     return jax.tree.map(lambda x: x[0], batch)
 
 
-def _gather(params: Any, axes: Any) -> Any:
+def _gather_parts(params: Any, axes: Any) -> Any:
     """Return all of each parameter, of which each device of a group brings its part."""
     return jax.tree.map(lambda x, axis: x if axis < 0 else _gathered(x, axis), params, axes)
 
