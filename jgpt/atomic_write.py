@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from jgpt.wording import json_text
+
 
 @contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[Any]:
@@ -72,6 +74,11 @@ def write_file(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, whole or not at all; raise OSError when that fails."""
     with atomic_file(path, "w") as file:
         file.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file for people and programs, whole or not at all; what is read from it is `value`."""
+    write_file(path, json_text(value) + "\n")
 
 
 def _temporary(path: Path) -> Path:

@@ -38,7 +38,7 @@ def main() -> None:
     # Here, as all that loads JAX: --help must not wait for it.
     from jgpt.api import load
     from jgpt.cli.terminal import read_message, say, write
-    from jgpt.hardware.devices import describe, local_devices
+    from jgpt.hardware.devices import chip_of, local_devices
     from jgpt.inference.chat import HELP, Chat, talk
     from jgpt.inference.chat_prompt import chat_sampling
     from jgpt.waiting import waiting
@@ -61,7 +61,7 @@ def main() -> None:
         context_length=args.context_length,
         seed=args.seed,
     )
-    device, dtype = describe(local_devices()[0]).name, loaded.model.dtype.__name__
+    device, dtype = chip_of(local_devices()[0]).name, loaded.model.dtype.__name__
     say(f"{name} on {device} in {dtype}, context {chat.context_length:,} tokens")
     with waiting("compiling", sys.stderr):
         chat.warm_up()

@@ -10,7 +10,10 @@ training learns is counted: the answers. The files are .jsonl, with lines in any
 (docs/finetuning.md).
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -20,6 +23,10 @@ from jgpt.cli.run import run
 from jgpt.config.check import is_encoding
 from jgpt.config.defaults import KEYS
 from jgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from jgpt.loading.measure import Measured
+    from jgpt.loading.model import Model
 
 
 def define_flags() -> None:
@@ -47,7 +54,7 @@ def main() -> None:
     from jgpt.api import load
     from jgpt.cli.terminal import say, write
     from jgpt.data.unknown import name_unknown
-    from jgpt.loading.measure import LONGEST, block_length, measure_chat_files, measure_files
+    from jgpt.loading.measure import LONGEST
     from jgpt.parallel.hosts import is_first
     from jgpt.parallel.watch import together
 
@@ -59,21 +66,7 @@ def main() -> None:
             context_length=args.sequence_length or LONGEST,
             chat_template=args.chat_template or "",
         )
-        loaded = model.loaded
-        how = (args.encoding, args.encoding_errors, block_length(loaded, args.sequence_length))
-        own = loaded.config.data.format  # of a model of others: text
-        kind = own if args.format == "auto" else args.format
-        if not args.text_glob:
-            if kind != own and loaded.step is not None:
-                raise UserError(
-                    f"--format={kind}, and the validation split of {name} is of format {own}. Leave --format out, or"
-                    " name other files by --text_glob=GLOB."
-                )
-            found = model.evaluate(sequence_length=args.sequence_length)
-        elif kind == "chat":
-            found = measure_chat_files(loaded, args.text_glob, model.require_template(), *how)
-        else:
-            found = measure_files(loaded, args.text_glob, args.text_field, *how)
+        found, loaded = _measure(model), model.loaded
     if not is_first():
         return
     at_step = "" if loaded.step is None else f" (step {loaded.step})"
@@ -92,6 +85,26 @@ def main() -> None:
             f"note: the loss is above {guessing:.2f}, which guessing among all tokens would give. The model has seen no"
             " text like this, such as another language or script, or it is not trained yet."
         )
+
+
+def _measure(model: Model) -> Measured:
+    """Measure on the files that the flags name, else on the validation split of the model's run."""
+    from jgpt.loading.measure import block_length, measure_chat_files, measure_files  # here: --help does without JAX
+
+    args, loaded = flags.FLAGS, model.loaded
+    how = (args.encoding, args.encoding_errors, block_length(loaded, args.sequence_length))
+    own = loaded.config.data.format  # of a model of others: text
+    kind = own if args.format == "auto" else args.format
+    if args.text_glob and kind == "chat":
+        return measure_chat_files(loaded, args.text_glob, model.require_template(), *how)
+    if args.text_glob:
+        return measure_files(loaded, args.text_glob, args.text_field, *how)
+    if kind != own and loaded.step is not None:
+        raise UserError(
+            f"--format={kind}, and the validation split of {model.name} is of format {own}. Leave --format out, or"
+            " name other files by --text_glob=GLOB."
+        )
+    return model.evaluate(sequence_length=args.sequence_length)
 
 
 if __name__ == "__main__":

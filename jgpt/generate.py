@@ -42,7 +42,7 @@ def main() -> None:
     from jgpt.api import load
     from jgpt.cli.terminal import read_prompt, say, write
     from jgpt.data.unknown import name_unknown, unknown_characters
-    from jgpt.hardware.devices import describe, local_devices
+    from jgpt.hardware.devices import chip_of, local_devices
     from jgpt.inference.rounds import STREAM_STEPS, UNLIMITED
     from jgpt.inference.sampling import Sampling
     from jgpt.inference.write import text_prompt
@@ -57,7 +57,7 @@ def main() -> None:
     loaded = model.loaded
     step = "" if loaded.step is None else f", step {loaded.step:,}"
     val_loss = "" if loaded.val_loss is None else f", validation loss {loaded.val_loss:.4f}"
-    say(f"{name}{step}{val_loss}, on {describe(local_devices()[0]).name} in {loaded.model.dtype.__name__}")
+    say(f"{name}{step}{val_loss}, on {chip_of(local_devices()[0]).name} in {loaded.model.dtype.__name__}")
     if note := name_unknown(unknown_characters(model.tokenizer, text), "the prompt"):
         say(f"note: {note}")
 

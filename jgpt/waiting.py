@@ -1,4 +1,4 @@
-"""Say what is waited for, with a clock: what compiles gives no other sign of life for minutes.
+"""Show what the user waits for, with a clock: a compile gives no other sign of life for minutes.
 
 Beside the data path: training and the commands put it around their first calls.
 """

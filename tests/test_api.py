@@ -12,7 +12,9 @@ import jgpt
 from jgpt.config.check import problems
 from jgpt.config.files import find_config
 from jgpt.config.named import changed, config_named
+from jgpt.loading import load as load_module
 from jgpt.run_dir.metrics_file import read_metrics
+from jgpt.step.eval_step import make_eval_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,6 +92,13 @@ def test_a_text_is_measured_as_a_file_is(command, trained, model, tmp_path):
     assert model.evaluate().loss == pytest.approx(read_metrics(trained / "metrics.jsonl")[-1]["val_loss"], rel=1e-5)
     with pytest.raises(jgpt.UserError, match="At least 2 tokens"):
         model.evaluate("")
+
+
+def test_measuring_again_compiles_nothing(trained, monkeypatch):
+    steps = []
+    monkeypatch.setattr(load_module, "make_eval_step", lambda *given: steps.append(make_eval_step(*given)) or steps[-1])
+    fresh = jgpt.load(str(trained))
+    assert fresh.evaluate(TEXT[-64:]) == fresh.evaluate(TEXT[-64:]) and len(steps) == 1
 
 
 @pytest.fixture

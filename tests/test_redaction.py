@@ -20,8 +20,9 @@ from jgpt.config.check import problems
 from jgpt.config.defaults import default_config
 from jgpt.redaction import HIDDEN, find_secret, looks_random, redact
 from jgpt.report.page import write_report
-from jgpt.run_dir.identity import read_config, write_identity, write_status
+from jgpt.run_dir.identity import read_config, write_identity
 from jgpt.run_dir.samples import append_samples
+from jgpt.run_dir.status_file import write_status
 
 ROOT = Path(__file__).parents[1]
 IN_ENVIRONMENT = (

@@ -1,6 +1,6 @@
 """What this machine is: cores, memory, disk, connection, secrets, devices, and how fast they are.
 
-Beside the data path: `jgpt.check_env` prints it. What a machine of a known kind has beside this is a `Place`.
+Beside the data path: `jgpt.check_env` prints it. What a machine of a known kind has beside this is a `KnownMachine`.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ SECRETS = (
 )
 
 
-class Place(Protocol):
+class KnownMachine(Protocol):
     """The checks that a machine of a known kind has of its own; a module is one. `online` is None where not tried."""
 
     def machine(self, online: bool | None) -> list[Check]:
@@ -49,7 +49,7 @@ class Place(Protocol):
         ...
 
 
-def check_all(run_dir: Path, quick: bool, place: Place | None = None) -> dict[str, list[Check]]:
+def check_all(run_dir: Path, quick: bool, place: KnownMachine | None = None) -> dict[str, list[Check]]:
     """Run every check; `quick` leaves out the ones that take seconds. `place` is what this machine has of its own."""
     sections = {"Software": software(), "Machine": [*cores(), *memory(), *disk(run_dir)], "Secrets": secrets()}
     online = None if quick else has_internet()
@@ -143,7 +143,7 @@ def describe(found: Sequence[jax.Device]) -> list[Check]:
     """Name each device: kind, compute capability, memory that JAX may take."""
     checks = []
     for device in found:
-        chip = devices.describe(device)
+        chip = devices.chip_of(device)
         parts = [device.device_kind]
         if chip.compute_capability:
             parts.append("sm_{}{}".format(*chip.compute_capability))
@@ -162,7 +162,7 @@ def gpus_in_machine() -> list[str]:
     return ["NVIDIA GPU"] * len(glob.glob("/dev/nvidia[0-9]*"))
 
 
-def accelerators(found: Sequence[jax.Device], gpus: Sequence[str], place: Place | None = None) -> list[Check]:
+def accelerators(found: Sequence[jax.Device], gpus: Sequence[str], place: KnownMachine | None = None) -> list[Check]:
     """Check that JAX sees all the `gpus` in the machine and, in a known `place`, that they are those it should have."""
     kinds = [device.device_kind for device in found if device.platform != "cpu"]
     if (chips := pci.tpu_chips()) and (checks := tpu.chips(kinds, chips)):
@@ -184,7 +184,7 @@ def accelerators(found: Sequence[jax.Device], gpus: Sequence[str], place: Place 
 def matmul_speed(device: jax.Device) -> list[Check]:
     """Measure the matrix product in each precision, and warn where bf16 is not the hardware's own."""
     size = 1024 if device.platform == "cpu" else 8192
-    capability, peaks = devices.compute_capability(device), devices.describe(device).peak_flops
+    capability, peaks = devices.compute_capability(device), devices.chip_of(device).peak_flops
     measured, on_tpu = {}, device.platform == "tpu"
     for dtype, jax_dtype in (("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32")):
         if dtype == "fp16" and on_tpu:

@@ -45,7 +45,8 @@ def problems(config: ConfigDict, text_bytes: int | None = None) -> list[str]:
         *_secrets(config),
         *_length(config, wrong, text_bytes),
         *_sampling(config, wrong),
-        *_fine_tuning(config, wrong),
+        *_lora(config, wrong),
+        *_parallel(config, wrong),
     ]
 
 
@@ -268,34 +269,40 @@ def _sampling(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
         yield f"sample.temperature={temperature:g}: fp32 would round it to 0; set 0, or 0.000001 or more"
 
 
-def _fine_tuning(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
+def _lora(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
     """Check that adapters have a model beside them, and are on layers that exist."""
     if not wrong.isdisjoint(("lora.rank", "lora.targets", "init_from")):
         return
-    rank = config.lora.rank
     if said := INIT_FROM_CALLED.get(config.init_from):
         yield f"init_from={config.init_from!r}: {said}"
-    if rank and not config.init_from:
+    if config.lora.rank and not config.init_from:
         yield (
-            f"lora.rank={rank} without init_from: adapters are trained beside a pretrained model; set init_from to a "
-            "model, or lora.rank=0"
-        )
-    if config.execution.parallel == "fsdp" and rank:
-        yield (
-            "execution.parallel='fsdp' with lora: adapters are small, and the frozen base is what needs splitting; set "
-            "execution.parallel='tensor', or lora.rank=0"
-        )
-    if config.execution.mesh and config.execution.parallel == "data":
-        yield (
-            f"execution.mesh={config.execution.mesh!r} with execution.parallel='data': only fsdp and tensor divide the "
-            "devices into groups; set execution.mesh='', or execution.parallel='fsdp'"
-        )
-    if config.execution.parallel == "tensor" and not rank:
-        yield (
-            "execution.parallel='tensor' without lora: the optimizer of all parameters is not split over devices; set "
-            "lora.rank=16, or execution.parallel='fsdp'"
+            f"lora.rank={config.lora.rank} without init_from: adapters are trained beside a pretrained model; set "
+            "init_from to a model, or lora.rank=0"
         )
     targets = [target.strip() for target in config.lora.targets.split(",")]
     if unknown := [target for target in targets if target not in LORA_TARGETS]:
         hint = unknown_value(unknown[0], LORA_TARGETS)
         yield f"lora.targets: {unknown[0]!r} is no layer; they are {', '.join(LORA_TARGETS)}{hint}"
+
+
+def _parallel(config: ConfigDict, wrong: set[str]) -> Iterator[str]:
+    """Check that the way in which devices share the work goes with what is trained."""
+    e, rank = config.execution, config.lora.rank
+    if e.mesh and e.parallel == "data":
+        yield (
+            f"execution.mesh={e.mesh!r} with execution.parallel='data': only fsdp and tensor divide the devices into "
+            "groups; set execution.mesh='', or execution.parallel='fsdp'"
+        )
+    if "lora.rank" in wrong:
+        return
+    if e.parallel == "fsdp" and rank:
+        yield (
+            "execution.parallel='fsdp' with lora: adapters are small, and the frozen base is what needs splitting; set "
+            "execution.parallel='tensor', or lora.rank=0"
+        )
+    if e.parallel == "tensor" and not rank:
+        yield (
+            "execution.parallel='tensor' without lora: the optimizer of all parameters is not split over devices; set "
+            "lora.rank=16, or execution.parallel='fsdp'"
+        )

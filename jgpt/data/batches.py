@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jgpt.data.conversations import BEGINS, IDS, LEARNED
 from jgpt.data.packing import Rows, pack_rows
 from jgpt.data.shards import Tokens
 from jgpt.data.token_files import TokenData
+from jgpt.data.words import BEGINS, IDS, LEARNED
 from jgpt.errors import UserError
 
 

@@ -45,12 +45,14 @@ def open_corpus(config: ConfigDict, given: Tokenizer | None, files: Sequence[Tex
     """Open the text of a config. Of conversations the template stays empty where a pretrained tokenizer brings it."""
     data, chat = config.data, config.data.format == "chat"
     if not chat:
-        return Corpus(files, data.text_field, data.encoding_errors, encoding=data.encoding)
+        return Corpus(files, text_field=data.text_field, encoding=data.encoding, encoding_errors=data.encoding_errors)
     from_tokenizer = config.tokenizer.kind == "hf" and not given and not config.tokenizer.chat_template
     template = "" if from_tokenizer else chat_template(config, given)
     # The settings are for a tokenizer that is trained on the rendered text.
     settings = {"eos_token": END_OF_TEXT}
-    return ChatCorpus(files, "", data.encoding_errors, template, settings, encoding=data.encoding)
+    return ChatCorpus(
+        files, encoding=data.encoding, encoding_errors=data.encoding_errors, template=template, settings=settings
+    )
 
 
 def chat_template(config: ConfigDict, tokenizer: Tokenizer | None) -> str:

@@ -6,10 +6,7 @@ the line, `tool_calls`, `reasoning_content` and others of a message. `"weight": 
 learned. What the template never reads is named at the end.
 
 In the data path: after `corpus.py`, `chat_template.py` and `tokenizer.py`; before `token_files.py`, which opens the
-files of words, and `packing.py`.
-
-A word is a uint32: the id in bits 0 to 29; bit 31 where the token is learned, which is what the assistant wrote with
-its end of turn; bit 30 where a conversation begins. Conversations follow one another without a gap.
+files of words (`words.py`), and `packing.py`.
 """
 
 import json
@@ -25,13 +22,13 @@ import numpy as np
 from jgpt.data.chat_layouts import MEANING
 from jgpt.data.chat_lines import ChatLine, read_chat_line
 from jgpt.data.chat_template import answers
-from jgpt.data.corpus import Corpus, Piece, batched_by_characters
+from jgpt.data.corpus import Corpus
+from jgpt.data.pieces import Piece, batched_by_characters
 from jgpt.data.tokenizer import Tokenizer
+from jgpt.data.words import IDS, LEARNED, to_words
 from jgpt.data.write_shards import ShardWriter
 from jgpt.errors import UserError
 
-LEARNED, BEGINS = np.uint32(1 << 31), np.uint32(1 << 30)
-IDS = np.uint32(BEGINS - 1)
 log = logging.getLogger("jgpt")
 
 
@@ -194,14 +191,3 @@ def say_what_was_read(corpus: ChatCorpus) -> None:
     if corpus.unread:
         names = ", ".join(f"{name} ({n:,})" for name, n in sorted(corpus.unread.items()))
         log.warning("the chat template does not read these fields, so the model does not see them: %s", names)
-
-
-def to_words(parts: list[np.ndarray]) -> np.ndarray:
-    """Join the ids of a text's parts to words, uint32; every second part is learned.
-
-    >>> [hex(word) for word in to_words([np.uint32([1, 2]), np.uint32([3])])]
-    ['0x40000001', '0x2', '0x80000003']
-    """
-    words = np.concatenate([ids | LEARNED if i % 2 else ids for i, ids in enumerate(parts)])
-    words[0] |= BEGINS
-    return words

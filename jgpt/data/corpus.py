@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from jgpt.data.decompress import CORRUPT, decompress
-from jgpt.data.encodings import NotDecodable, decode
+from jgpt.data.encodings import NotDecodable, decode, without_surrogates
 from jgpt.data.find_files import JSON_LINES
 from jgpt.data.first_bytes import HEAD_BYTES
 from jgpt.data.not_text import (
@@ -25,11 +25,11 @@ from jgpt.data.not_text import (
     refuse_other_kinds,
     too_much_replaced,
 )
+from jgpt.data.parquet import text_column
 from jgpt.data.pieces import Piece, cut
 from jgpt.data.remote import TextFile
 from jgpt.errors import UserError
 
-BATCH_CHARACTERS = 1 << 22  # text that is tokenized at a time: enough for all cores, little memory
 LINE_CHARACTERS = 1 << 28  # of .jsonl: a line must be in memory as a whole, a few times
 MOST_REPLACED = 0.01  # of a file's characters: more is another encoding, and what is left of it is no text
 MOST_BAD_FILES, MOST_BYTES_AFTER = 20, 1 << 30  # after a bad file others are looked for, but not for hours
@@ -42,9 +42,7 @@ class Corpus:
 
     files: Sequence[TextFile]
     text_field: str = "text"
-    encoding_errors: str = (
-        "strict"  # or "replace": U+FFFD in the place of what is not text; "replace_any": of any share
-    )
+    encoding_errors: str = "strict"  # or "replace": U+FFFD in the place of what is not text; "replace_any": any share
     encoding: str = field(default="utf-8", kw_only=True)  # any text encoding that Python knows; .parquet is UTF-8
     first_file: int = field(default=0, kw_only=True)  # the number of files before these, where they are a part of all
     replaced: int = field(default=0, init=False)  # characters that the last `pieces()` replaced
@@ -180,35 +178,15 @@ class Corpus:
                 )
 
     def _parquet_documents(self, file: TextFile) -> Iterator[list[str]]:
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError as error:
-            raise UserError(f"{file} needs pyarrow, which is not installed. Run: pip install pyarrow") from error
         before, size, row = self.bytes_read, file.stat().st_size, 0
-        try:
-            with file.open("rb") as raw, parquet.ParquetFile(raw) as table:
-                schema = table.schema_arrow
-                kind = schema.field(self.text_field).type if self.text_field in schema.names else None
-                if kind is None or not _is_text(kind):
-                    have = ", ".join(f"{column.name} ({column.type})" for column in schema)
-                    raise UserError(
-                        f"{file} has no text in the column {self.text_field!r}: it has {have}. "
-                        "A column of strings is needed. Set data.text_field to its name."
-                    )
-                for batch in table.iter_batches(batch_size=256, columns=[self.text_field]):
-                    column = batch.column(0)
-                    if isinstance(column, pyarrow.DictionaryArray):
-                        column = column.dictionary_decode()
-                    for value in column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()):
-                        if value.is_valid:
-                            yield ["".join(self._decode([value.as_py()], file, row=f", row {row}"))]
-                        else:
-                            self.nulls += 1
-                        row += 1
-                    self.bytes_read = before + size * row // table.metadata.num_rows
-        except pyarrow.ArrowInvalid as error:
-            raise OSError(f"it is not a complete Parquet file ({error})") from error
+        for values, n_rows in text_column(file, self.text_field):
+            for value in values:
+                if value is None:
+                    self.nulls += 1
+                else:
+                    yield ["".join(self._decode([value], file, row=f", row {row}"))]
+                row += 1
+            self.bytes_read = before + size * row // n_rows
 
     def _blocks(self, file: TextFile) -> Iterator[bytes]:
         before = self.bytes_read
@@ -249,25 +227,6 @@ class Corpus:
         return text
 
 
-def _is_text(kind: Any) -> bool:
-    """Return whether a pyarrow type is a string, also one that is stored as a dictionary or a view."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
-    views = [pyarrow.string_view()] if hasattr(pyarrow, "string_view") else []
-    return kind in (pyarrow.string(), pyarrow.large_string(), *views)
-
-
-def without_surrogates(text: str) -> str:
-    r"""Replace each half of a surrogate pair by U+FFFD.
-
-    >>> without_surrogates("a\ud800b") == "a\ufffdb"
-    True
-    """
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
 def _lines(texts: Iterable[str], file: TextFile) -> Iterator[str]:
     r"""Join text that is cut anywhere to lines, in time that does not grow faster than the text.
 
@@ -290,17 +249,3 @@ def _lines(texts: Iterable[str], file: TextFile) -> Iterator[str]:
             yield "".join(parts)
             parts, n_characters, n_lines = [line], len(line), n_lines + 1
     yield "".join(parts)
-
-
-def batched_by_characters(items: Iterable[Item], count: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Group items, in order, into lists of `BATCH_CHARACTERS` or a little more; `count` gives an item's characters."""
-    batch: list[Item] = []
-    n_characters = 0
-    for item in items:
-        batch.append(item)
-        n_characters += count(item)
-        if n_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, n_characters = [], 0
-    if batch:
-        yield batch

@@ -1,6 +1,6 @@
 """Decode text that arrives in blocks, and name the encodings that bytes are likely to be in.
 
-In the data path: `corpus.py` reads with this.
+In the data path: `corpus.py` reads with this, and `tokenizer.py` asks for text without halves of surrogate pairs.
 """
 
 import codecs
@@ -52,6 +52,15 @@ def decode(blocks: Iterable[bytes], encoding: str, replace: bool, count: Callabl
         n_bytes, n_lines = n_bytes + len(block), n_lines + text.count("\n")
         if text:
             yield text
+
+
+def without_surrogates(text: str) -> str:
+    r"""Replace each half of a surrogate pair by U+FFFD.
+
+    >>> without_surrogates("a\ud800b") == "a\ufffdb"
+    True
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def likely_encodings(sample: bytes) -> dict[str, str]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jgpt.data.conversations import BEGINS, LEARNED
 from jgpt.data.shards import Tokens
+from jgpt.data.words import BEGINS, LEARNED
 from jgpt.errors import UserError
 
 SCAN_WORDS = 1 << 22  # words of a split that are read at a time

@@ -1,12 +1,14 @@
-"""Cut a document into pieces that a tokenizer takes at a time, where it matters least.
+"""Cut a document into pieces that a tokenizer takes at a time, where it matters least; group what it takes together.
 
 In the data path: `corpus.py` yields what this makes of its documents.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 PIECE_CHARACTERS = 1 << 18  # small, because tokenizers need about 100 bytes a token while they work
+BATCH_CHARACTERS = 1 << 22  # text that is tokenized at a time: enough for all cores, little memory
+Item = TypeVar("Item")
 
 
 class Piece(NamedTuple):
@@ -46,3 +48,17 @@ def _cut_before(text: str, start: int, end: int) -> int:
                 return before
             at = text.rfind(mark, low, at)
     return end - text.startswith("\r\n", end - 1)
+
+
+def batched_by_characters(items: Iterable[Item], count: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Group items, in order, into lists of `BATCH_CHARACTERS` or a little more; `count` gives an item's characters."""
+    batch: list[Item] = []
+    n_characters = 0
+    for item in items:
+        batch.append(item)
+        n_characters += count(item)
+        if n_characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, n_characters = [], 0
+    if batch:
+        yield batch

@@ -18,11 +18,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jgpt.atomic_write import write_file
+from jgpt.atomic_write import write_json
 from jgpt.config.files import user_path
 from jgpt.errors import UserError, is_disk_full
 from jgpt.file_lock import LOCK, hold
-from jgpt.wording import json_text
 
 FORMAT_VERSION = 3  # of meta.json. In version 2 each split was one file, train.bin and val.bin: it is still read
 TOKENS_VERSION = 2  # another one would mean: the same text and settings give other tokens
@@ -122,7 +121,7 @@ def read_token_meta(directory: Path) -> dict[str, Any]:
 
 def write_signed(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object with a hash of itself, so that it is known whether it is what was written."""
-    write_file(path, json_text(content | {"meta_sha256": _hash(content)}) + "\n")
+    write_json(path, content | {"meta_sha256": _hash(content)})
 
 
 def read_signed(path: Path) -> dict[str, Any]:

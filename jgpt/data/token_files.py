@@ -2,7 +2,7 @@
 
 In the data path: between `write_tokens.py`, which writes them, and `batches.py`. The files are plain arrays of ids;
 those of a split, in the order that meta.json gives, are one stream. Where meta.json has "format": "chat", they are
-arrays of the words of `conversations.py`: ids with two marks in the high bits. meta.json holds the hashes of what was
+arrays of words (`words.py`): ids with two marks in the high bits. meta.json holds the hashes of what was
 written.
 
 A file that is mapped never changes: new tokens are new files, which take the names of the old ones.
@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jgpt.data.conversations import IDS
 from jgpt.data.shards import Tokens, join_shards
 from jgpt.data.token_directory import FORMAT_VERSION, hold_token_directory, read_token_meta
 from jgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jgpt.data.words import IDS
 from jgpt.data.write_shards import hash_part
 from jgpt.errors import UserError
 

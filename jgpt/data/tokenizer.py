@@ -17,11 +17,10 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jgpt.atomic_write import write_file
-from jgpt.data.corpus import without_surrogates
+from jgpt.atomic_write import write_file, write_json
+from jgpt.data.encodings import without_surrogates
 from jgpt.data.first_bytes import why_unusable
 from jgpt.errors import UserError
-from jgpt.wording import json_text
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
@@ -127,7 +126,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,  # else decoding is not exact
             "model_max_length": context_length,
         }
-        write_file(directory / "tokenizer_config.json", json_text(settings) + "\n")
+        write_json(directory / "tokenizer_config.json", settings)
         write_file(directory / "tokenizer.json", self.tokenizer_json)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jgpt.data.corpus import Corpus, batched_by_characters
+from jgpt.data.corpus import Corpus
+from jgpt.data.pieces import batched_by_characters
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.data.write_shards import ShardWriter
 

@@ -121,25 +121,34 @@ def prepare_part(config: ConfigDict, part: Part, files: Sequence[TextFile] | Non
         if read_plan(directory) == plan and not is_complete(directory, plan, part):
             _write_part(directory, held, plan, part, corpus, tokenizer)
     with _held(directory) as held:
-        if _difference(directory, held, config, corpus, None):
-            if read_plan(directory) != plan:
-                raise UserError(
-                    f"{directory / PARTS} was removed or made again while shard {part} was prepared. All shards must "
-                    "have the same text and settings. Run this command again."
-                )
-            with storage_errors(directory):
-                if held:
-                    remove_leftovers(directory)  # of a process that was killed while it joined
-                missing = join_parts(directory, plan, tokenizer)
-            if missing:
-                log.info(
-                    "tokens: shard %s is complete. %d of %d are not yet: %s. The last one joins them",
-                    part, len(missing), part.n, ", ".join(map(str, missing[:20])),
-                )  # fmt: skip
-                return None
-            log.info("tokens: %d shards are joined in %s", part.n, directory)
+        if _difference(directory, held, config, corpus, None) and not _join(directory, held, plan, part, tokenizer):
+            return None
         opened = open_token_files(directory)
     return map_token_files(opened)
+
+
+def _join(directory: Path, held: bool, plan: dict[str, Any], part: Part, tokenizer: Tokenizer) -> bool:
+    """Join all parts, now that `part` is complete; return False, and log which, where some are not complete yet.
+
+    Raises UserError where the parts in the directory are of another plan by now.
+    """
+    if read_plan(directory) != plan:
+        raise UserError(
+            f"{directory / PARTS} was removed or made again while shard {part} was prepared. All shards must "
+            "have the same text and settings. Run this command again."
+        )
+    with storage_errors(directory):
+        if held:
+            remove_leftovers(directory)  # of a process that was killed while it joined
+        missing = join_parts(directory, plan, tokenizer)
+    if missing:
+        log.info(
+            "tokens: shard %s is complete. %d of %d are not yet: %s. The last one joins them",
+            part, len(missing), part.n, ", ".join(map(str, missing[:20])),
+        )  # fmt: skip
+        return False
+    log.info("tokens: %d shards are joined in %s", part.n, directory)
+    return True
 
 
 @contextmanager

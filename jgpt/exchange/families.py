@@ -1,7 +1,7 @@
 """The Hugging Face architectures that this GPT computes: GPT-2, Llama, Mistral, Qwen2 and Qwen3.
 
-Beside the data path: `pretrained.py` reads and writes a config.json with this; `tensors.py` has the names of the
-weights. Keys, defaults and meanings are those of transformers' configuration_*.py and modeling_*.py.
+Beside the data path: `pretrained.py` reads a config.json with this, and `write_model.py` writes one; `tensors.py` has
+the names of the weights. Keys, defaults and meanings are those of transformers' configuration_*.py and modeling_*.py.
 """
 
 import logging
@@ -103,7 +103,7 @@ def _read_llama(keys: Keys, family: str) -> dict[str, Any]:
         "n_kv_heads": keys.count("num_key_value_heads", heads), "d_model": width,
         "d_head": keys.count("head_dim", max(width // heads, 1)), "d_ff": keys.count("intermediate_size"),
         "context_length": context, "position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": attention and mlp,
-        # Where the attention's output has a bias too, it must be zero: `weights.py` checks that.
+        # Where the attention's output has a bias too, it must be zero: `read_weights.py` checks that.
         "qkv_bias": family == "qwen2" or (attention and family != "mistral" and not mlp),
         "qk_norm": family == "qwen3", "rope_theta": theta, "rope_scaling": scaling,
         "norm_eps": keys.number("rms_norm_eps"),

@@ -15,10 +15,11 @@ import numpy as np
 from jgpt.atomic_write import atomic_path
 from jgpt.data.tokenizer import WORDS, Tokenizer
 from jgpt.errors import UserError
+from jgpt.exchange.cast import cast
 from jgpt.exchange.families import export_family
-from jgpt.exchange.pretrained import place_errors
+from jgpt.exchange.new_directory import place_errors
 from jgpt.exchange.tensors import Entry, prefix
-from jgpt.exchange.weights import cast, entry_bytes, named_tensors
+from jgpt.exchange.write_weights import entry_bytes, named_tensors
 from jgpt.model.precision import DTYPES
 from jgpt.model.rope import frequencies
 from jgpt.model.shapes import ModelConfig

@@ -1,6 +1,6 @@
 """Write the model card: the README.md of an export, with the metadata that the Hub reads.
 
-Beside the data path: `pretrained.py` and `adapter.py` put it into their directories. The metadata are those of
+Beside the data path: `write_model.py` and `write_adapter.py` put it into their directories. The metadata are those of
 https://huggingface.co/docs/hub/model-cards. What the base model's own card says of its licence and its languages holds
 for what was made of it as well, and is taken over from there.
 """

@@ -1,49 +1,34 @@
-"""Open and write Hugging Face model directories; opening checks everything and loads no weights.
+"""Open Hugging Face model directories: everything is checked, and no weights are loaded.
 
 Beside the data path: `loading/` and the convert command call it. A directory holds config.json,
 generation_config.json, weights in safetensors and the tokenizer's files.
 """
 
-import errno
 import json
 import logging
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from jgpt.atomic_write import atomic_directory, write_file
 from jgpt.config.defaults import KEYS
 from jgpt.config.key import Key
 from jgpt.data.first_bytes import why_unusable
 from jgpt.data.published import load_pretrained
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.errors import UserError
-from jgpt.exchange import model_card
-from jgpt.exchange.families import export_family, read_config, write_config
-from jgpt.exchange.model_card import Base
-from jgpt.exchange.tensors import prefix, table
-from jgpt.exchange.weights import Stored, entry_bytes, find_tensors, load_params, main_dtype, match, save_params
-from jgpt.model.precision import DTYPES
+from jgpt.exchange.families import read_config
+from jgpt.exchange.read_weights import Stored, find_tensors, load_params, main_dtype, match
+from jgpt.exchange.tensors import table
+from jgpt.model.parameters import PlaceParam
 from jgpt.model.shapes import ModelConfig, model_config
-from jgpt.wording import json_text
 
 log = logging.getLogger("jgpt")
 
-SHARD_BYTES = 5_000_000_000
 # What generation_config.json may say of how tokens are drawn.
 RULES = {name: KEYS[f"sample.{name}"] for name in ("temperature", "top_k", "top_p", "min_p")}
 RULES |= {"repetition_penalty": Key(1.0, "above 1, what the text holds gets less likely", 0.01, 100)}
-
-# Not ENOTEMPTY, which another process leaves, nor a full disk.
-OF_THE_PLACE = (errno.EACCES, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -65,7 +50,7 @@ class Pretrained:
         check_vocabulary(tokenizer, self.shapes, self.directory)
         return tokenizer
 
-    def load_params(self, matrices: Any, place: Callable[[tuple[str, ...], np.ndarray], Any]) -> Any:
+    def load_params(self, matrices: Any, place: PlaceParam) -> Any:
         """Load the parameter tree, as `weights.load_params` does: matrices in the dtype `matrices`, vectors in fp32.
 
         Raises UserError, see there.
@@ -149,115 +134,3 @@ def _sampling(path: Path, generation: dict[str, Any]) -> dict[str, float]:
         else:
             log.warning("%s: %s=%.80r is left out: it must be %s", path, name, value, rule.allowed(in_full=True))
     return found
-
-
-def export_model(
-    out: Path,
-    params: Any,
-    shapes: ModelConfig,
-    tokenizer: Tokenizer,
-    *,
-    vocab_size: int,
-    stop_ids: tuple[int, ...],
-    dtype: str,
-    base: Base | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> str:
-    """Write a model to the new directory `out`, in the layout of transformers; return its family.
-
-    `params` is the parameter tree of the plain model. Weights are written in `dtype` ("fp32", "fp16", "bf16"), and of
-    the embedding the first `vocab_size` rows. `stop_ids` are ids that end a text, beside the tokenizer's. `base` is the
-    model that training began from, for the model card. `out` appears when it is complete, or not at all. Raises
-    UserError when no Hugging Face architecture computes the model, `out` is not empty, or the disk is too small.
-    """
-    family = check_export(out, shapes)
-    entries = list(table(family, replace(shapes, vocab_size=vocab_size)))
-    with new_directory(out, sum(entry_bytes(entry, DTYPES[dtype]) for entry in entries)) as directory:
-        tokenizer.save(directory, shapes.context_length)
-        ids = _token_ids(tokenizer)
-        config = write_config(family, shapes, vocab_size) | ids | {"dtype": jnp.dtype(DTYPES[dtype]).name}
-        write_json(directory / "config.json", config)
-        stops = list(dict.fromkeys((*stop_ids, tokenizer.eot_id)))
-        generation = ids | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
-        write_json(directory / "generation_config.json", {**generation, "pad_token_id": _pad_id(ids)})
-        save_params(directory, params, entries, prefix(family), DTYPES[dtype], shard_bytes)
-        n_params = sum(int(x.size) for x in jax.tree.leaves(params))
-        n_params -= (shapes.vocab_size - vocab_size) * shapes.d_model * (1 if shapes.tie_embeddings else 2)
-        card = model_card.of_model(
-            out.name, family, shapes, n_params=n_params, vocab_size=vocab_size, dtype=jnp.dtype(DTYPES[dtype]).name,
-            base=base, is_chat="chat_template" in tokenizer.settings,
-        )  # fmt: skip
-        write_file(directory / "README.md", card)
-    return family
-
-
-def check_export(out: Path, shapes: ModelConfig) -> str:
-    """Return the family that a model would be exported as; raise UserError when there is none or `out` is not empty."""
-    check_new(out)
-    return export_family(shapes)
-
-
-def check_new(out: Path) -> None:
-    """Raise UserError where `out` is not the name of a new or an empty directory."""
-    with place_errors(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists and is not empty. Allowed: a new directory, or an empty one. Name another.")
-
-
-@contextmanager
-def place_errors(out: Path) -> Iterator[None]:
-    """Turn an error about the name of `out`, or about the place where it would be, into a UserError.
-
-    An error about another file, such as weights that cannot be read, stays as it is.
-    """
-    try:
-        yield
-    except OSError as error:
-        named = str(error.filename or "")  # `out`, a temporary name that begins so, or a directory above
-        is_there = named and (named.startswith(str(out)) or Path(named) in out.parents)
-        if error.errno not in OF_THE_PLACE or not is_there or error.filename2:  # two names: another process was there
-            raise
-        raise UserError(
-            f"{out} cannot be made: {error.strerror}. Allowed: a name in a directory that you may write in. Name"
-            " another."
-        ) from None
-
-
-@contextmanager
-def new_directory(out: Path, planned: int) -> Iterator[Path]:
-    """Yield a temporary directory for `planned` bytes: it becomes `out` at the end, and is removed on an error."""
-    with place_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-    if planned > free:
-        raise UserError(
-            f"the model takes {planned / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at {out.parent}. Make room, name"
-            " a directory on another disk, or export with --dtype=fp16."
-        )
-    try:
-        with place_errors(out), atomic_directory(out) as directory:
-            yield directory
-    except OSError as error:
-        if error.filename2 != str(out):  # it is not about the new name
-            raise
-        raise UserError(f"{out} cannot be made: {error.strerror}. Another process wrote there. Name another.") from None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object for people to read."""
-    write_file(path, json_text(content) + "\n")
-
-
-def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the special ids of config.json. Without a token that begins texts, the one that ends them does both."""
-    ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
-    for key in ("bos_token", "pad_token"):
-        token = tokenizer.settings.get(key)
-        token_id = tokenizer.backend.token_to_id(token) if isinstance(token, str) else None
-        if token_id is not None and token_id < tokenizer.vocab_size:  # one without a row is no id of the model's
-            ids[f"{key}_id"] = token_id
-    return ids
-
-
-def _pad_id(ids: dict[str, int]) -> int:
-    return ids.get("pad_token_id", ids["eos_token_id"])  # transformers' generate() needs one

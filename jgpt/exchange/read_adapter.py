@@ -1,4 +1,4 @@
-"""Read LoRA adapters in the layout of PEFT, which `adapter.py` writes.
+"""Read LoRA adapters in the layout of PEFT, which `write_adapter.py` writes.
 
 Beside the data path: `loading/source.py` opens such a directory with this, and merges the adapters into their base.
 PEFT has a pair of matrices for each layer of transformers' model. Where several such layers are one of ours (query, key
@@ -16,12 +16,12 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from jgpt.errors import UserError
-from jgpt.exchange.adapter import WEIGHTS
 from jgpt.exchange.hub import ADAPTER_CONFIG
 from jgpt.exchange.keys import Keys
 from jgpt.exchange.pretrained import read_json
+from jgpt.exchange.read_weights import SAFETENSORS_DTYPES, Stored, read_header
 from jgpt.exchange.tensors import Entry, Shape, prefix, table
-from jgpt.exchange.weights import SAFETENSORS_DTYPES, Stored, read_header
+from jgpt.exchange.write_adapter import WEIGHTS
 from jgpt.model.lora import LoRA
 from jgpt.model.shapes import ModelConfig
 

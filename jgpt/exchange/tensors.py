@@ -1,7 +1,8 @@
 """The table of weights: each tensor of a Hugging Face model by name, and the parameter of the GPT that it is part of.
 
-Beside the data path: `weights.py` reads and writes with this table. Names and shapes are those of transformers'
-modeling_*.py: weights are [outputs, inputs], in GPT-2 [inputs, outputs]. Dimension letters: see `model/gpt.py`.
+Beside the data path: `read_weights.py` and `write_weights.py` go by this table. Names and shapes are those of
+transformers' modeling_*.py: weights are [outputs, inputs], in GPT-2 [inputs, outputs]. Dimension letters: see
+`model/gpt.py`.
 """
 
 import re
@@ -33,6 +34,11 @@ class Entry(NamedTuple):
 def prefix(family: str) -> str:
     """Return the prefix of the tensors' names in a file of the whole model."""
     return PREFIXES.get(family, "model.")
+
+
+def full_name(start: str, name: str) -> str:
+    """Return the name of a tensor with the prefix `start`, which the output layer has not."""
+    return name if name.startswith("lm_head") else start + name
 
 
 def table(family: str, shapes: ModelConfig) -> Iterator[Entry]:

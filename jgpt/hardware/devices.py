@@ -1,6 +1,6 @@
-"""The devices that are here: which kind each is, its compute capability, its free memory.
+"""The devices that are here: which kind each is, its compute capability, its free memory, the dtypes that suit it.
 
-Beside the data path: the precision policy asks for their compute capability, and the metrics for the peak that a step's
+Beside the data path: training and loading ask for the precision policy, and the metrics for the peak that a step's
 speed is measured by. What is known of each kind stands in `chips.py`.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import replace
 import jax
 
 from jgpt.hardware.chips import CHIPS, Chip, unknown_chip
+from jgpt.model.precision import Policy, choose_policy
 
 MEMORY_SHARE = 0.92  # of a GPU's memory that JAX takes; it needs the rest for itself and CUDA
 
@@ -24,7 +25,7 @@ def all_devices() -> list[jax.Device]:
     return sorted(jax.devices(), key=lambda device: device.process_index)
 
 
-def describe(device: jax.Device) -> Chip:
+def chip_of(device: jax.Device) -> Chip:
     """Return the record of a device's kind; that of a CPU or an unknown GPU or TPU has little more than a name."""
     kind, capability = device.device_kind, compute_capability(device)
     for chip in CHIPS:
@@ -40,6 +41,11 @@ def compute_capability(device: jax.Device) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def choose_device_policy(compute: str, params: str, device: jax.Device) -> Policy:
+    """Return the policy that `precision.compute` and `precision.params` mean on a device. Raises UserError."""
+    return choose_policy(compute, params, device.platform, compute_capability(device))
+
+
 def free_memory(device: jax.Device) -> int | None:
     """Return the bytes that JAX can still allocate on a device; None for a CPU, which has the machine's memory.
 
@@ -48,4 +54,4 @@ def free_memory(device: jax.Device) -> int | None:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return describe(device).usable_bytes
+    return chip_of(device).usable_bytes

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from jgpt.errors import UserError
-from jgpt.hardware.devices import describe, free_memory, local_devices
+from jgpt.hardware.devices import chip_of, free_memory, local_devices
 from jgpt.model.attention.chunked import chunk_size
 from jgpt.model.columns import for_devices
 from jgpt.model.parameters import abstract_stored
@@ -126,5 +126,5 @@ def _fits(shapes: ModelConfig, matrices: Any, context_length: int, rows: int, de
 
 
 def _described(devices: Sequence[jax.Device]) -> str:
-    name = describe(devices[0]).name
+    name = chip_of(devices[0]).name
     return f"on one {name}" if len(devices) == 1 else f"on each of {len(devices)} {name}s"

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jgpt.cli.help import columns
 from jgpt.cli.run import run
+from jgpt.cli.text import columns
 from jgpt.errors import UserError
 from jgpt.kaggle.laptop import verbs, verbs_look, verbs_run
 from jgpt.wording import did_you_mean

@@ -1,1 +1,1 @@
-"""A model by its name: found, checked, loaded."""
+"""A model by its name: found, checked, loaded, and used."""

@@ -9,12 +9,13 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jgpt.errors import UserError
-from jgpt.exchange.adapter import adapter_config, adapter_tensors, write_adapter
 from jgpt.exchange.gguf_file import check_gguf, write_gguf
 from jgpt.exchange.hub import is_hub_name
 from jgpt.exchange.model_card import Base, describe_base, of_adapter
-from jgpt.exchange.pretrained import check_export, check_new, export_model
+from jgpt.exchange.new_directory import check_new
 from jgpt.exchange.tensors import table
+from jgpt.exchange.write_adapter import adapter_config, adapter_tensors, write_adapter
+from jgpt.exchange.write_model import check_export, export_model
 from jgpt.loading.source import Source, is_run, load_adapters, load_params, local_directory, open_source
 from jgpt.model.precision import DTYPES
 from jgpt.run_dir.identity import read_config

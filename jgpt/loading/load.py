@@ -4,6 +4,7 @@ Beside the data path: between a finished run, or a model of others, and what use
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ from ml_collections import ConfigDict
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.errors import UserError
 from jgpt.exchange.pretrained import Pretrained
-from jgpt.hardware.devices import local_devices
+from jgpt.hardware.devices import all_devices, choose_device_policy, local_devices
 from jgpt.hardware.process import keep_compiled_programs
 from jgpt.inference.placement import Placement, choose_placement
-from jgpt.loading.source import describe, is_run, load_params, open_source
+from jgpt.loading.source import is_run, load_params, open_source, source_of
 from jgpt.model.gpt import GPT
 from jgpt.model.precision import DTYPES, Policy
-from jgpt.parallel.build import choose_device_policy
+from jgpt.parallel.hosts import connect
+from jgpt.parallel.replicate import Replicate
+from jgpt.parallel.strategy import Strategy
+from jgpt.parallel.tensor_parallel import TensorParallel
 from jgpt.run_dir.identity import open_run_dir, write_identity
 from jgpt.run_dir.manifest import whole_steps
 from jgpt.run_dir.params import save_params
+from jgpt.step.eval_step import EvalStep, make_eval_step
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,21 @@ class LoadedModel:
     val_loss: float | None
     stop_ids: tuple[int, ...]
     sampling: dict[str, float]  # the temperature and the like that its publisher advises, where any
+
+    @cached_property
+    def evaluation(self) -> tuple[Strategy, EvalStep]:
+        """How it is evaluated, on every device that is here; made once, as each new step compiles again.
+
+        In several processes these are the devices of all of them. A model that one device holds is copied to all.
+        """
+        strategy: Strategy
+        if len(self.placement.devices) > 1:
+            strategy = TensorParallel(self.placement.devices, self.placement.config)
+        else:
+            connect(all_devices())
+            strategy = Replicate(all_devices())
+        step = make_eval_step(self.model, self.policy, self.config.execution.loss_chunk_tokens)
+        return strategy, strategy.eval_step(step)
 
 
 def load_model(
@@ -83,7 +103,7 @@ def import_model(pretrained: Pretrained, run_dir: Path, params: str) -> bool:
     The directory is one to generate with, evaluate and begin from; it has no optimizer state. Returns whether it is a
     chat model. Raises UserError when the directory holds a run already.
     """
-    source = describe(pretrained)
+    source = source_of(pretrained)
     config = source.config
     config.update({"out_dir": str(run_dir), "precision": {"params": params}})
     with open_run_dir(str(run_dir)) as directory:

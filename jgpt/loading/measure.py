@@ -14,7 +14,7 @@ import numpy as np
 
 from jgpt.data.batches import Batch, chat_row, validation_blocks
 from jgpt.data.blocks import TokenStream, blocks
-from jgpt.data.conversations import LEARNED, ChatCorpus, GivenConversations, encoded, say_what_was_read
+from jgpt.data.conversations import ChatCorpus, GivenConversations, encoded, say_what_was_read
 from jgpt.data.corpus import Corpus
 from jgpt.data.find_files import find_files
 from jgpt.data.packing import pack_rows
@@ -22,15 +22,10 @@ from jgpt.data.pieces import cut
 from jgpt.data.token_directory import token_directory
 from jgpt.data.token_files import TokenData, open_token_data
 from jgpt.data.unknown import unknown_characters
+from jgpt.data.words import LEARNED
 from jgpt.errors import UserError
-from jgpt.hardware.devices import all_devices
 from jgpt.loading.load import LoadedModel
 from jgpt.parallel.evaluation import bits_per_byte, evaluate
-from jgpt.parallel.hosts import connect
-from jgpt.parallel.mesh import Sharded
-from jgpt.parallel.replicate import Replicate
-from jgpt.parallel.strategy import Strategy
-from jgpt.step.eval_step import make_eval_step
 
 LONGEST = 2048  # tokens of a block, where neither the user nor a run says how many
 
@@ -76,7 +71,7 @@ def measure_files(
     loaded: LoadedModel, text_glob: str, text_field: str, encoding: str, encoding_errors: str, length: int
 ) -> Measured:
     """Measure a model on text files, in blocks of `length` tokens. Raises UserError of the files."""
-    corpus = Corpus(find_files(text_glob), text_field, encoding_errors, encoding=encoding)
+    corpus = Corpus(find_files(text_glob), text_field=text_field, encoding=encoding, encoding_errors=encoding_errors)
     return _measure(loaded, TokenStream(corpus.pieces(), loaded.tokenizer), length)
 
 
@@ -85,8 +80,14 @@ def measure_chat_files(
 ) -> Measured:
     """Measure a model on the answers in files of conversations, as `measure_chat`. Raises UserError of the files."""
     files = find_files(text_glob, "chat")
-    settings = loaded.tokenizer.settings
-    return measure_chat(loaded, ChatCorpus(files, "", encoding_errors, template, settings, encoding=encoding), length)
+    corpus = ChatCorpus(
+        files,
+        encoding=encoding,
+        encoding_errors=encoding_errors,
+        template=template,
+        settings=loaded.tokenizer.settings,
+    )
+    return measure_chat(loaded, corpus, length)
 
 
 def measure_messages(loaded: LoadedModel, given: Sequence[Any], template: str, length: int) -> Measured:
@@ -99,7 +100,7 @@ def measure_messages(loaded: LoadedModel, given: Sequence[Any], template: str, l
         raise UserError(f"given was {str(given)[:40]!r}. Allowed: a text, or conversations in a list.")
     is_one = bool(given) and all(isinstance(x, Mapping) and ("role" in x or "from" in x) for x in given)
     records = [_line(x) for x in ([given] if is_one else given)]
-    corpus = GivenConversations([], "", "strict", template, loaded.tokenizer.settings, given=records)
+    corpus = GivenConversations([], template=template, settings=loaded.tokenizer.settings, given=records)
     return measure_chat(loaded, corpus, length)
 
 
@@ -155,18 +156,12 @@ def evaluate_loaded(
 ) -> tuple[float, int]:
     """Evaluate a loaded model on `blocks`, on every device that is here; returns as `evaluate` does.
 
-    In several processes these are the devices of all of them. A model that one device holds is copied to all of them.
     `context_length` is the blocks' (0: the model's).
     """
-    strategy: Strategy
-    if len(loaded.placement.devices) > 1:
-        strategy, params = Sharded(loaded.placement.devices, loaded.placement.config), loaded.params
-    else:
-        connect(all_devices())
-        strategy = Replicate(all_devices())
-        params = strategy.place_state(loaded.params)
-    step = strategy.eval_step(make_eval_step(loaded.model, loaded.policy, loaded.config.execution.loss_chunk_tokens))
-    return evaluate(strategy, step, params, {}, blocks, rows, context_length or loaded.model.config.context_length)
+    strategy, eval_step = loaded.evaluation
+    is_split = len(loaded.placement.devices) > 1
+    params = loaded.params if is_split else strategy.place_state(loaded.params)
+    return evaluate(strategy, eval_step, params, {}, blocks, rows, context_length or loaded.model.config.context_length)
 
 
 def _rows(length: int) -> int:

@@ -6,7 +6,6 @@ reader wants it, out. What `init_from` begins from, and what `load.py` loads.
 
 import hashlib
 import os.path
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ from jgpt.exchange.hub import ADAPTER_CONFIG, is_adapter, locate
 from jgpt.exchange.pretrained import Pretrained, check_vocabulary, open_pretrained
 from jgpt.exchange.read_adapter import PeftAdapter, check_adapter, load_adapter, open_adapter
 from jgpt.model.lora import LoRA, lora_config, merge
-from jgpt.model.parameters import abstract_adapters, abstract_stored
+from jgpt.model.parameters import PlaceParam, abstract_adapters, abstract_stored
 from jgpt.model.shapes import ModelConfig, model_config
 from jgpt.run_dir.identity import check_tokenizer, read_config
 from jgpt.run_dir.manifest import read_meta, whole_steps
 from jgpt.run_dir.params import restore_params
 
-Place = Callable[[tuple[str, ...], np.ndarray], Any]  # (a parameter's keys in the tree, its values) -> where it belongs
 EDGE = 1 << 20  # bytes of a file's beginning and of its end that a fingerprint reads
 
 
@@ -92,7 +90,7 @@ def open_source(name: str, step: int | None = None, fingerprint: str = "", base:
     if step is not None:
         raise UserError(f"a step was given, and {name} is no run directory, which alone has several. Leave it out.")
     directory = locate(name)
-    source = _open_peft(directory, base) if is_adapter(directory) else describe(open_pretrained(directory))
+    source = _open_peft(directory, base) if is_adapter(directory) else source_of(open_pretrained(directory))
     _same_files(source.directory, source.fingerprint, fingerprint)
     return source
 
@@ -197,7 +195,7 @@ def _same_files(directory: Path, found: str, expected: str) -> None:
         )
 
 
-def describe(pretrained: Pretrained) -> Source:
+def source_of(pretrained: Pretrained) -> Source:
     """Return a model of others as a source."""
     tokenizer, config = pretrained.tokenizer(), default_config()
     config.model = pretrained.model
@@ -226,7 +224,7 @@ def _fingerprint(directory: Path, config: str) -> str:
     return digest.hexdigest()
 
 
-def load_params(source: Source, matrices: Any, place: Place) -> Any:
+def load_params(source: Source, matrices: Any, place: PlaceParam) -> Any:
     """Load the parameters through `place`: matrices in the dtype `matrices`, vectors in fp32, adapters merged."""
     if source.pretrained is not None:
         return source.pretrained.load_params(matrices, place)

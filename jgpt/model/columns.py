@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jgpt.model.parameters import path_names
 from jgpt.model.shapes import ModelConfig
 
 
@@ -58,8 +59,3 @@ def regroup(path: tuple[str, ...], array: Any, config: ModelConfig) -> Any:
 def regroup_tree(params: Any, config: ModelConfig) -> Any:
     """Rearrange all parameters of the plain model, or all adapters to it, for `config`, which `for_devices` made."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: regroup(path_names(path), leaf, config), params)
-
-
-def path_names(path: Any) -> tuple[str, ...]:
-    """Return the keys of a path that JAX gives, as ("h_0", "attn", "qkv", "kernel")."""
-    return tuple(key.key for key in path)

@@ -1,6 +1,6 @@
 """A preallocated cache of the keys and values of earlier tokens: a new token costs the work of one token.
 
-In the data path: allocated by `inference/rounds.py`, filled by the blocks of `model/gpt.py`.
+In the data path: allocated by `inference/rounds.py`, filled by the blocks of `model/block.py`.
 """
 
 from typing import Any, NamedTuple

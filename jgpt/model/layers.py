@@ -1,6 +1,6 @@
 """The layers that a block is made of: norm, linear layer, embedding, dropout.
 
-In the data path: inside `model/gpt.py`, whose legend names the dimensions.
+In the data path: inside `block.py`. The legend of `gpt.py` names the dimensions.
 """
 
 import math

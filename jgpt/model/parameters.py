@@ -1,17 +1,28 @@
-"""The shapes of a model's parameters, their number, and the floating-point operations that they cost.
+"""A model's parameters: their names, shapes and number, and the floating-point operations that they cost.
 
 Beside the data path: loading, planning and reports call these; nothing is allocated.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jgpt.errors import UserError
 from jgpt.model.gpt import GPT
 from jgpt.model.lora import LoRA, init_adapters
 from jgpt.model.shapes import ModelConfig
+
+# (a parameter's keys in the tree, its values) -> the leaf to keep: where it belongs, such as on a device
+PlaceParam = Callable[[tuple[str, ...], np.ndarray], Any]
+
+
+def path_names(path: Any) -> tuple[str, ...]:
+    """Return the keys of a path that JAX gives, as ("h_0", "attn", "qkv", "kernel")."""
+    return tuple(key.key for key in path)
 
 
 def abstract_params(config: ModelConfig) -> Any:
@@ -35,6 +46,19 @@ def abstract_adapters(config: ModelConfig, lora: LoRA) -> Any:
 def count_parameters(config: ModelConfig) -> int:
     """Count the parameters, embeddings included."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def count_adapters(config: ModelConfig, lora: LoRA | None) -> int:
+    """Count the parameters of LoRA's adapters; raise UserError where the model has none of their layers."""
+    if lora is None:
+        return 0
+    there = ("qkv", "proj", "gate_up" if config.mlp == "swiglu" else "up", "down")
+    if not set(there) & set(lora.targets):
+        raise UserError(
+            f"lora.targets={','.join(lora.targets)!r}, and this model has none of these layers. Allowed:"
+            f" {', '.join(there)}. Set --config.lora.targets={','.join(there)}."
+        )
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_adapters(config, lora)))
 
 
 def flops_per_token(config: ModelConfig, adapters: int = 0) -> float:

@@ -1,6 +1,6 @@
 """Rotary position embedding (RoPE), and the ways in which pretrained models extend it to longer texts.
 
-In the data path: rotates queries and keys inside every block of `model/gpt.py`, whose legend names the dimensions.
+In the data path: rotates queries and keys in every block (`block.py`). The legend of `gpt.py` names the dimensions.
 """
 
 import math

@@ -26,16 +26,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
-from jgpt.model.gpt import GATHERED
+from jgpt.model.gpt import GATHERED, GPT
+from jgpt.model.parameters import abstract_params
+from jgpt.model.precision import Policy
 from jgpt.parallel.hosts import n_processes
-from jgpt.parallel.rules import COPIES, PARTS, device_mesh, split_axis, split_bytes
+from jgpt.parallel.rules import DATA, FSDP, device_mesh, split_axis, split_bytes
 from jgpt.parallel.strategy import laid_out, own_rows, put, put_rows, saved_from
 from jgpt.step.eval_step import EvalStep
 from jgpt.step.gradients import Cast, Exchange
 from jgpt.step.state import TrainState
 from jgpt.step.train_step import Numbers, Step, TrainStep
 
-EACH = PartitionSpec((COPIES, PARTS))  # the first axis: an element on each device
+EACH = PartitionSpec((DATA, FSDP))  # the first axis: an element on each device
 SAME = PartitionSpec()  # on all devices
 
 
@@ -43,8 +45,7 @@ class FullySharded:
     """Run a step on several devices: the state split over each group of `group` devices, a share of the batch on each.
 
     A `Strategy`. `group` divides the number of devices. Where it is smaller, each group holds the whole state, and only
-    gradients go from group to group: for devices of several hosts, whose link is slow. `by_layer`: gather=layer; the
-    model of the step then has `gather_block`.
+    gradients go from group to group: for devices of several hosts, whose link is slow. `by_layer`: gather=layer.
     """
 
     decodes_alone = True
@@ -52,8 +53,8 @@ class FullySharded:
     def __init__(self, devices: Sequence[jax.Device], group: int, by_layer: bool = False) -> None:
         self.devices = list(devices)
         self.shares = len(self.devices)
-        self._group, self.by_layer = group, by_layer
-        self._mesh = device_mesh(self.devices, group, PARTS)
+        self._group, self._by_layer = group, by_layer
+        self._mesh = device_mesh(self.devices, group, FSDP)
         self._whole = jax.jit(lambda x: x, out_shardings=NamedSharding(self._mesh, SAME))
 
     def _axes(self, tree: Any) -> Any:
@@ -61,11 +62,18 @@ class FullySharded:
         return jax.tree.map(lambda x: split_axis(x.shape, self._group), tree)
 
     def _specs(self, tree: Any) -> Any:
-        return jax.tree.map(lambda axis: SAME if axis < 0 else PartitionSpec(*[None] * axis, PARTS), self._axes(tree))
+        return jax.tree.map(lambda axis: SAME if axis < 0 else PartitionSpec(*[None] * axis, FSDP), self._axes(tree))
 
     def shardings(self, state: Any) -> Any:
         """Return where each array of a state lies: split along one axis, or a copy on every device."""
         return jax.tree.map(lambda x: NamedSharding(self._mesh, self._specs(x)), state)
+
+    def model_for_step(self, model: GPT, policy: Policy) -> GPT:
+        """Return the model, with gather=layer with blocks that gather their own parameters."""
+        if not self._by_layer:
+            return model
+        block = abstract_params(model.config)["h_0"]  # all blocks have the same shapes
+        return model.clone(gather=self._gather_block(block, policy.cast_to_compute))
 
     def train_step(self, step: Step) -> TrainStep:
         """Compile (state, frozen, batch [shares, A, B, ...]) -> (state, metrics); the state's memory is reused."""
@@ -77,8 +85,8 @@ class FullySharded:
                 exchange = Exchange(
                     average=partial(self._average, axes),
                     gather=partial(self._gather, axes),
-                    gathers_each=self.by_layer,
-                    device=jax.lax.axis_index((COPIES, PARTS)),
+                    gathers_each=self._by_layer,
+                    device=jax.lax.axis_index((DATA, FSDP)),
                 )
                 return step.gradient(state, frozen, _own(batch), exchange)
 
@@ -96,11 +104,11 @@ class FullySharded:
 
     def _gather(self, axes: Any, params: Any, cast: Cast) -> Any:
         """Return all of each parameter, cast; those that a block gathers itself are left as they are."""
-        left = {name: params[name] for name in params if self.by_layer and name.startswith("h_")}
+        left = {name: params[name] for name in params if self._by_layer and name.startswith("h_")}
         mine = {name: params[name] for name in params if name not in left}
-        return left | _gather(cast(mine), {name: axes[name] for name in mine})
+        return left | _gather_parts(cast(mine), {name: axes[name] for name in mine})
 
-    def gather_block(self, block: Any, cast: Cast) -> Callable[[Any], Any]:
+    def _gather_block(self, block: Any, cast: Cast) -> Callable[[Any], Any]:
         """Return what makes all of a block's parameters, cast, out of this device's part; `block` are full shapes.
 
         It casts here, where the block runs: no copy of this device's parts is kept in the compute dtype.
@@ -109,7 +117,7 @@ class FullySharded:
 
         def gather(params: Any) -> Any:
             params = checkpoint_name(cast(params), GATHERED)
-            return checkpoint_name(_gather(params, axes), GATHERED)
+            return checkpoint_name(_gather_parts(params, axes), GATHERED)
 
         return gather
 
@@ -121,15 +129,15 @@ class FullySharded:
 
         def average(x: Array, axis: int) -> Array:
             if axis < 0:
-                return jax.lax.psum(x / self.shares, (COPIES, PARTS))
-            if not self.by_layer:  # there each micro-batch has averaged over the group already
+                return jax.lax.psum(x / self.shares, (DATA, FSDP))
+            if not self._by_layer:  # there each micro-batch has averaged over the group already
                 x = _scatter(x, axis, self._group)
             copies = self.shares // self._group
-            return jax.lax.psum(x / copies, COPIES) if copies > 1 else x
+            return jax.lax.psum(x / copies, DATA) if copies > 1 else x
 
         gradient, loss = gradient_and_loss
         averaged = jax.tree.map(average, gradient, axes)
-        return averaged, jax.lax.psum(loss / self.shares, (COPIES, PARTS))
+        return averaged, jax.lax.psum(loss / self.shares, (DATA, FSDP))
 
     def _share(self, function: Callable[[Array], Array], matrices: Array) -> Array:
         """Apply a function to independent matrices [n, rows, columns], of which each device holds a part of each.
@@ -141,12 +149,12 @@ class FullySharded:
         if axis < 0:
             return function(matrices)
 
-        def lying(x: Array, axis: int) -> Array:
-            return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, PartitionSpec(*[None] * axis, PARTS)))
+        def split_along(x: Array, axis: int) -> Array:
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, PartitionSpec(*[None] * axis, FSDP)))
 
         padded = jnp.pad(matrices, ((0, -len(matrices) % self._group), (0, 0), (0, 0)))
-        results = function(lying(lying(padded, 1 + axis), 0))
-        return lying(lying(results, 0), 1 + axis)[: len(matrices)]
+        results = function(split_along(split_along(padded, 1 + axis), 0))
+        return split_along(split_along(results, 0), 1 + axis)[: len(matrices)]
 
     def eval_step(self, step: EvalStep) -> EvalStep:
         """Compile (params, frozen, batch [shares, B, ...]) -> the loss summed over all devices."""
@@ -155,7 +163,7 @@ class FullySharded:
             parts, axes = self._specs(params), self._axes(params)
 
             def on_one_device(params: Any, frozen: Any, batch: Batch) -> Array:
-                return jax.lax.psum(step(params, frozen, _own(batch), partial(self._gather, axes)), (COPIES, PARTS))
+                return jax.lax.psum(step(params, frozen, _own(batch), partial(self._gather, axes)), (DATA, FSDP))
 
             return jax.shard_map(
                 on_one_device, mesh=self._mesh, in_specs=(parts, SAME, EACH), out_specs=SAME, check_vma=False
@@ -166,12 +174,12 @@ class FullySharded:
     def lower(self, step: TrainStep, state: Any, frozen: Any, batch: Batch, accumulation: int) -> jax.stages.Lowered:
         """Trace a train step from shapes alone; `batch` is that of all devices, [G, ...]."""
 
-        def lying(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        def placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         each = NamedSharding(self._mesh, EACH)
-        shares = jax.tree.map(lambda x: lying(x, each), laid_out(batch, self.shares, accumulation))
-        return step.lower(jax.tree.map(lying, state, self.shardings(state)), frozen, shares)  # type: ignore[attr-defined]
+        shares = jax.tree.map(lambda x: placed(x, each), laid_out(batch, self.shares, accumulation))
+        return step.lower(jax.tree.map(placed, state, self.shardings(state)), frozen, shares)  # type: ignore[attr-defined]
 
     def place_state(self, state: Any) -> Any:
         """Give each device its part of a state, laid out as the step returns it (else it compiles twice)."""
@@ -201,13 +209,15 @@ class FullySharded:
         """Return the bytes that a device holds: its part of the state."""
         return split_bytes((state, frozen), self.shardings((state, frozen)))
 
-    def part_of(self, tree: Any) -> Any:
-        """Return the shapes of what one device holds of a tree."""
+    def params_in_loop(self, params: Any, cast: Cast) -> Any:
+        """Return the shapes of all parameters in the compute dtype; with gather=layer, of the parts that it stores."""
+        if not self._by_layer:
+            return jax.eval_shape(cast, params)
 
-        def one(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        def part(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(sharding.shard_shape(x.shape), x.dtype)
 
-        return jax.tree.map(one, tree, self.shardings(tree))
+        return jax.tree.map(part, params, self.shardings(params))
 
     def for_decoding(self, tree: Any) -> Any:
         """Return all of a tree on the first device, which decodes alone; in each process on its own first one."""
@@ -215,7 +225,7 @@ class FullySharded:
             return jax.device_put(tree, self.devices[0])
         return jax.tree.map(lambda x: self._whole(x).addressable_shards[0].data, tree)  # one array after the other
 
-    def where_it_lies(self, tree: Any) -> Any:
+    def to_inspect(self, tree: Any) -> Any:
         """Return the tree as it is."""
         return tree
 
@@ -233,7 +243,7 @@ def _own(batch: Batch) -> Batch:
     return jax.tree.map(lambda x: x[0], batch)
 
 
-def _gather(params: Any, axes: Any) -> Any:
+def _gather_parts(params: Any, axes: Any) -> Any:
     """Return all of each parameter, of which each device of a group brings its part."""
     return jax.tree.map(lambda x, axis: x if axis < 0 else _gathered(x, axis), params, axes)
 
@@ -241,14 +251,14 @@ def _gather(params: Any, axes: Any) -> Any:
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(x: Array, axis: int) -> Array:
     """Gather an array from its parts; its gradient is averaged over the group, and each device receives its part."""
-    return jax.lax.all_gather(x, PARTS, axis=axis, tiled=True)
+    return jax.lax.all_gather(x, FSDP, axis=axis, tiled=True)
 
 
 def _scatter(x: Array, axis: int, group: int) -> Array:
-    return jax.lax.psum_scatter(x / group, PARTS, scatter_dimension=axis, tiled=True)
+    return jax.lax.psum_scatter(x / group, FSDP, scatter_dimension=axis, tiled=True)
 
 
 _gathered.defvjp(
     lambda x, axis: (_gathered(x, axis), None),
-    lambda axis, _, gradient: (_scatter(gradient, axis, jax.lax.axis_size(PARTS)),),
+    lambda axis, _, gradient: (_scatter(gradient, axis, jax.lax.axis_size(FSDP)),),
 )

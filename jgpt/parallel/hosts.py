@@ -44,13 +44,18 @@ def own_devices(devices: list[jax.Device]) -> list[jax.Device]:
     return [device for device in devices if device.process_index == jax.process_index()]
 
 
-def share(text: str) -> list[str]:
+def gather_texts(text: str) -> list[str]:
     """Return the text of each process, in their order; waits until all have come here."""
     if n_processes() == 1:
         return [text]
-    key = f"jgpt/share/{next(calls)}"
+    key = f"jgpt/texts/{next(calls)}"
     put_text(f"{key}/{process_id()}", text)
     return [get_text(f"{key}/{i}") for i in range(n_processes())]
+
+
+def barrier() -> None:
+    """Wait until all processes have come here."""
+    gather_texts("")
 
 
 def first_decides(decide: Callable[[], T]) -> T:
@@ -74,7 +79,7 @@ def first_before_others(work: Callable[[], T]) -> T:
 
 def check_same(facts: Mapping[str, str], what: str, advice: str) -> None:
     """Raise UserError, in all processes, where `facts` differ between them: it names the process and what differs."""
-    everyone = [json.loads(text) for text in share(json.dumps(dict(facts), sort_keys=True))]
+    everyone = [json.loads(text) for text in gather_texts(json.dumps(dict(facts), sort_keys=True))]
     for i, theirs in enumerate(everyone):
         differ = [
             f"{key}: {theirs.get(key, 'nothing')} in process {i}, {everyone[0].get(key, 'nothing')} in process 0"
@@ -96,7 +101,7 @@ def connect(devices: list[jax.Device]) -> None:
     """
     if n_processes() == 1:
         return
-    share("")
+    barrier()
     for group in (devices, _firsts(devices)):
         mesh = Mesh(np.array(group), ("devices",))
         each, same = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["devices"], []))

@@ -13,10 +13,12 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
+from jgpt.model.gpt import GPT
+from jgpt.model.precision import Policy
 from jgpt.parallel.hosts import n_processes, own_devices
 from jgpt.parallel.strategy import laid_out, own_rows, saved_from
 from jgpt.step.eval_step import EvalStep
-from jgpt.step.gradients import Exchange
+from jgpt.step.gradients import Cast, Exchange
 from jgpt.step.state import TrainState, tree_bytes
 from jgpt.step.train_step import Numbers, Step, TrainStep
 
@@ -39,6 +41,10 @@ class Replicate:
         self._copied = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(self.AXIS))
         self._copied_to_all = NamedSharding(Mesh(np.array(self.devices), (self.AXIS,)), PartitionSpec())
+
+    def model_for_step(self, model: GPT, policy: Policy) -> GPT:
+        """Return the model as it is: each device runs it alone."""
+        return model
 
     def train_step(self, step: Step) -> TrainStep:
         """Compile (state, frozen, batch [shares, A, B, ...]) -> (state, metrics); the state's memory is reused."""
@@ -126,11 +132,15 @@ class Replicate:
         """Return the bytes that a device holds: all of the state and of the frozen parameters."""
         return tree_bytes((state, frozen))
 
+    def params_in_loop(self, params: Any, cast: Cast) -> Any:
+        """Return the shapes of all parameters in the compute dtype."""
+        return jax.eval_shape(cast, params)
+
     def for_decoding(self, tree: Any) -> Any:
         """Return the first device's copy, with which that device decodes alone; nothing moves."""
         return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
 
-    def where_it_lies(self, tree: Any) -> Any:
+    def to_inspect(self, tree: Any) -> Any:
         """Return the first device's copy."""
         return self.for_decoding(tree)
 

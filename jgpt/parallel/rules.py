@@ -3,6 +3,8 @@
 As in Megatron-LM (Shoeybi et al., arXiv 1909.08053): attention is split by heads, the MLP by columns then rows, the
 embeddings by vocabulary; every device holds the whole residual stream, and the compiler adds up two partial sums a
 block. What does not divide stays whole on every device.
+
+Beside the data path: `tensor_parallel.py` and `fsdp.py` place arrays by these rules, and so do loading and planning.
 """
 
 import math
@@ -15,16 +17,17 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jgpt.errors import UserError
-from jgpt.model.columns import path_names, regroup
+from jgpt.model.columns import regroup
+from jgpt.model.parameters import path_names
 from jgpt.model.shapes import ModelConfig
 from jgpt.parallel.strategy import put
 
-COPIES, PARTS, AXIS = "data", "fsdp", "tensor"  # the axes of a mesh, by their names in execution.mesh
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"  # the axes of a mesh, by their names in execution.mesh
 
 
-def device_mesh(devices: Any, group: int = 0, axis: str = AXIS) -> Mesh:
+def device_mesh(devices: Any, group: int = 0, axis: str = TENSOR) -> Mesh:
     """Return the mesh of devices in groups of so many (0: all). Those of a group share one state, or one model."""
-    return Mesh(np.array(devices).reshape(-1, group or len(devices)), (COPIES, axis))
+    return Mesh(np.array(devices).reshape(-1, group or len(devices)), (DATA, axis))
 
 
 def partition_spec(path: tuple[str, ...], shape: tuple[int, ...], config: ModelConfig, n: int) -> PartitionSpec:
@@ -46,14 +49,14 @@ def partition_spec(path: tuple[str, ...], shape: tuple[int, ...], config: ModelC
         axis = 0
     if axis is None or shape[axis] % n:
         return PartitionSpec()
-    return PartitionSpec(*(AXIS if i == axis else None for i in range(axis + 1)))
+    return PartitionSpec(*(TENSOR if i == axis else None for i in range(axis + 1)))
 
 
 def param_shardings(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
     """Return the tree of shardings for a tree of parameters (arrays or their shapes)."""
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, partition_spec(path_names(path), leaf.shape, config, mesh.shape[AXIS]))
+        return NamedSharding(mesh, partition_spec(path_names(path), leaf.shape, config, mesh.shape[TENSOR]))
 
     return jax.tree_util.tree_map_with_path(sharding, params)
 
@@ -61,13 +64,7 @@ def param_shardings(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
 def place(path: tuple[str, ...], array: Any, config: ModelConfig, mesh: Mesh) -> Array:
     """Put one parameter of the plain model on the devices of `mesh`, which share it; each is sent its own part only."""
     array = regroup(path, array, config)
-    return put(array, NamedSharding(mesh, partition_spec(path, array.shape, config, mesh.shape[AXIS])))
-
-
-def cache_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
-    """Return the sharding of a layer's keys or values [B, K, S, H]: by heads, where attention is."""
-    split = config.n_kv_heads % mesh.shape[AXIS] == 0
-    return NamedSharding(mesh, PartitionSpec(None, AXIS) if split else PartitionSpec())
+    return put(array, NamedSharding(mesh, partition_spec(path, array.shape, config, mesh.shape[TENSOR])))
 
 
 def group_size(mesh: str, axis: str, n_devices: int) -> int:
@@ -80,13 +77,13 @@ def group_size(mesh: str, axis: str, n_devices: int) -> int:
     """
     if not mesh:
         return n_devices
-    found = dict(re.findall(rf"(?:^|,)\s*({COPIES}|{axis})\s*=\s*(\d{{1,6}})(?=\s*(?:,|$))", mesh))
-    data, group = int(found.get(COPIES, 1)), int(found.get(axis, 1))
+    found = dict(re.findall(rf"(?:^|,)\s*({DATA}|{axis})\s*=\s*(\d{{1,6}})(?=\s*(?:,|$))", mesh))
+    data, group = int(found.get(DATA, 1)), int(found.get(axis, 1))
     if len(found) != mesh.count("=") or not found or data * group != n_devices:
         raise UserError(
             f"execution.mesh={mesh!r}, and there are {n_devices} devices. Allowed with execution.parallel={axis!r}: the"
-            f" sizes of the axes '{COPIES}' and '{axis}', whose product is the number of devices. Set"
-            f" --config.execution.mesh={COPIES}=1,{axis}={n_devices}, or --config.execution.mesh='' for one group."
+            f" sizes of the axes '{DATA}' and '{axis}', whose product is the number of devices. Set"
+            f" --config.execution.mesh={DATA}=1,{axis}={n_devices}, or --config.execution.mesh='' for one group."
         )
     return group
 

@@ -1,7 +1,7 @@
-"""What every way to run a step on devices can do: the Protocol that `Replicate` and `Sharded` fulfil.
+"""What every way to run a step on devices can do: the Protocol of `Replicate`, `FullySharded` and `TensorParallel`.
 
-In the data path: between the pure step of `step/` and the devices. Nobody else asks `execution.parallel`: who trains,
-evaluates, restores or plans asks the strategy.
+In the data path: between the pure step of `step/` and the devices. Who trains, evaluates, restores or plans asks the
+strategy, and not `execution.parallel`.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,11 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from jgpt.data.batches import Batch
+from jgpt.model.gpt import GPT
+from jgpt.model.precision import Policy
 from jgpt.parallel.hosts import n_processes
 from jgpt.step.eval_step import EvalStep
+from jgpt.step.gradients import Cast
 from jgpt.step.train_step import Step, TrainStep
 
 
@@ -36,6 +39,10 @@ class Strategy(Protocol):
     @property
     def shares(self) -> int:
         """How many equal parts a batch is divided into: one for each device that has sequences of its own."""
+        ...
+
+    def model_for_step(self, model: GPT, policy: Policy) -> GPT:
+        """Return the model as the step runs it: with what its blocks exchange between the devices."""
         ...
 
     def train_step(self, step: Step) -> TrainStep:
@@ -81,11 +88,15 @@ class Strategy(Protocol):
         """Return the bytes that a device holds of a state and of frozen parameters (arrays or their shapes)."""
         ...
 
+    def params_in_loop(self, params: Any, cast: Cast) -> Any:
+        """Return the shapes of the parameters that a device has in the loop over micro-batches."""
+        ...
+
     def for_decoding(self, tree: Any) -> Any:
         """Return parameters as decoding takes them. All processes call it, as it may gather them."""
         ...
 
-    def where_it_lies(self, tree: Any) -> Any:
+    def to_inspect(self, tree: Any) -> Any:
         """Return the arrays of a state for a computation over all their values: nothing moves, nothing is copied."""
         ...
 

@@ -22,7 +22,16 @@ import jax
 from jax._src import distributed
 
 from jgpt.errors import EXIT_LOST, OutOfMemory, TrainingDiverged, UserError, exit_code
-from jgpt.parallel.hosts import calls, comes_from_others, is_first, n_processes, process_id, put_text, share
+from jgpt.parallel.hosts import (
+    barrier,
+    calls,
+    comes_from_others,
+    gather_texts,
+    is_first,
+    n_processes,
+    process_id,
+    put_text,
+)
 from jgpt.redaction import redact
 
 POLL_SECONDS = 1.0  # between two looks at the others
@@ -43,11 +52,11 @@ def together(on_lost: Callable[[str], None] = lambda reason: None) -> Iterator[N
     if n_processes() == 1:
         yield
         return
-    names = share(f"{platform.node()}, pid {os.getpid()}")
+    names = gather_texts(f"{platform.node()}, pid {os.getpid()}")
     watch = _Watch(names, on_lost)
     try:
         yield
-        share("")  # nobody leaves while others still work
+        barrier()  # nobody leaves while others still work
     except BaseException as error:
         if comes_from_others(error):  # such as "Gloo AllGather failed"
             time.sleep(SILENT_SECONDS + 3 * POLL_SECONDS)  # until the watch has found who is gone, which ends this

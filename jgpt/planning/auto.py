@@ -15,18 +15,18 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from jgpt.atomic_write import write_file
+from jgpt.atomic_write import write_json
 from jgpt.errors import UserError
 from jgpt.hardware.process import user_cache
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.hosts import first_decides, is_first, share
+from jgpt.parallel.hosts import first_decides, gather_texts, is_first
 from jgpt.planning.devices import Target, this_machine
 from jgpt.planning.execution import Execution, execution_of
 from jgpt.planning.gather import with_gather
 from jgpt.planning.search import refusal, search
 from jgpt.run_dir.identity import read_config, was_last_here
 from jgpt.version import __version__
-from jgpt.wording import GIB, format_duration, json_text
+from jgpt.wording import GIB, format_duration
 
 log = logging.getLogger("jgpt")
 
@@ -70,7 +70,7 @@ def choose_execution(config: ConfigDict, shapes: ModelConfig, devices: list[jax.
 
 def _with_least_memory(target: Target) -> Target:
     """Return a target with what the smallest device of all processes has: each of them must choose the same."""
-    known = [int(said) for said in share(str(target.memory_bytes or 0)) if said != "0"]
+    known = [int(said) for said in gather_texts(str(target.memory_bytes or 0)) if said != "0"]
     return replace(target, memory_bytes=min(known, default=None))
 
 
@@ -125,4 +125,4 @@ def _read_cache() -> dict[str, Execution]:
 def _write_cache(chosen: dict[str, Execution]) -> None:
     with suppress(OSError):
         _cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_file(_cache_file(), json_text(chosen) + "\n")
+        write_json(_cache_file(), chosen)

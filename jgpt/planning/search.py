@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from jgpt.errors import UserError
 from jgpt.model.attention import flash_tpu
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.build import batch_shares, make_parts, micro_batch_sizes
+from jgpt.parallel.build import make_parts
+from jgpt.parallel.devices import batch_shares, micro_batch_sizes
 from jgpt.planning.devices import CUDNN_LINE, Target, has_cudnn
 from jgpt.planning.estimate import Estimate, estimate, least_bytes
 from jgpt.planning.execution import Execution

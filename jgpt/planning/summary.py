@@ -16,7 +16,7 @@ from jgpt.data.published import load_pretrained
 from jgpt.hardware.chips import NETWORK
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import ModelConfig, model_config
-from jgpt.parallel.build import batch_shares, training_devices
+from jgpt.parallel.devices import batch_shares, training_devices
 from jgpt.planning.auto import is_auto
 from jgpt.planning.budget import steps_that_fit
 from jgpt.planning.devices import THIS, Target, compile_only, this_machine

@@ -35,10 +35,9 @@ log = logging.getLogger("jgpt")
 class Checkpoints:
     """The checkpoints of one run directory. `keep_last` whole ones are kept, and the best one where `keep_best`.
 
-    `keep_steps` are steps whose checkpoints are kept too.
-
-    `disk_gb`, above 0, is what the run directory may hold in GB. `on_saved(run directory, step)` is called once a
-    checkpoint is whole, in the thread that finished it; the next save waits for it, and it must not raise.
+    `keep_steps` are steps whose checkpoints are kept too. `disk_gb`, above 0, is what the run directory may hold in GB.
+    `on_saved(run directory, step)` is called once a checkpoint is whole, in the thread that finished it; the next save
+    waits for it, and it must not raise.
     """
 
     def __init__(

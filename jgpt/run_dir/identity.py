@@ -1,4 +1,4 @@
-"""The run directory: who may write in it, which run it holds, and how that run stands.
+"""The run directory: who may write in it, and which run it holds.
 
 Beside the data path: the loop opens it first and closes it last.
 """
@@ -18,18 +18,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jgpt.atomic_write import write_file
+from jgpt.atomic_write import write_file, write_json
 from jgpt.config.check import problems
 from jgpt.config.defaults import default_config, flatten
 from jgpt.config.files import user_path
 from jgpt.errors import UserError
 from jgpt.file_lock import HeldElsewhere, hold
 from jgpt.hardware.devices import all_devices
-from jgpt.parallel.hosts import first_decides, is_first, share
-from jgpt.redaction import redact_values
+from jgpt.parallel.hosts import barrier, first_decides, gather_texts, is_first
 from jgpt.run_dir.manifest import is_imported, newest_meta, steps_without_manifest, whole_steps
 from jgpt.run_dir.metrics_file import read_metrics
-from jgpt.wording import json_text
 
 log = logging.getLogger("jgpt")
 
@@ -72,12 +70,12 @@ def _check_shared(run_dir: Path) -> None:
     mark = run_dir / name
     if is_first():
         write_file(mark, "")
-    share("")
+    barrier()
     for _ in range(SHARED_SECONDS):
         if mark.exists():
             break
         time.sleep(1)
-    seen = share("yes" if mark.exists() else str(run_dir))
+    seen = gather_texts("yes" if mark.exists() else str(run_dir))
     if is_first():
         mark.unlink(missing_ok=True)
     for i, answer in enumerate(seen):
@@ -251,29 +249,3 @@ def was_last_here(run_dir: Path) -> bool:
 def _devices_here() -> str:
     devices = all_devices()
     return f"{len(devices)} x {devices[0].device_kind}"
-
-
-def write_status(
-    run_dir: Path, state: str, step: int, total_steps: int, reason: str, command: str, try_command: str = ""
-) -> None:
-    """Write status.json; `state` is running, finished, stopped or failed.
-
-    `command` is what makes the run go on, `try_command` what tries its model.
-    """
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    status = {"state": state, "step": step, "total_steps": total_steps, "reason": reason, "resume_command": command}
-    status |= {"try_command": try_command, "time": now, "pid": os.getpid()}
-    write_json(run_dir / "status.json", redact_values(status))  # an error may quote a secret
-
-
-def write_lost(out_dir: str, reason: str, command: str) -> None:
-    """Write into status.json, in process 0, that the run ends because another of its processes has ended."""
-    run_dir = user_path(out_dir).absolute()
-    if is_first() and (run_dir / "status.json").is_file():
-        status = json.loads((run_dir / "status.json").read_text())
-        write_status(run_dir, "failed", status["step"], status["total_steps"], reason, command)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is there whole or not at all; what is read from it is `value`."""
-    write_file(path, json_text(value) + "\n")

@@ -3,7 +3,6 @@
 Beside the data path: what `loading/` reads a run's model with, and an import writes.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import orbax.checkpoint as ocp
 
 from jgpt.atomic_write import write_file
 from jgpt.errors import UserError
+from jgpt.model.parameters import PlaceParam, path_names
 from jgpt.run_dir.disk import cannot_write, remove_unfinished, silence_orbax
 from jgpt.run_dir.manifest import check_whole, digest, verify
 
@@ -33,9 +33,7 @@ def save_params(directory: Path, step: int, params: Any, meta: dict[str, Any]) -
         raise UserError(f"{cannot_write(directory, error)} Make room, then run the same command again.") from error
 
 
-def restore_params(
-    directory: Path, step: int, abstract: Any, place: Callable[[tuple[str, ...], np.ndarray], Any]
-) -> Any:
+def restore_params(directory: Path, step: int, abstract: Any, place: PlaceParam) -> Any:
     """Restore the parameters of a step alone, verified, in the dtypes of `abstract`.
 
     Each goes through `place(path, array)`, `path` its keys in the tree; no more than one layer waits on the host.
@@ -50,9 +48,7 @@ def restore_params(
             as_numpy = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), layer)
             args = ocp.args.PyTreeRestore(item=layer, restore_args=as_numpy, partial_restore=True)  # pyright: ignore[reportCallIssue]
             arrays = checkpointer.restore(directory / str(step) / "params", args=args)
-            restored |= jax.tree_util.tree_map_with_path(
-                lambda path, x: place(tuple(key.key for key in path), x), arrays
-            )
+            restored |= jax.tree_util.tree_map_with_path(lambda path, x: place(path_names(path), x), arrays)
     return restored
 
 
@@ -60,7 +56,7 @@ def _check_shapes(directory: Path, step: int, wanted: Any) -> None:
     """Refuse parameters of other shapes than the run's config.json says; Orbax would pass over what is missing."""
     stored = ocp.PyTreeCheckpointHandler().metadata(directory / str(step) / "params").tree
     found, expected = (
-        {"/".join(key.key for key in path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        {"/".join(path_names(path)): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (stored, wanted)
     )
     differ = [

@@ -64,7 +64,7 @@ def serve(name: str, listener: socket.socket, token: str) -> None:
 
     from jgpt.api import load
     from jgpt.cli.terminal import say
-    from jgpt.hardware.devices import describe, local_devices
+    from jgpt.hardware.devices import chip_of, local_devices
     from jgpt.serve.app import make_app
     from jgpt.serve.start import make_endpoints
 
@@ -76,7 +76,7 @@ def serve(name: str, listener: socket.socket, token: str) -> None:
         rows=args.rows,
         chat_template=args.chat_template or "",
     )
-    device = describe(local_devices()[0]).name
+    device = chip_of(local_devices()[0]).name
     say(f"{name} on {device} in {model.loaded.model.dtype.__name__}: compiling")
     endpoints = make_endpoints(
         model,

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from jgpt.api import Model
+from jgpt.loading.model import Model
 from jgpt.serve.ask import Asked
 from jgpt.serve.refusal import Refusal
 from jgpt.serve.worker import Event, Job, Worker

@@ -20,9 +20,9 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jgpt.api import Model
 from jgpt.inference.chat_prompt import ChatPrompts, chat_sampling
 from jgpt.inference.sampling import Sampling
+from jgpt.loading.model import Model
 from jgpt.serve.answer import Reply, to_json
 from jgpt.serve.ask import Limits, read_chat, read_completion
 from jgpt.serve.refusal import Refusal

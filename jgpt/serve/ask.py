@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from jgpt.api import ANSWER_TOKENS, TEXT_TOKENS, Model
 from jgpt.data.unknown import name_unknown, unknown_characters
 from jgpt.errors import UserError
 from jgpt.inference.batch import Row
@@ -18,6 +17,7 @@ from jgpt.inference.sampling import Sampling
 from jgpt.inference.stop_strings import StopStrings
 from jgpt.inference.text_stream import TextStream
 from jgpt.inference.write import Prompt, text_prompt
+from jgpt.loading.model import ANSWER_TOKENS, TEXT_TOKENS, Model
 from jgpt.serve.refusal import Refusal
 from jgpt.serve.worker import Event, Job
 

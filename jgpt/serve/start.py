@@ -5,10 +5,10 @@ In the data path: between `jgpt.load` and `app.py`.
 
 import sys
 
-from jgpt.api import Model
 from jgpt.errors import UserError
 from jgpt.inference.batch import Batch, Row
 from jgpt.inference.sampling import Sampling
+from jgpt.loading.model import Model
 from jgpt.serve.app import Endpoints
 from jgpt.serve.ask import Limits
 from jgpt.serve.worker import Worker

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jgpt.model.columns import path_names
 from jgpt.model.layers import product_of_transposed
 from jgpt.model.matrices import join_kernel, split_kernel
+from jgpt.model.parameters import path_names
 from jgpt.model.precision import Policy
 
 # Applies a function to independent matrices [n, ...]: some on each device, the results gathered on all.

@@ -12,8 +12,8 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from jgpt.config.key import LARGEST_INT
-from jgpt.model.columns import path_names
 from jgpt.model.matrices import is_matrix
+from jgpt.model.parameters import path_names
 from jgpt.model.precision import Policy
 from jgpt.step.muon import scale_by_muon
 
@@ -70,8 +70,7 @@ def make_optimizer(
 
     AdamW (Loshchilov and Hutter, arXiv 1711.05101) updates all parameters, or with "muon" those that are no matrices of
     the blocks; Muon's matrix products are in the dtypes of `policy`. Both keep the mean of gradients in the dtype
-    `first_moment`. Weight decay falls on matrices and embeddings
-    only, as in GPT-2: norms and biases are kept free.
+    `first_moment`. Weight decay falls on matrices and embeddings only, as in GPT-2: norms and biases are kept free.
     """
     schedule = learning_rate_schedule(optimizer)
     rule = optax.adamw(

@@ -4,8 +4,9 @@ In the data path: between the batches and the checkpoint. `parallel/` runs its t
 """
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,23 +24,7 @@ from jgpt.step.muon import Share, alone
 from jgpt.step.state import TrainState
 
 Numbers = dict[str, Array]  # scalars
-TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Numbers]]
-
-
-class Step(NamedTuple):
-    """An optimizer step in two halves, which a strategy runs one after the other.
-
-    The first works on one device's share of the batch, the second on what the devices have averaged.
-    """
-
-    gradient: Callable[[TrainState, Any, Batch, Exchange], tuple[Any, Array]]
-    """(state, frozen, batch [A, B, ...], exchange) -> (gradient, loss), averaged over the devices; fp32."""
-    update: Callable[[TrainState, Any, Array, Share], tuple[TrainState, Numbers]]
-    """(state, gradient, loss, share) -> (the next state, metrics)."""
-
-    def __call__(self, state: TrainState, frozen: Any, batch: Batch, exchange: Exchange) -> tuple[TrainState, Numbers]:
-        """Run both halves on a device that holds the whole state."""
-        return self.update(state, *self.gradient(state, frozen, batch, exchange), exchange.share)
+TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Numbers]]  # a Step, compiled for devices
 
 
 def variables(model: GPT, params: Any, frozen: Any) -> dict[str, Any]:
@@ -60,85 +45,88 @@ def hidden_states(model: GPT, params: Any, frozen: Any, batch: Batch, **how: Any
     return output.hidden, unembedding(given["params"])
 
 
-def make_train_step(
-    model: GPT,
-    policy: Policy,
-    optimizer: optax.GradientTransformationExtraArgs,
-    schedule: optax.Schedule,
-    *,
-    accumulation: int,
-    seed: int,
-    loss_chunk_tokens: int,
-    growth_steps: int,
-    average_dtype: Any = jnp.float32,
-) -> Step:
-    """Return the two halves of the step as pure functions.
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step in two halves, which a strategy runs one after the other.
 
-    A micro-batches run one after another; then comes one exchange between the devices, one finite check whose answer is
+    The first works on one device's share of the batch: its A micro-batches run one after another, then comes one
+    exchange between the devices. The second works on what the devices have averaged: one finite check, whose answer is
     the same on every device, and one update. A step with a non-finite gradient changes no parameter, no moment and no
-    schedule. `growth_steps` and `average_dtype` matter under loss scaling alone: see `next_loss_scale` and
-    `average_gradients`.
+    schedule.
     """
-    loss_of = _scaled_loss(model, loss_chunk_tokens)
-    narrow = policy.scales_loss and average_dtype == jnp.float16
 
-    def gradient(state: TrainState, frozen: Any, batch: Batch, exchange: Exchange) -> tuple[Any, Array]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), exchange.device)
+    model: GPT
+    policy: Policy
+    optimizer: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
+    _: KW_ONLY
+    accumulation: int  # A
+    seed: int  # of dropout
+    loss_chunk_tokens: int
+    growth_steps: int  # under loss scaling alone: see `next_loss_scale`
+    average_dtype: Any = jnp.float32  # or fp16, under loss scaling alone: see `average_gradients`
+
+    def __call__(self, state: TrainState, frozen: Any, batch: Batch, exchange: Exchange) -> tuple[TrainState, Numbers]:
+        """Run both halves on a device that holds the whole state."""
+        return self.update(state, *self.gradient(state, frozen, batch, exchange), exchange.share)
+
+    def gradient(self, state: TrainState, frozen: Any, batch: Batch, exchange: Exchange) -> tuple[Any, Array]:
+        """Return the mean gradient of a batch [A, B, ...] and its mean loss, averaged over the devices; both fp32."""
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), state.step), exchange.device)
 
         def gather(params: Any) -> Any:
-            return exchange.gather(params, policy.cast_to_compute)
+            return exchange.gather(params, self.policy.cast_to_compute)
 
         once, each = (_as_they_are, gather) if exchange.gathers_each else (gather, _as_they_are)
         params = once(state.params)
-        base = policy.cast_to_compute(frozen)
+        base = self.policy.cast_to_compute(frozen)
         scale = state.loss_scale.scale
 
         def scaled_gradient(micro_batch: Batch, index: Array) -> tuple[Any, Array]:
             dropout_key = jax.random.fold_in(key, index)
 
             def loss(params: Any) -> tuple[Array, Array]:
-                return loss_of(each(params), base, micro_batch, dropout_key, scale)
+                return self._scaled_loss(each(params), base, micro_batch, dropout_key, scale)
 
             return jax.grad(loss, has_aux=True)(params)
 
-        mean, losses = mean_gradient(scaled_gradient, params, batch, scale, accumulation)
+        mean, losses = mean_gradient(scaled_gradient, params, batch, scale, self.accumulation)
+        narrow = self.policy.scales_loss and self.average_dtype == jnp.float16
         return average_gradients(exchange.average, mean, jnp.mean(losses), scale, narrow)
 
-    def update(state: TrainState, gradient: Any, loss: Array, share: Share = alone) -> tuple[TrainState, Numbers]:
+    def _scaled_loss(
+        self, params: Any, frozen: Any, batch: Batch, dropout_key: Array, scale: Array
+    ) -> tuple[Array, Array]:
+        """Return scale * the mean loss of a micro-batch [B, ...], and its mean loss; both fp32."""
+        rngs = {"dropout": dropout_key}
+        hidden, matrix = hidden_states(self.model, params, frozen, batch, deterministic=False, rngs=rngs)
+        targets = batch.tokens[:, 1:]
+        weights = jnp.ones(targets.shape, jnp.float32) if batch.weights is None else batch.weights
+        loss = cross_entropy(hidden, matrix, targets, weights, self.loss_chunk_tokens) / targets.size
+        return loss * scale, loss
+
+    def update(self, state: TrainState, gradient: Any, loss: Array, share: Share = alone) -> tuple[TrainState, Numbers]:
+        """Return the next state and the metrics, from the averaged gradient and loss."""
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, share=share)
+            updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params, share=share)
             new_params = optax.apply_updates(state.params, updates)
-        loss_scale = next_loss_scale(state.loss_scale, finite, growth_steps if policy.scales_loss else 0)
+        growth_steps = self.growth_steps if self.policy.scales_loss else 0
+        loss_scale = next_loss_scale(state.loss_scale, finite, growth_steps)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         params, opt_state = keep(new_params, state.params), keep(opt_state, state.opt_state)
         next_state = TrainState(state.step + 1, state.updates + finite, params, opt_state, loss_scale)
         return next_state, {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(schedule(state.updates), jnp.float32),
+            "learning_rate": jnp.asarray(self.schedule(state.updates), jnp.float32),
             "loss_scale": state.loss_scale.scale,
             "skipped_steps": loss_scale.skipped_steps,
             "skipped_in_a_row": loss_scale.skipped_in_a_row,
         }
 
-    return Step(gradient, update)
-
 
 def _as_they_are(params: Any) -> Any:
     return params
-
-
-def _scaled_loss(model: GPT, loss_chunk_tokens: int) -> Callable[..., tuple[Array, Array]]:
-    """Return (params, frozen, batch [B, ...], dropout key, scale) -> (scale * mean loss, mean loss), both fp32."""
-
-    def scaled_loss(params: Any, frozen: Any, batch: Batch, key: Array, scale: Array) -> tuple[Array, Array]:
-        hidden, matrix = hidden_states(model, params, frozen, batch, deterministic=False, rngs={"dropout": key})
-        targets = batch.tokens[:, 1:]
-        weights = jnp.ones(targets.shape, jnp.float32) if batch.weights is None else batch.weights
-        loss = cross_entropy(hidden, matrix, targets, weights, loss_chunk_tokens) / targets.size
-        return loss * scale, loss
-
-    return scaled_loss

@@ -1,1 +1,1 @@
-"""The training run: optimizer, the one pmap'd step, checkpoints, the loop and what it reports."""
+"""The training run: from a config to a trained run directory, step after step."""

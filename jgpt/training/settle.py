@@ -7,7 +7,6 @@ knowing its length.
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jgpt.errors import UserError
-from jgpt.model.columns import path_names
-from jgpt.model.parameters import abstract_stored
+from jgpt.model.parameters import abstract_stored, path_names
 from jgpt.parallel.build import Parts, make_parts
-from jgpt.parallel.evaluation import evaluate
 from jgpt.parallel.hosts import first_decides
 from jgpt.planning.budget import USED, steps_that_fit
 from jgpt.run_dir.checkpoint import SAVE_BYTES_PER_SECOND
@@ -144,21 +141,12 @@ def _measure(config: ConfigDict, setup: Setup) -> _Measured:
 
     blocks = setup.val_blocks[: 4 * parts.rows * parts.strategy.shares]
 
-    def evaluated() -> Any:
-        return evaluate(
-            parts.strategy, parts.eval_step, state.params, frozen, blocks, parts.rows, parts.sequence_length
-        )
-
     with waiting("compiling the evaluation"):
-        evaluated()
-    seconds = _seconds(evaluated) * len(setup.val_blocks) / len(blocks)
+        parts.evaluate(state.params, frozen, blocks)
+    evaluation_began = clock()
+    parts.evaluate(state.params, frozen, blocks)
+    seconds = (clock() - evaluation_began) * len(setup.val_blocks) / len(blocks)
     return _Measured(max(0.0, compiled - began - step), step, seconds)
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    began = clock()
-    work()
-    return clock() - began
 
 
 def _stand_in(parts: Parts) -> Any:

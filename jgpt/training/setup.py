@@ -20,11 +20,11 @@ from jgpt.data.token_files import TokenData
 from jgpt.data.unknown import name_unknown, unknown_characters
 from jgpt.errors import UserError
 from jgpt.exchange.families import export_family
-from jgpt.hardware.devices import describe
+from jgpt.hardware.devices import chip_of, choose_device_policy
 from jgpt.model.parameters import count_parameters
 from jgpt.model.precision import dtype_name
 from jgpt.model.shapes import model_config
-from jgpt.parallel.build import Parts, choose_device_policy, make_parts
+from jgpt.parallel.build import Parts, make_parts
 from jgpt.parallel.hosts import check_same, n_processes
 from jgpt.planning.devices import this_machine
 from jgpt.planning.search import check_parameters_fit
@@ -62,7 +62,7 @@ def check_same_tokens(data: TokenData) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run trains on what: the model with its steps, and the text. Nothing is allocated on the devices."""
+    """What a run trains, and on what: the model with its steps, and the text. Nothing is allocated on the devices."""
 
     parts: Parts
     data: TokenData
@@ -127,7 +127,7 @@ def check_disk(run_dir: Path, size: int, checkpoint: ConfigDict, others: int = 0
 
 def peak_flops(parts: Parts) -> float | None:
     """Return the most FLOP/s that all devices together can do in the compute dtype; None where it is not known."""
-    peak = describe(parts.strategy.devices[0]).peak_flops[dtype_name(parts.policy.compute)]
+    peak = chip_of(parts.strategy.devices[0]).peak_flops[dtype_name(parts.policy.compute)]
     return peak * len(parts.strategy.devices) if peak else None
 
 
@@ -152,7 +152,7 @@ def log_choices(config: ConfigDict, parts: Parts, batches: Batches | ChatBatches
     together = f", in {n_processes()} processes" if n_processes() > 1 else ""
     log.info(
         "device: %s%s, computing in %s%s%s",
-        describe(devices[0]).name, split, dtype_name(policy.compute), scaling, together,
+        chip_of(devices[0]).name, split, dtype_name(policy.compute), scaling, together,
     )  # fmt: skip
     if policy.param != np.float32 and not parts.adapters:
         log.warning(

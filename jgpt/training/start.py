@@ -18,13 +18,14 @@ from jgpt.errors import OutOfMemory
 from jgpt.hardware.process import keep_compiled_programs, set_up_process
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.shapes import model_config
-from jgpt.parallel.build import training_devices
-from jgpt.parallel.hosts import check_same, connect, first_before_others, is_first, share
+from jgpt.parallel.devices import training_devices
+from jgpt.parallel.hosts import barrier, check_same, connect, first_before_others, is_first
 from jgpt.parallel.watch import together
 from jgpt.planning.auto import choose_execution, with_execution_of_run
 from jgpt.run_dir.checkpoint import Checkpoints
-from jgpt.run_dir.identity import comparable, look_for_run, open_run_dir, write_identity, write_lost
+from jgpt.run_dir.identity import comparable, look_for_run, open_run_dir, write_identity
 from jgpt.run_dir.samples import drop_samples_after
+from jgpt.run_dir.status_file import write_lost
 from jgpt.training.extend import decay_step
 from jgpt.training.hooks.health import Health
 from jgpt.training.hooks.log import Log
@@ -56,8 +57,11 @@ def train(
     Returns the status of the run. Raises UserError for what the user can fix, before the first step wherever it can be
     known, OutOfMemory and TrainingDiverged.
     """
+    stop, started = Stop(config.deadline_hours), time.monotonic()
+    set_up_process(config.execution.deterministic)
     try:
-        return _train(config, command, on_saved, on_record)
+        with together(lambda reason: write_lost(config.out_dir, reason, command)):
+            return _train(config, command, on_saved, on_record, stop, started)
     except OutOfMemory as error:
         message = str(error)
     # A new one: the frames of the first hold the arrays on the devices, and a notebook keeps the last error.
@@ -65,18 +69,6 @@ def train(
 
 
 def _train(
-    config: ConfigDict,
-    command: str,
-    on_saved: Callable[[Path, int], None] | None,
-    on_record: Callable[[dict[str, Any]], None] | None,
-) -> Status:
-    stop, started = Stop(config.deadline_hours), time.monotonic()
-    set_up_process(config.execution.deterministic)
-    with together(lambda reason: write_lost(config.out_dir, reason, command)):
-        return _train_together(config, command, on_saved, on_record, stop, started)
-
-
-def _train_together(
     config: ConfigDict,
     command: str,
     on_saved: Callable[[Path, int], None] | None,
@@ -93,7 +85,7 @@ def _train_together(
         config, source = adopt_source(config, run_dir)
         config = with_execution_of_run(with_steps_of_run(config, run_dir), run_dir)
         resuming = look_for_run(run_dir, config)
-        share("")  # XLA itself does not wait long for the devices of the others, and loading may take longer
+        barrier()  # XLA itself does not wait long for the devices of the others, and loading may take longer
         devices = training_devices(config)
         connect(devices)
         check_devices(config, devices)
@@ -116,10 +108,16 @@ def _train_together(
         if is_first():
             write_identity(run_dir, config)
         c, kept = config.checkpoint, decay_step(config.optimizer)
+        saved = Checkpoints(
+            run_dir,
+            keep_last=c.keep_last,
+            keep_best=c.keep_best,
+            keep_steps=() if kept is None else (kept,),
+            disk_gb=c.disk_gb,
+            on_saved=on_saved,
+        )
         with (
-            closing(
-                Checkpoints(run_dir, c.keep_last, c.keep_best, c.disk_gb, on_saved, () if kept is None else (kept,))
-            ) as checkpoints,
+            closing(saved) as checkpoints,
             failures_explained(status, config, setup.parts),
             stop,  # not before: preparing the text may be interrupted at any time
         ):

@@ -14,7 +14,7 @@ from jgpt.hardware.memory import shortage
 from jgpt.parallel.build import Parts
 from jgpt.parallel.hosts import is_first, own_devices
 from jgpt.planning.remedies import PLACING, TRAINING, explain
-from jgpt.run_dir.identity import write_status
+from jgpt.run_dir.status_file import write_status
 
 
 class Status:
@@ -30,7 +30,15 @@ class Status:
         """Write status.json, in process 0; `state` is running, finished, stopped or failed."""
         if not is_first():
             return
-        write_status(self.run_dir, state, self.step, self.total_steps, reason, self.command, self.try_command)
+        write_status(
+            self.run_dir,
+            state,
+            step=self.step,
+            total_steps=self.total_steps,
+            reason=reason,
+            command=self.command,
+            try_command=self.try_command,
+        )
 
     @contextmanager
     def during(self, activity: str) -> Iterator[None]:

@@ -45,8 +45,8 @@ def make_by_hand(
         weights = jnp.ones(targets.shape, jnp.float32)
         return cross_entropy(hidden, matrix, targets, weights, loss_chunk_tokens) / targets.size
 
-    def train_step(state: Any, frozen: Any, batch: Any, average: Any, device: Any) -> Any:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), device)
+    def train_step(state: Any, frozen: Any, batch: Any, exchange: Any) -> Any:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), exchange.device)
         params = policy.cast_to_compute(state.params)
 
         def micro_step(total: Any, x: Any) -> Any:
@@ -56,7 +56,7 @@ def make_by_hand(
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
         gradient, losses = jax.lax.scan(micro_step, zeros, (batch, jnp.arange(accumulation)))
-        gradient, loss = average((gradient, jnp.mean(losses)))
+        gradient, loss = exchange.average((gradient, jnp.mean(losses)))
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

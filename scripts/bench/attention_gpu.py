@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgpt.hardware.devices import describe
+from jgpt.hardware.devices import chip_of
 from jgpt.hardware.process import set_up_process
 from jgpt.model.attention.choose import attend_causally
 
@@ -76,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     set_up_process()
     rows = []
-    print(f"{describe(jax.local_devices()[0]).name}, jax {jax.__version__}")
+    print(f"{chip_of(jax.local_devices()[0]).name}, jax {jax.__version__}")
     print(f"{'':10}{'dtype':>10}{'ms':>9}{'output':>10}{'d q':>10}{'d k':>10}{'d v':>10}")
     shapes = [("causal", options.heads, 1, options.length), ("grouped", options.heads // 4, 4, options.length)]
     for dtype in (jnp.float16, jnp.bfloat16):

@@ -35,7 +35,7 @@ def measure(config_file: str, layers: int, cache: str, t4: bool) -> Callable[[An
     from jgpt.hardware.process import set_up_process
     from jgpt.model.precision import choose_policy
     from jgpt.model.shapes import model_config
-    from jgpt.parallel.build import training_devices
+    from jgpt.parallel.devices import training_devices
 
     set_up_process()
     jax.config.update("jax_compilation_cache_dir", cache)

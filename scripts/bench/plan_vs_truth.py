@@ -20,7 +20,8 @@ from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
 from jgpt.hardware.process import set_up_process
 from jgpt.model.shapes import model_config
-from jgpt.parallel.build import Parts, training_devices
+from jgpt.parallel.build import Parts
+from jgpt.parallel.devices import training_devices
 from jgpt.planning.devices import Target, this_machine
 from jgpt.planning.estimate import estimate
 from jgpt.wording import GIB

@@ -33,14 +33,14 @@ from jgpt.model.lora import LoRA
 from jgpt.model.parameters import abstract_params, count_parameters
 from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.mesh import Sharded
-from jgpt.parallel.rules import cache_sharding, device_mesh, param_shardings
+from jgpt.parallel.rules import TENSOR, device_mesh, param_shardings
+from jgpt.parallel.tensor_parallel import TensorParallel
 from jgpt.planning.audit import products
 from jgpt.planning.devices import compile_only
 from jgpt.planning.hlo import parse
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import init_state
-from jgpt.step.train_step import make_train_step
+from jgpt.step.train_step import Step
 
 GIB = 2**30
 USABLE = 0.92 * 14.6 * GIB  # of a T4, by XLA_CLIENT_MEM_FRACTION as jgpt sets it
@@ -90,17 +90,17 @@ class T4s:
         tokens, length, steps = map(self.copied, (jnp.zeros((1, size), jnp.int32), one, jnp.int32(UNLIMITED)))
         lowered = prefill.lower(model, size, params, task, tokens, length, None)
         rows = self.copied(lowered.out_info)
-        rows = rows._replace(cache=self.copied(rows.cache, cache_sharding(self.shared, self.mesh)))
+        by_heads = self.shared.n_kv_heads % len(self.devices) == 0
+        of_cache = NamedSharding(self.mesh, PartitionSpec(None, TENSOR) if by_heads else PartitionSpec())
+        rows = rows._replace(cache=self.copied(rows.cache, of_cache))
         return lowered, decode.lower(model, params, task, rows, steps)
 
     def compile_lora_step(self, length: int) -> Any:
         """Compile a training step on one sequence of `length` tokens."""
         config, lora = default_config(), LoRA(rank=16, alpha=32.0)
         optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config.optimizer)
-        runner, model = Sharded(self.devices, self.shared), GPT(self.shared, jnp.float16, "block", lora)
-        step = make_train_step(
-            model, FP16, optimizer, schedule, accumulation=1, seed=0, loss_chunk_tokens=512, growth_steps=1000
-        )
+        runner, model = TensorParallel(self.devices, self.shared), GPT(self.shared, jnp.float16, "block", lora)
+        step = Step(model, FP16, optimizer, schedule, accumulation=1, seed=0, loss_chunk_tokens=512, growth_steps=1000)
         plain = GPT(self.plain, jnp.float16, "block", lora)  # adapters have the plain model's shapes
         state = self.copied(jax.eval_shape(lambda: init_state(plain, FP16, optimizer, 0, 1024.0)))
         batch = self.copied(Batch(jnp.zeros((1, 1, length + 1), jnp.int32)))

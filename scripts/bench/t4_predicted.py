@@ -27,7 +27,8 @@ from jax import Array
 
 from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
-from jgpt.model.gpt import GPT, Block, Context, Mode, Output
+from jgpt.model.block import Block, Context, Mode
+from jgpt.model.gpt import GPT, Output
 from jgpt.model.layers import Embedding, Norm
 from jgpt.model.precision import Policy
 from jgpt.model.scopes import SCOPES
@@ -38,7 +39,7 @@ from jgpt.planning.hlo import parse
 from jgpt.planning.roofline import COLLECTIVE, OTHER, Prediction, predict
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import init_state
-from jgpt.step.train_step import make_train_step
+from jgpt.step.train_step import Step
 
 T, V, A, GIB = 1024, 50_304, 8, 2**30
 GROUPS = (*dict.fromkeys(SCOPES.values()), COLLECTIVE, OTHER)  # the columns of the first table
@@ -197,7 +198,7 @@ def compile_for(variant: Variant, devices: Any) -> Any:
     model: Any = GPT(shapes, policy.compute, variant.remat, attention=variant.attention)
     if variant.scanned:
         model = ScannedGPT(shapes, variant.remat == "block", variant.attention)
-    step = make_train_step(
+    step = Step(
         model,
         policy,
         optimizer,

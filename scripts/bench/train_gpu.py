@@ -45,7 +45,7 @@ Answer = Callable[[Any], Any]  # how many steps -> (seconds, loss) of each; "pea
 def jgpt_contestant(shape: Shape, device: str, compute: str, deterministic: bool) -> Answer:
     """Build jgpt's train step on one device."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the others need memory of the card as well
-    from jgpt.hardware.devices import describe
+    from jgpt.hardware.devices import chip_of
     from jgpt.hardware.process import set_up_process
 
     set_up_process(deterministic)
@@ -67,7 +67,7 @@ def jgpt_contestant(shape: Shape, device: str, compute: str, deterministic: bool
         if request == "machine":
             return {
                 "device": chosen[0].device_kind,
-                "sheet_flops": describe(chosen[0]).peak_flops[compute],
+                "sheet_flops": chip_of(chosen[0]).peak_flops[compute],
                 "measured_flops": matmul_flops(chosen[0], DTYPES[compute], PRODUCT_SIDE[device], seconds=2.0),
                 "flops_per_token": flops_per_token(shape.model),
             }

@@ -114,7 +114,7 @@ def take_turns(trainers: Sequence[Trainer], rounds: int, steps: int, title: str)
 def devices_for(batch_size: int) -> list[Any]:
     """Return the devices of this machine on which jgpt would train with so many sequences a step."""
     from jgpt.config.defaults import default_config
-    from jgpt.parallel.build import training_devices
+    from jgpt.parallel.devices import training_devices
 
     config = default_config()
     config.batch.global_batch_size = batch_size
@@ -134,7 +134,7 @@ def jgpt_step(
 ) -> StepFunction:
     """Build jgpt's train step through its own functions, of a model of `shapes` in micro-batches of `rows`.
 
-    `make_step` stands in for its make_train_step. With `compile_only` the devices need not be here: the step only
+    `make_step` stands in for its Step. With `compile_only` the devices need not be here: the step only
     compiles, and its loss is 0.
     """
     import jax
@@ -147,7 +147,7 @@ def jgpt_step(
     from jgpt.parallel.replicate import Replicate
     from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
     from jgpt.step.state import init_state
-    from jgpt.step.train_step import make_train_step
+    from jgpt.step.train_step import Step
 
     config = default_config()
     config.optimizer.update(learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY)
@@ -164,7 +164,7 @@ def jgpt_step(
     )
     model = GPT(shapes, policy.compute, remat, attention=attention, activations=policy.activations)
     optimizer, runner = make_optimizer(config.optimizer), Replicate(devices)
-    step = (make_step or make_train_step)(
+    step = (make_step or Step)(
         model,
         policy,
         optimizer,

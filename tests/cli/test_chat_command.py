@@ -17,7 +17,7 @@ from small_chat import CHATML, parts
 from jgpt.cli.terminal import read_message
 from jgpt.data.chat_template import render
 from jgpt.errors import UserError
-from jgpt.exchange.pretrained import export_model
+from jgpt.exchange.write_model import export_model
 from jgpt.inference.chat import Answer, Chat, talk
 from jgpt.inference.chat_prompt import ChatPrompts
 from jgpt.inference.decode import generate

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from jgpt.exchange.pretrained import export_model
+from jgpt.exchange.write_model import export_model
 from jgpt.inference.decode import generate
 from jgpt.inference.sampling import Sampling
 from jgpt.loading.load import load_model

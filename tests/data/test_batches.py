@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from jgpt.data.batches import Batch, Batches, ChatBatches, block_offset, block_order, make_batches, validation_blocks
-from jgpt.data.conversations import to_words
 from jgpt.data.prefetch import Prefetcher
 from jgpt.data.token_files import TokenData
 from jgpt.data.tokenizer import train_char
+from jgpt.data.words import to_words
 from jgpt.errors import UserError
 
 TOKENS = np.arange(1003, dtype=np.uint16)

@@ -13,14 +13,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
-from jgpt.data import corpus
+from jgpt.data import pieces
 from jgpt.data.batches import make_batches
 from jgpt.data.chat_lines import read_chat_line
 from jgpt.data.chat_template import render
-from jgpt.data.conversations import BEGINS, IDS, LEARNED, ChatCorpus
+from jgpt.data.conversations import ChatCorpus
 from jgpt.data.token_directory import token_directory
 from jgpt.data.token_files import TokenData
 from jgpt.data.tokenizer import load_tokenizer, train_bpe
+from jgpt.data.words import BEGINS, IDS, LEARNED
 from jgpt.data.write_tokens import prepare
 from jgpt.errors import UserError
 from jgpt.model.gpt import GPT
@@ -272,7 +273,7 @@ def test_the_command_for_a_json_array_of_conversations_makes_lines(tmp_path: Pat
 def test_bounded_memory_gives_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tmp_path, LINES)
     expected = prepare(config).meta["train_sha256"]
-    monkeypatch.setattr(corpus, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 100)
     config.out_dir = str(tmp_path / "other")
     assert prepare(config).meta["train_sha256"] == expected
 

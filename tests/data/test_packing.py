@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jgpt.data import packing
-from jgpt.data.conversations import to_words
 from jgpt.data.packing import pack, pack_rows
+from jgpt.data.words import to_words
 from jgpt.errors import UserError
 
 

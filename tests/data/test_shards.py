@@ -15,11 +15,11 @@ from jgpt.config.defaults import default_config
 from jgpt.data import write_shards
 from jgpt.data.batches import Batches, make_batches, validation_blocks
 from jgpt.data.blocks import blocks
-from jgpt.data.conversations import to_words
 from jgpt.data.packing import pack_rows
 from jgpt.data.shards import ShardedTokens, join_shards
 from jgpt.data.token_directory import token_directory, write_token_meta
 from jgpt.data.token_files import open_token_data
+from jgpt.data.words import to_words
 from jgpt.data.write_tokens import prepare
 from jgpt.errors import UserError
 

@@ -16,9 +16,9 @@ from conftest import FROM_A_MODEL, LORA
 from huggingface_hub import metadata_load
 from safetensors.numpy import load_file
 
-from jgpt.exchange.adapter import adapter_config, adapter_tensors
 from jgpt.exchange.model_card import describe_base, metadata
 from jgpt.exchange.tensors import prefix, table
+from jgpt.exchange.write_adapter import adapter_config, adapter_tensors
 from jgpt.model.lora import LoRA, merge
 from jgpt.model.parameters import abstract_adapters, abstract_params
 from jgpt.model.shapes import ModelConfig

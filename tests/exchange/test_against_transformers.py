@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from jgpt.data.tokenizer import train_bpe
-from jgpt.exchange.adapter import adapter_config, adapter_tensors, write_adapter
-from jgpt.exchange.pretrained import export_model, open_pretrained
+from jgpt.exchange.pretrained import open_pretrained
+from jgpt.exchange.write_adapter import adapter_config, adapter_tensors, write_adapter
+from jgpt.exchange.write_model import export_model
 from jgpt.loading.source import load_params, open_source
 from jgpt.model.gpt import GPT, unembedding
 from jgpt.model.lora import LoRA

@@ -15,9 +15,9 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from jgpt.data.tokenizer import Tokenizer, train_bpe, train_char
 from jgpt.errors import UserError
 from jgpt.exchange.gguf_file import SPLITS, check_gguf, pre_tokenizer, write_gguf
-from jgpt.exchange.pretrained import export_model
 from jgpt.exchange.tensors import table
-from jgpt.exchange.weights import named_tensors
+from jgpt.exchange.write_model import export_model
+from jgpt.exchange.write_weights import named_tensors
 from jgpt.model.parameters import abstract_params
 from jgpt.model.rope import RopeScaling
 from jgpt.model.shapes import ModelConfig

@@ -14,7 +14,8 @@ from jgpt.config.defaults import default_config
 from jgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_char
 from jgpt.errors import UserError
 from jgpt.exchange import pretrained
-from jgpt.exchange.pretrained import check_export, export_model, open_pretrained
+from jgpt.exchange.pretrained import open_pretrained
+from jgpt.exchange.write_model import check_export, export_model
 from jgpt.loading.source import is_run
 from jgpt.model.parameters import abstract_params
 from jgpt.model.shapes import ModelConfig, model_config

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 import jgpt
 from jgpt.errors import UserError
-from jgpt.exchange.adapter import adapter_config, adapter_tensors
 from jgpt.exchange.read_adapter import check_adapter, load_adapter, open_adapter
 from jgpt.exchange.tensors import prefix, table
+from jgpt.exchange.write_adapter import adapter_config, adapter_tensors
 from jgpt.loading.source import load_params, open_source
 from jgpt.model.lora import LoRA, merge
 from jgpt.model.parameters import abstract_adapters, abstract_params

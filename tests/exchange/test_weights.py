@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jgpt.errors import UserError
+from jgpt.exchange.read_weights import Stored, find_tensors, load_params, main_dtype, match
 from jgpt.exchange.tensors import prefix, table
-from jgpt.exchange.weights import Stored, find_tensors, load_params, main_dtype, match, save_params
+from jgpt.exchange.write_weights import save_params
 from jgpt.model.parameters import abstract_params
 from jgpt.model.shapes import ModelConfig
 

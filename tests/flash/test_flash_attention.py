@@ -19,7 +19,7 @@ from jgpt.model.attention.flash import attention, flash, flash_qkv
 from jgpt.model.columns import for_devices
 from jgpt.model.gpt import GPT
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.mesh import Sharded
+from jgpt.parallel.tensor_parallel import TensorParallel
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
@@ -115,7 +115,7 @@ def test_devices_that_share_heads_or_sequences(group: int, packed: bool):
     """execution.parallel=tensor: each device runs the kernels on its own heads, or sequences; not a bit changes."""
     q, k, v, d_out = inputs()
     segments = jnp.asarray(np.arange(40) // 15, jnp.int32)[None].repeat(2, axis=0) if packed else None
-    strategy = Sharded(jax.local_devices(), for_devices(ModelConfig(64, 40, 1, 4, 2, 128, 32, 64), group), group)
+    strategy = TensorParallel(jax.local_devices(), for_devices(ModelConfig(64, 40, 1, 4, 2, 128, 32, 64), group), group)
 
     def steps(form: Callable[..., jax.Array]) -> list[jax.Array]:
         return jax.jit(lambda *x: both_ways(lambda q, k, v: form(q, k, v, segments), *x))(q, k, v, d_out)
@@ -131,7 +131,7 @@ def test_devices_that_share_heads_or_sequences(group: int, packed: bool):
 def test_a_model_whose_devices_share_the_heads():
     """The block passes what divides attention down to the kernel."""
     config = ModelConfig(64, 40, 1, 4, 2, 128, 32, 64)
-    strategy, tokens = Sharded(jax.local_devices(), for_devices(config, 2), 2), jnp.zeros((2, 40), jnp.int32)
+    strategy, tokens = TensorParallel(jax.local_devices(), for_devices(config, 2), 2), jnp.zeros((2, 40), jnp.int32)
     alone = GPT(config, jnp.float16, attention="flash")
     params = alone.init(jax.random.key(0), tokens)
     split = alone.clone(split=strategy.split_attention)

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jgpt.model.attention.flash import FlashUnavailable, check, flash, flash_qkv, launch, supports
 from jgpt.model.columns import for_devices
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.mesh import Sharded
+from jgpt.parallel.tensor_parallel import TensorParallel
 
 SHAPE = (2, 100, 3, 2, 64)  # B, T, K, G, H
 
@@ -191,7 +191,7 @@ def test_it_compiles_for_two_t4s_with_no_copy(t4s: list[jax.Device]):
 @pytest.mark.parametrize("group", [2, 1])
 def test_two_t4s_share_the_heads_or_the_sequences_and_nothing_moves(t4s: list[jax.Device], group: int):
     """Under jit over a mesh, as execution.parallel=tensor runs it: each card launches for what it has."""
-    strategy = Sharded(t4s, for_devices(ModelConfig(64, 1024, 1, 8, 2, 512, 64, 512), group), group)
+    strategy = TensorParallel(t4s, for_devices(ModelConfig(64, 1024, 1, 8, 2, 512, 64, 512), group), group)
     own = NamedSharding(strategy._mesh, PartitionSpec("data", None, "tensor"))
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

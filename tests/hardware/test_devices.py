@@ -49,7 +49,7 @@ def in_new_process(code: str, **environment: str) -> str:
     ],
 )
 def test_known_gpus_are_found_by_the_name_that_jax_gives(kind, capability, name, fp16_peak):
-    chip = devices.describe(fake_gpu(kind, capability))
+    chip = devices.chip_of(fake_gpu(kind, capability))
     assert chip.name == name
     assert chip.peak_flops["fp16"] == fp16_peak
     assert chip.compute_capability == devices.compute_capability(fake_gpu(kind, capability))
@@ -60,7 +60,7 @@ def test_known_gpus_are_found_by_the_name_that_jax_gives(kind, capability, name,
     ["NVIDIA L40S", "NVIDIA A10", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"],
 )
 def test_a_gpu_with_a_similar_name_has_no_peaks_rather_than_wrong_ones(kind):
-    chip = devices.describe(fake_gpu(kind, "8.9"))
+    chip = devices.chip_of(fake_gpu(kind, "8.9"))
     assert chip == unknown_chip(kind, (8, 9)) and set(chip.peak_flops.values()) == {None} and chip.rates is None
 
 
@@ -82,7 +82,7 @@ def test_table_is_consistent():
 
 
 def test_a_cpu_has_a_name_and_nothing_else():
-    chip = devices.describe(jax.devices("cpu")[0])
+    chip = devices.chip_of(jax.devices("cpu")[0])
     assert chip.name == "cpu"
     assert chip.compute_capability is None
     assert set(chip.peak_flops.values()) == {None}
@@ -177,14 +177,14 @@ def test_free_memory_is_what_the_allocator_says_else_the_cards():
     )
     silent = SimpleNamespace(**vars(fake_gpu("Tesla T4", "7.5")), memory_stats=lambda: None)
     assert devices.free_memory(counts) == 7  # type: ignore[arg-type]
-    assert devices.free_memory(silent) == devices.describe(silent).usable_bytes  # type: ignore[arg-type]
+    assert devices.free_memory(silent) == devices.chip_of(silent).usable_bytes  # type: ignore[arg-type]
     assert devices.free_memory(jax.local_devices()[0]) is None
 
 
 def test_a_tpu_is_known_by_its_name_and_fits_bf16_only():
-    chip = devices.describe(SimpleNamespace(device_kind="TPU v5 lite", platform="tpu"))  # type: ignore[arg-type]
+    chip = devices.chip_of(SimpleNamespace(device_kind="TPU v5 lite", platform="tpu"))  # type: ignore[arg-type]
     assert chip.name == "TPU v5e" and chip.compute_capability is None and chip.matrix_side == 128
     assert chip.peak_flops["bf16"] == 197e12 and chip.peak_flops["fp16"] is None
     assert chip.usable_bytes and chip.memory_bytes and chip.usable_bytes < chip.memory_bytes == 16 * 2**30
-    other = devices.describe(SimpleNamespace(device_kind="TPU v5", platform="tpu"))  # type: ignore[arg-type]
+    other = devices.chip_of(SimpleNamespace(device_kind="TPU v5", platform="tpu"))  # type: ignore[arg-type]
     assert other.name == "TPU v5" and other.rates is None  # a v5p

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jgpt.errors import UserError
-from jgpt.exchange.pretrained import export_model, open_pretrained
+from jgpt.exchange.pretrained import open_pretrained
+from jgpt.exchange.write_model import export_model
 from jgpt.loading.load import import_model, load_model
 from jgpt.loading.source import Source, load_params, open_source
 from jgpt.model.lora import lora_config

@@ -18,7 +18,7 @@ from jgpt.parallel.replicate import Replicate
 from jgpt.step.eval_step import make_eval_step
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import init_state
-from jgpt.step.train_step import make_train_step
+from jgpt.step.train_step import Step
 
 V, T = 48, 12
 LLAMA = ModelConfig(V, T, n_layers=1, n_heads=4, n_kv_heads=2, d_model=16, d_head=4, d_ff=24)
@@ -105,7 +105,7 @@ def training(devices: int) -> Any:
     o = default_config().optimizer
     o.update({"warmup_steps": 1, "total_steps": 20, "learning_rate": 0.05})
     optimizer, policy, runner = make_optimizer(o), Policy(), Replicate(jax.local_devices()[:devices])
-    step = make_train_step(
+    step = Step(
         model,
         policy,
         optimizer,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt.model.gpt import GPT, INIT, Block, unembedding
+from jgpt.model.block import INIT, Block
+from jgpt.model.gpt import GPT, unembedding
 from jgpt.model.layers import dropout, random_words
 from jgpt.model.shapes import ModelConfig
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jgpt.inference.decode import generate
 from jgpt.inference.placement import choose_placement
 from jgpt.inference.sampling import Sampling
-from jgpt.model.columns import path_names
+from jgpt.model.parameters import path_names
 from jgpt.model.gpt import GPT
 from jgpt.model.shapes import ModelConfig
 

@@ -23,7 +23,7 @@ from jgpt.parallel.hosts import (
     comes_from_others,
     first_before_others,
     first_decides,
-    share,
+    gather_texts,
 )
 from jgpt.run_dir.manifest import verify, whole_steps
 
@@ -33,7 +33,7 @@ Start = Callable[..., list[subprocess.Popen[str]]]
 
 
 def test_one_process_waits_for_nobody_and_asks_itself():
-    assert share("text") == ["text"] and first_decides(lambda: {"a": [1]}) == {"a": [1]}
+    assert gather_texts("text") == ["text"] and first_decides(lambda: {"a": [1]}) == {"a": [1]}
     assert first_before_others(lambda: 7) == 7
     check_same({"a": "1"}, "something", "advice")
     agree = Agreement(jax.local_devices())
@@ -42,7 +42,7 @@ def test_one_process_waits_for_nobody_and_asks_itself():
 
 def test_processes_that_differ_are_named(monkeypatch: pytest.MonkeyPatch):
     said = [json.dumps({"seed": "1", "same": "x"}), json.dumps({"seed": "2", "same": "x"})]
-    monkeypatch.setattr("jgpt.parallel.hosts.share", lambda text: said)
+    monkeypatch.setattr("jgpt.parallel.hosts.gather_texts", lambda text: said)
     with pytest.raises(UserError, match="seed: 2 in process 1, 1 in process 0") as error:
         check_same({}, "their config", "Start them with the same.")
     assert "same: x" not in str(error.value) and str(error.value).endswith("Start them with the same.")

@@ -19,12 +19,12 @@ from jgpt.model.gpt import GPT
 from jgpt.model.lora import LoRA
 from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.mesh import Sharded
 from jgpt.parallel.replicate import Replicate
+from jgpt.parallel.tensor_parallel import TensorParallel
 from jgpt.step.eval_step import make_eval_step
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import init_state
-from jgpt.step.train_step import make_train_step, variables
+from jgpt.step.train_step import Step, variables
 
 T, STEPS, SEED = 12, 3, 5
 # One key/value head, whose two copies must learn as one; an MLP that is split.
@@ -48,13 +48,13 @@ def base() -> Any:
 class Trained:
     """Three steps of two micro-batches of two sequences, by a runner."""
 
-    def __init__(self, runner: Replicate | Sharded, shapes: ModelConfig) -> None:
+    def __init__(self, runner: Replicate | TensorParallel, shapes: ModelConfig) -> None:
         options = default_config().optimizer
         options.update(warmup_steps=0, learning_rate=0.02)
         optimizer, self.model = make_optimizer(options), GPT(shapes, lora=ADAPTERS)
         schedule = learning_rate_schedule(options)
         self.step = runner.train_step(
-            make_train_step(
+            Step(
                 self.model,
                 POLICY,
                 optimizer,
@@ -96,13 +96,13 @@ def one() -> Trained:
 @cache
 def two() -> Trained:
     shapes = for_devices(CONFIG, 2)
-    return Trained(Sharded(jax.local_devices(), shapes), shapes)
+    return Trained(TensorParallel(jax.local_devices(), shapes), shapes)
 
 
 @cache
 def groups() -> Trained:
     """Two groups of one device: each has the whole base, and half of the batch (data=2,tensor=1)."""
-    return Trained(Sharded(jax.local_devices(), CONFIG, group=1), CONFIG)
+    return Trained(TensorParallel(jax.local_devices(), CONFIG, group=1), CONFIG)
 
 
 @pytest.mark.parametrize("several", [two, groups])

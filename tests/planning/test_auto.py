@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from jgpt.config.defaults import default_config
 from jgpt.errors import UserError
 from jgpt.model.shapes import model_config
-from jgpt.parallel.build import training_devices
+from jgpt.parallel.devices import training_devices
 from jgpt.planning import auto
 from jgpt.planning.auto import choose_execution, is_auto, with_execution_of_run
 from jgpt.planning.estimate import least_bytes

@@ -18,7 +18,7 @@ from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batch
 from jgpt.data.write_tokens import prepare
 from jgpt.errors import OutOfMemory
-from jgpt.parallel.build import training_devices
+from jgpt.parallel.devices import training_devices
 from jgpt.parallel.replicate import Replicate
 from jgpt.planning.remedies import EVALUATING, PLACING, TRAINING, device_remedies
 from jgpt.run_dir.manifest import digest, whole_steps

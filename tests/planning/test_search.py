@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from jgpt.config.defaults import default_config
 from jgpt.errors import UserError
 from jgpt.model.shapes import model_config
-from jgpt.parallel.build import training_devices
+from jgpt.parallel.devices import training_devices
 from jgpt.planning import search as search_room
 from jgpt.planning.devices import compile_only, this_machine
 from jgpt.planning.execution import Execution

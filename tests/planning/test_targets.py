@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jgpt.config.defaults import default_config
 from jgpt.errors import UserError
-from jgpt.hardware.devices import MEMORY_SHARE, describe
+from jgpt.hardware.devices import MEMORY_SHARE, chip_of
 from jgpt.model.shapes import model_config
 from jgpt.planning import devices as targets
 from jgpt.planning import estimate
@@ -63,7 +63,7 @@ def test_a_missing_assembler_is_named(monkeypatch):
     def fail():
         raise jax.errors.JaxRuntimeError("UNAVAILABLE: No PTX compilation provider is available. Details")
 
-    target = targets.Target("t4", [], describe(fake("Tesla T4", "7.5")), None, None)
+    target = targets.Target("t4", [], chip_of(fake("Tesla T4", "7.5")), None, None)
     with pytest.raises(UserError, match="no assembler.*pip install.*nvidia-cuda-nvcc-cu12"):
         targets.compile_for(target, SimpleNamespace(compile=fail))  # type: ignore[arg-type]
     here = targets.Target("this", [], target.chip, None, None)
@@ -114,7 +114,7 @@ def test_a_gpu_that_is_here_says_what_it_has():
     gpu.memory_stats = lambda: {"bytes_limit": 123, "bytes_in_use": 1}  # type: ignore[method-assign]
     target = this_machine([gpu])
     assert target.memory_bytes == 123
-    assert target.rates == describe(gpu).rates
+    assert target.rates == chip_of(gpu).rates
     gpu.memory_stats = lambda: None  # type: ignore[method-assign]
     assert this_machine([gpu]).memory_bytes == int(MEMORY_SHARE * 14.6 * 2**30)
 
@@ -127,7 +127,7 @@ def test_every_device_file_compiles(name):
         pytest.skip(str(error))
     count = TARGETS[name][1]
     assert len(target.devices) == count and target.rates is not None and target.memory_bytes is not None
-    assert name.split("x")[0].upper() in target.chip.name.upper()  # `describe` knows what the file says it is
+    assert name.split("x")[0].upper() in target.chip.name.upper()  # `chip_of` knows what the file says it is
     assert f"{target.rates.fp16_flops / 1e12:.4g} TFLOP/s" in target.constants()
     assert ("link" in target.constants()) == (count > 1) and "network" not in target.constants()
     sharding = NamedSharding(jax.sharding.Mesh(np.array(target.devices), ("devices",)), PartitionSpec())

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from jgpt.atomic_write import write_json
 from jgpt.config.defaults import default_config
 from jgpt.errors import UserError
 from jgpt.run_dir import identity as module
-from jgpt.run_dir.identity import check_same_run, open_run_dir, read_config, write_identity, write_json, write_status
+from jgpt.run_dir.identity import check_same_run, open_run_dir, read_config, write_identity
+from jgpt.run_dir.status_file import write_status
 
 REPOSITORY = Path(__file__).parents[2]
 HOLD = """

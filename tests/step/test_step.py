@@ -21,7 +21,7 @@ from jgpt.step.gradients import Exchange
 from jgpt.step.loss_scale import MAX_LOSS_SCALE
 from jgpt.step.optimizer import learning_rate_schedule, make_optimizer
 from jgpt.step.state import LossScale, TrainState, init_state
-from jgpt.step.train_step import make_train_step
+from jgpt.step.train_step import Step
 
 V, T, HOT = 64, 12, 63  # HOT: an id whose row of the embedding is infinite after `heat`
 FP32, FP16 = Policy(), Policy(compute=jnp.float16)
@@ -74,7 +74,7 @@ def parts(
     schedule = learning_rate_schedule(o)
 
     def with_seed(seed: Any) -> Any:
-        return make_train_step(
+        return Step(
             model, policy, optimizer, schedule, accumulation=accumulation, seed=seed, loss_chunk_tokens=16,
             growth_steps=2, average_dtype=average,
         )  # fmt: skip

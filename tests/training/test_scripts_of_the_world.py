@@ -13,7 +13,7 @@ import pytest
 from conftest import Command
 from runs import status, stop_after
 
-from jgpt.run_dir.identity import write_json
+from jgpt.atomic_write import write_json
 from jgpt.wording import json_text
 
 STORY = "从前有座山，山里有座庙，庙里有个老和尚，给小和尚讲故事。讲的什么呢？\n"

@@ -14,14 +14,15 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
 from jgpt.data.batches import Batches
-from jgpt.data.conversations import BEGINS, LEARNED
 from jgpt.data.token_files import TokenData
 from jgpt.data.tokenizer import train_char
+from jgpt.data.words import BEGINS, LEARNED
 from jgpt.errors import UserError
 from jgpt.loading.adopt import adopt_source
 from jgpt.model.parameters import abstract_params, count_parameters, flops_per_token
 from jgpt.model.shapes import ModelConfig, model_config
 from jgpt.parallel import build
+from jgpt.parallel import devices as devices_module
 from jgpt.parallel.strategy import laid_out
 from jgpt.run_dir.checkpoint import Checkpoints
 from jgpt.run_dir.identity import read_config
@@ -46,7 +47,7 @@ def data_of(n_ids: int = 50, n_tokens: int = 2000) -> TokenData:
 
 
 def set_up_of(config: ConfigDict) -> Setup:
-    return set_up(config, data_of(), build.training_devices(config))
+    return set_up(config, data_of(), devices_module.training_devices(config))
 
 
 def batch_of(training: Setup, step: int) -> Any:
@@ -55,7 +56,7 @@ def batch_of(training: Setup, step: int) -> Any:
 
 def test_characters_of_the_prompt_for_samples_that_the_vocabulary_lacks_are_named(caplog: Any) -> None:
     data = dataclasses.replace(data_of(28), tokenizer=train_char(["abcdefghijklmnopqrstuvwxyz"]))
-    set_up(config_of(**{"sample.prompt": "what?"}), data, build.training_devices(config_of()))
+    set_up(config_of(**{"sample.prompt": "what?"}), data, devices_module.training_devices(config_of()))
     assert "1 character of sample.prompt is not in the model's vocabulary, which sees each as <unk>: '?'" in caplog.text
 
 
@@ -66,7 +67,7 @@ def test_a_prompt_for_samples_that_the_chat_template_refuses_ends_the_run_before
     tokenizer.settings["chat_template"] = "{{ raise_exception('a system message comes first') }}"
     data = TokenData(words, words[:500], {"format": "chat"}, tokenizer)
     with pytest.raises(UserError, match="does not render these messages .TemplateError: a system message"):
-        set_up(config_of(**{"sample.prompt": "what"}), data, build.training_devices(config_of()))
+        set_up(config_of(**{"sample.prompt": "what"}), data, devices_module.training_devices(config_of()))
 
 
 @pytest.fixture
@@ -75,10 +76,11 @@ def with_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def pretend(n: int) -> None:
         devices = jax.local_devices()
-        monkeypatch.setattr(build, "training_devices", lambda config: [devices[i % 2] for i in range(n)])
+        monkeypatch.setattr(devices_module, "training_devices", lambda config: [devices[i % 2] for i in range(n)])
         if n > 2:
             monkeypatch.setattr(build, "Replicate", lambda devices: SimpleNamespace(
-                devices=devices, shares=n, train_step=lambda step: step, eval_step=lambda step: step,
+                devices=devices, shares=n, model_for_step=lambda model, policy: model,
+                train_step=lambda step: step, eval_step=lambda step: step,
                 place_batch=lambda batch, accumulation: laid_out(batch, n, accumulation),
             ))  # fmt: skip
 

@@ -8,8 +8,8 @@ import json
 from absl import flags
 
 from jgpt.atomic_write import atomic_file
-from jgpt.cli.help import columns
 from jgpt.cli.terminal import write
+from jgpt.cli.text import columns
 from jgpt.errors import UserError
 from jgpt.kaggle.laptop.chain import Chain, wait_for_end
 from jgpt.kaggle.laptop.kernel import Kernel, write_folder

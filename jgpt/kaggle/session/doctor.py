@@ -44,6 +44,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jgpt.atomic_write import write_json
 from jgpt.errors import UserError
 from jgpt.hardware.pci import tpu_chips
 from jgpt.kaggle.session import checks
@@ -51,7 +52,6 @@ from jgpt.kaggle.session.paths import on_kaggle, scratch_dir, working_dir
 from jgpt.kaggle.session.publish import publish
 from jgpt.kaggle.session.readings import CLOCKS, clock_summary, in_short, transport, with_share
 from jgpt.redaction import redact
-from jgpt.run_dir.identity import write_json
 
 PACKAGES = (
     "jgpt", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "libtpu", "flax", "optax", "orbax-checkpoint",

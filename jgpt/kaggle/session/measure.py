@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
 from jgpt.hardware import speed
-from jgpt.hardware.devices import describe, local_devices
+from jgpt.hardware.devices import chip_of, local_devices
 from jgpt.hardware.process import set_up_process
 from jgpt.model.parameters import flops_per_token
 from jgpt.model.precision import DTYPES
@@ -34,7 +34,7 @@ def devices(seconds: float) -> list[dict[str, Any]]:
     descriptions = []
     for device in local_devices():
         limit = (device.memory_stats() or {}).get("bytes_limit")
-        capability = describe(device).compute_capability
+        capability = chip_of(device).compute_capability
         descriptions.append({"kind": device.device_kind, "compute_capability": capability, "bytes_for_jax": limit})
     return descriptions
 

@@ -1,6 +1,6 @@
 """The forms of causal attention: choose one for a device, and call the one chosen.
 
-In the data path: called by every block of `model/gpt.py`, whose legend names the dimensions.
+In the data path: called by every block (`model/block.py`). The legend of `model/gpt.py` names the dimensions.
 """
 
 import logging
@@ -44,8 +44,7 @@ def choose_attention(
     >>> choose_attention("auto", jnp.float16, "gpu", (7, 5)), choose_attention("auto", jnp.float32, "cpu", None)
     ('chunked_vjp', 'chunked_vjp')
     """
-    major, minor = compute_capability or (0, 0)
-    capability = (major, minor)
+    capability = compute_capability or (0, 0)
     if attention not in ("auto", "flash"):
         return attention
     if attention == "auto" and not (flash_tpu.fills_unit(d_head) if platform == "tpu" else capability >= (8, 0)):

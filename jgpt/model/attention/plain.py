@@ -1,6 +1,6 @@
 """Attention: queries, keys and values in, mixed values out.
 
-In the data path: called by every block of `model/gpt.py`, whose legend names the dimensions.
+In the data path: called by every block (`model/block.py`). The legend of `model/gpt.py` names the dimensions.
 """
 
 from collections.abc import Callable

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jgpt.errors import UserError
 from jgpt.hardware.chips import CHIPS, NETWORK, Chip, Rates
-from jgpt.hardware.devices import MEMORY_SHARE, describe
+from jgpt.hardware.devices import MEMORY_SHARE, chip_of
 from jgpt.parallel.hosts import own_devices
 from jgpt.planning.devices.tpu import TPU_TARGETS, tpu_devices
 from jgpt.wording import did_you_mean
@@ -63,7 +63,7 @@ class Target:
 def this_machine(devices: list[jax.Device]) -> Target:
     """Return the devices that are here as a target."""
     own = own_devices(devices)
-    chip = describe(own[0])
+    chip = chip_of(own[0])
     stats = own[0].memory_stats() or {} if own[0].platform != "cpu" else {}
     memory = stats.get("bytes_limit", _for_jax(chip))
     if own[0].platform == "cpu":
@@ -81,7 +81,7 @@ def compile_only(name: str, hosts: int = 1, network: float = NETWORK) -> Target:
             raise UserError(f"--hosts={hosts} with --device={name}: plans for TPUs are for one host. Take --hosts=1.")
         check_jax('pip install -U "jax[tpu]"')
         devices = tpu_devices(name)
-        chip = describe(devices[0])
+        chip = chip_of(devices[0])
         return Target(name, devices, chip, _for_jax(chip), chip.rates)
     if name not in TARGETS:
         known = [*TARGETS, *TPU_TARGETS, THIS]
@@ -94,7 +94,7 @@ def compile_only(name: str, hosts: int = 1, network: float = NETWORK) -> Target:
     text = resources.files("jgpt.planning.devices").joinpath(f"{kind}.txt").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x{hosts}x{count}")
     devices = list(topology.devices)
-    chip = describe(devices[0])
+    chip = chip_of(devices[0])
     rates = replace(chip.rates, network=network) if chip.rates else None
     return Target(name, devices, chip, _for_jax(chip), rates, hosts)
 

@@ -4,7 +4,7 @@ In the data path: beside the step, on the same devices.
 """
 
 from jgpt.data.batches import Batch
-from jgpt.parallel.evaluation import bits_per_byte, evaluate
+from jgpt.parallel.evaluation import bits_per_byte
 from jgpt.planning.remedies import EVALUATING
 from jgpt.training.run import Run
 
@@ -25,15 +25,5 @@ def evaluate_run(run: Run) -> dict[str, float]:
 
 def loss_on(run: Run, blocks: list[Batch]) -> float:
     """Return the loss of the present parameters on single sequences, in nats per token."""
-    parts = run.parts
     with run.status.during(EVALUATING):
-        loss, _ = evaluate(
-            parts.strategy,
-            parts.eval_step,
-            run.state.params,
-            run.frozen,
-            blocks,
-            parts.rows,
-            parts.sequence_length,
-        )
-    return loss
+        return run.parts.evaluate(run.state.params, run.frozen, blocks)

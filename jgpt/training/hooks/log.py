@@ -42,7 +42,11 @@ class Log:
             )
         parts = run.parts
         self._throughput = Throughput(
-            run.total_steps, run.step, parts.tokens_per_step, parts.flops_per_token, peak_flops
+            run.total_steps,
+            run.step,
+            tokens_per_step=parts.tokens_per_step,
+            flops_per_token=parts.flops_per_token,
+            peak_flops=peak_flops,
         )
 
     def due(self, run: Run) -> bool:

@@ -7,6 +7,7 @@ is not good, the next good one is saved.
 import logging
 import time
 from itertools import islice
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,45 +58,53 @@ class Save:
     def __call__(self, run: Run, leaving: bool = False) -> None:
         """Begin to save the state of this step, if it is good and not saved yet; training goes on meanwhile.
 
-        When `leaving`, a step counts that was skipped (it changed no parameter), and no batch is tried: there may be no
-        time. Raises TrainingDiverged where a parameter or a moment is out of range: no later step brings it back.
+        `leaving`: this is the last chance, see `_trouble`. Raises TrainingDiverged as `_trouble` does.
         """
         if self._last_step == run.step:
             return
-        trouble = self._health.exploding or (self._health.skipped if not leaving else "")
-        if not trouble:
-            wrong = out_of_range(*run.parts.strategy.where_it_lies((run.state.params, run.state.opt_state)))
-            if wrong:
-                raise self.diverged(f"{wrong} at step {run.step}, and is not saved: training has diverged.")
-            if not leaving:
-                self._tried = run.step, self._health.too_high(self._try(run))
-            trouble = self._tried[1] if self._tried[0] == run.step else ""
-        if trouble:
+        if trouble := self._trouble(run, leaving):
             if not self._postponed or leaving:
                 log.warning("step %d is not saved: %s. %s", run.step, trouble, self.newest())
             self._postponed = True
             return
         with run.status.during(SAVING):
-            self._checkpoints.save(
-                run.parts.strategy.to_save(run.state),
-                {
-                    "step": run.step,
-                    "tokens": run.tokens,
-                    "elapsed_seconds": run.elapsed_seconds,
-                    "loss": self._health.loss,
-                    "lowest_loss": self._health.lowest_loss,
-                    "val_loss": run.val_loss,
-                    "train_sha256": run.data.meta["train_sha256"],
-                    "tokenizer_sha256": run.data.tokenizer.sha256,
-                    "devices": len(run.parts.strategy.devices),
-                    "scales_loss": run.parts.policy.scales_loss,
-                    "base": run.base,
-                    "stop_ids": list(run.stop_ids),
-                    "decay_begins": self._decay_step,
-                },
-            )
+            self._checkpoints.save(run.parts.strategy.to_save(run.state), self._meta(run))
         self._last_step, self._last_time, self._postponed = run.step, time.monotonic(), False
         run.status.write("running")
+
+    def _trouble(self, run: Run, leaving: bool) -> str:
+        """Say why the state of this step is not good enough to be saved, or "".
+
+        When `leaving`, a step counts that was skipped (it changed no parameter), and no batch is tried: there may be no
+        time. Raises TrainingDiverged where a parameter or a moment is out of range: no later step brings it back.
+        """
+        trouble = self._health.exploding or (self._health.skipped if not leaving else "")
+        if trouble:
+            return trouble
+        wrong = out_of_range(*run.parts.strategy.to_inspect((run.state.params, run.state.opt_state)))
+        if wrong:
+            raise self.diverged(f"{wrong} at step {run.step}, and is not saved: training has diverged.")
+        if not leaving:
+            self._tried = run.step, self._health.too_high(self._try(run))
+        return self._tried[1] if self._tried[0] == run.step else ""
+
+    def _meta(self, run: Run) -> dict[str, Any]:
+        """Return what a checkpoint carries beside the state, as JSON."""
+        return {
+            "step": run.step,
+            "tokens": run.tokens,
+            "elapsed_seconds": run.elapsed_seconds,
+            "loss": self._health.loss,
+            "lowest_loss": self._health.lowest_loss,
+            "val_loss": run.val_loss,
+            "train_sha256": run.data.meta["train_sha256"],
+            "tokenizer_sha256": run.data.tokenizer.sha256,
+            "devices": len(run.parts.strategy.devices),
+            "scales_loss": run.parts.policy.scales_loss,
+            "base": run.base,
+            "stop_ids": list(run.stop_ids),
+            "decay_begins": self._decay_step,
+        }
 
     def saved(self, run: Run) -> bool:
         """Tell whether this very step is saved."""

@@ -25,18 +25,15 @@ def supports(width: int, dtype: Any) -> bool:
 
 
 def flash(q: Array, k: Array, v: Array, segments: Array | None = None, capability: int | None = None) -> Array:
-    """Softmax attention of a sequence to itself, where no query looks past its own place.
+    """Compute causal softmax attention of a sequence to itself (S = T).
 
     `q` [B, T, K, G, H], `k` and `v` [B, T, K, H], all fp16. `segments` int32 [B, T]: a query sees only keys of its own
     segment. `capability` is that of the GPU, 75 for a T4; by default that of the first GPU here. Returns
     [B, T, K, G, H]. Raises launch.FlashUnavailable where this jaxlib cannot launch kernels.
     """
     _check(q, segments)
-    assert k.dtype == v.dtype == q.dtype and k.shape == v.shape == (*q.shape[:3], q.shape[4]), (
-        q.shape,
-        k.shape,
-        v.shape,
-    )
+    shapes = q.shape, k.shape, v.shape
+    assert k.dtype == v.dtype == q.dtype and k.shape == v.shape == (*q.shape[:3], q.shape[4]), shapes
     return _attend((q, k, v), segments, device_capability() if capability is None else capability)
 
 

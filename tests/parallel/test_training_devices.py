@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from jgpt.config.defaults import default_config
 from jgpt.errors import UserError
-from jgpt.parallel.build import batch_shares, training_devices
+from jgpt.parallel.devices import batch_shares, training_devices
 
 
 def config_of(size: int, parallel: str = "data") -> ConfigDict:

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from jgpt.atomic_write import write_file
+from jgpt.atomic_write import write_file, write_json
 from jgpt.data.tokenizer import Tokenizer
+from jgpt.exchange.cast import cast
 from jgpt.exchange.hub import ADAPTER_CONFIG
-from jgpt.exchange.pretrained import new_directory, write_json
+from jgpt.exchange.new_directory import new_directory
 from jgpt.exchange.tensors import Entry, prefix, table
-from jgpt.exchange.weights import cast, write_tensors
+from jgpt.exchange.write_weights import write_tensors
 from jgpt.model.lora import LoRA
 from jgpt.model.precision import DTYPES
 from jgpt.model.shapes import ModelConfig

@@ -1,37 +1,33 @@
-"""Read and write weights in safetensors files: read the headers first, then tensor by tensor; write shard by shard.
+"""Read weights from safetensors files: the headers first, then tensor by tensor.
 
-Beside the data path: `pretrained.py` opens and writes models with this. The safetensors library maps the files to
+Beside the data path: `pretrained.py` opens and loads models with this. The safetensors library maps the files to
 memory, and checks that headers and offsets agree with the file. No other format is opened, above all no pickle.
 """
 
 import json
-import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from jgpt.atomic_write import write_file
 from jgpt.data.first_bytes import why_unusable
 from jgpt.errors import UserError
-from jgpt.exchange.tensors import BUFFERS, Entry, Shape, prefix
+from jgpt.exchange.cast import RESTORE, cast
+from jgpt.exchange.tensors import BUFFERS, Entry, Shape, full_name, prefix
+from jgpt.model.parameters import PlaceParam
 from jgpt.model.precision import DTYPES
-from jgpt.wording import json_text
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {name.upper().replace("FP", "F"): name for name in DTYPES}  # F32, F16 and BF16 to our names
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight")
 BAR: dict[str, Any] = {"disable": None, "delay": 2, "leave": False}  # tqdm: on a terminal only, after 2 seconds
 LONGEST_NAME = 255  # bytes that a file system allows a file's name
-RESTORE = "Download it again, or restore the file."
 
 
 class Stored(NamedTuple):
@@ -131,7 +127,7 @@ def match(tensors: Mapping[str, Stored], entries: Iterable[Entry], family: str, 
     short = {name.removeprefix(start): stored for name, stored in tensors.items()}
     wanted = {name: shape for entry in entries for name, shape in zip(entry.names, entry.shapes, strict=True)}
     missing = [name for name in wanted if name not in short]
-    wrong = [f"{_full(start, name)} is missing (wanted: {list(wanted[name])})" for name in missing]
+    wrong = [f"{full_name(start, name)} is missing (wanted: {list(wanted[name])})" for name in missing]
     for name, stored in short.items():
         if name in wanted and stored.shape != wanted[name]:
             wrong.append(f"{stored.name} is {list(stored.shape)} (wanted: {list(wanted[name])})")
@@ -148,10 +144,6 @@ def match(tensors: Mapping[str, Stored], entries: Iterable[Entry], family: str, 
     return {name: stored for name, stored in short.items() if name in wanted or name == "lm_head.weight"}
 
 
-def _full(start: str, name: str) -> str:
-    return name if name.startswith("lm_head") else start + name
-
-
 def main_dtype(tensors: Mapping[str, Stored]) -> str:
     """Return the dtype of most tensors: "fp32", "fp16" or "bf16"."""
     return SAFETENSORS_DTYPES[Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]]
@@ -161,7 +153,7 @@ def load_params(
     tensors: Mapping[str, Stored],
     entries: Iterable[Entry],
     matrices: Any,
-    place: Callable[[tuple[str, ...], np.ndarray], Any],
+    place: PlaceParam,
     *,
     tied: bool,
 ) -> Any:
@@ -214,88 +206,3 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value
-
-
-def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
-    """Return an array in `dtype`; raise UserError for a value that fp16 cannot hold, with the tensor's `name`."""
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore"):
-        converted = array.astype(dtype)
-    if dtype == jnp.float16 and not np.all(np.isfinite(converted)):
-        largest = np.max(np.abs(array.astype(np.float32)))
-        if not np.isfinite(largest):
-            raise UserError(f"{name} holds {largest}. Allowed: finite numbers. {RESTORE}")
-        raise UserError(
-            f"{name} does not fit in fp16: its largest value is {largest:g}. Allowed in fp16: up to 65504. Take bf16 on"
-            " a TPU, or a GPU of compute capability 8.0 or above, else fp32."
-        )
-    return converted
-
-
-def entry_bytes(entry: Entry, dtype: Any) -> int:
-    """Return the bytes that a parameter's tensors take on disk in `dtype`."""
-    return sum(math.prod(shape) for shape in entry.shapes) * np.dtype(dtype).itemsize
-
-
-def save_params(
-    directory: Path, params: Any, entries: Iterable[Entry], start: str, dtype: Any, shard_bytes: int
-) -> None:
-    """Write a parameter tree as safetensors files of `dtype`, each of at most `shard_bytes` or of one parameter.
-
-    `entries` is the table of the layout, `start` the prefix of the names. One shard is on the host at a time.
-    """
-    shards: list[list[Entry]] = [[]]
-    sizes = [0]
-    for entry in entries:
-        size = entry_bytes(entry, dtype)
-        if shards[-1] and sizes[-1] + size > shard_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append(entry)
-        sizes[-1] += size
-    weight_map = {}
-    for i, shard in enumerate(tqdm(shards, "files", **BAR), 1):
-        name = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {key: x for entry in shard for key, x in named_tensors(params, entry, dtype, start)}
-        write_tensors(directory / name, tensors)
-        weight_map |= dict.fromkeys(tensors, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        write_file(directory / INDEX, json_text(index) + "\n")
-
-
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write a safetensors file that PyTorch's tools open. Raises UserError where it cannot be written."""
-    path.touch()
-    mode = path.stat().st_mode  # safetensors would make the file readable by its owner only
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without it
-    except SafetensorError as error:  # in place of an OSError
-        raise UserError(
-            f"{path} could not be written: {error}. Make room, or name a directory on another disk, then run the same"
-            " command again."
-        ) from error
-    path.chmod(mode)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def named_tensors(params: Any, entry: Entry, dtype: Any, start: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Return the names, with the prefix `start`, and the arrays of one parameter's tensors.
-
-    A bias that the GPT does not have is zeros. Raises UserError for a value that fp16 cannot hold.
-    """
-    if not entry.in_model:
-        arrays = [np.zeros(shape, dtype) for shape in entry.shapes]
-    else:
-        value = params
-        for key in entry.path:
-            value = value[key]
-        value = np.asarray(value)
-        if entry.path[0] in ("wte", "lm_head"):
-            value = value[: entry.shapes[0][0]]  # without the rows that pad the vocabulary
-        arrays = entry.split(value)
-    for name, shape, array in zip(entry.names, entry.shapes, arrays, strict=True):
-        assert array.shape == shape, (name, array.shape, shape)
-        yield _full(start, name), np.ascontiguousarray(cast(array, dtype, name))

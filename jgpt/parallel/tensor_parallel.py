@@ -1,4 +1,4 @@
-"""Sharded: one model over a mesh of devices, for LoRA on a base that is too large for one of them.
+"""TensorParallel: one model over a mesh of devices, for LoRA on a base that is too large for one of them.
 
 In the data path: it runs the step of `step/` on devices, as `replicate.py` does; XLA puts in the collectives.
 """
@@ -14,16 +14,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jgpt.data.batches import Batch
 from jgpt.model.attention.choose import Attend
+from jgpt.model.gpt import GPT
+from jgpt.model.precision import Policy
 from jgpt.model.shapes import ModelConfig
-from jgpt.parallel.rules import AXIS, COPIES, device_mesh, param_shardings, place, split_bytes
+from jgpt.parallel.rules import DATA, TENSOR, device_mesh, param_shardings, place, split_bytes
 from jgpt.parallel.strategy import laid_out, put, saved_from
 from jgpt.step.eval_step import EvalStep
-from jgpt.step.gradients import Exchange
+from jgpt.step.gradients import Cast, Exchange
 from jgpt.step.state import TrainState, tree_bytes
 from jgpt.step.train_step import Numbers, Step, TrainStep
 
 
-class Sharded:
+class TensorParallel:
     """Run a step on several devices: the frozen parameters split over each group of them, the state on each device.
 
     A `Strategy`. The `group` devices of a group (0: all) work on the same sequences together. `config` is what
@@ -38,10 +40,14 @@ class Sharded:
     def __init__(self, devices: Sequence[jax.Device], config: ModelConfig, group: int = 0) -> None:
         self.devices, self._config = list(devices), config
         self._mesh = device_mesh(self.devices, group)
-        self.shares = self._mesh.shape[COPIES]
+        self.shares = self._mesh.shape[DATA]
         self._copied = NamedSharding(self._mesh, PartitionSpec())
-        self._batch = NamedSharding(self._mesh, PartitionSpec(None, COPIES))  # [A, shares * B, ...]
-        self._sequences = NamedSharding(self._mesh, PartitionSpec(COPIES))
+        self._batch = NamedSharding(self._mesh, PartitionSpec(None, DATA))  # [A, shares * B, ...]
+        self._sequences = NamedSharding(self._mesh, PartitionSpec(DATA))
+
+    def model_for_step(self, model: GPT, policy: Policy) -> GPT:
+        """Return the model with its attention split over the devices of a group."""
+        return model.clone(split=self.split_attention)
 
     def train_step(self, step: Step) -> TrainStep:
         """Compile (state, frozen, batch [A, shares * B, ...]) -> (state, metrics); the state's memory is reused."""
@@ -58,10 +64,10 @@ class Sharded:
 
         The devices of a group divide the key/value heads. For kernels of our own: XLA cannot divide their work itself.
         """
-        own = PartitionSpec(COPIES, None, AXIS)
+        own = PartitionSpec(DATA, None, TENSOR)
 
         def on_all(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
-            specs = (own, own, own, PartitionSpec(COPIES))
+            specs = (own, own, own, PartitionSpec(DATA))
             split = jax.shard_map(attend, mesh=self._mesh, in_specs=specs, out_specs=own, check_vma=False)
             return split(q, k, v, segments)
 
@@ -74,12 +80,12 @@ class Sharded:
     def lower(self, step: TrainStep, state: Any, frozen: Any, batch: Batch, accumulation: int) -> jax.stages.Lowered:
         """Trace a train step from shapes alone; `batch` is that of all devices, [G, ...]."""
 
-        def lying(x: jax.ShapeDtypeStruct, sharding: NamedSharding = self._copied) -> jax.ShapeDtypeStruct:
+        def placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding = self._copied) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        split = jax.tree.map(lying, frozen, param_shardings(frozen, self._config, self._mesh))
-        shares = jax.tree.map(lambda x: lying(x, self._batch), laid_out(batch, accumulation))
-        return step.lower(jax.tree.map(lying, state), split, shares)  # type: ignore[attr-defined]
+        split = jax.tree.map(placed, frozen, param_shardings(frozen, self._config, self._mesh))
+        shares = jax.tree.map(lambda x: placed(x, self._batch), laid_out(batch, accumulation))
+        return step.lower(jax.tree.map(placed, state), split, shares)  # type: ignore[attr-defined]
 
     def place_state(self, state: Any) -> Any:
         """Copy a state (or adapters) to every device, laid out as the step returns it (else it compiles twice)."""
@@ -109,11 +115,15 @@ class Sharded:
         """Return the bytes that a device holds: all of the state, its part of the frozen parameters."""
         return tree_bytes(state) + split_bytes(frozen, param_shardings(frozen, self._config, self._mesh))
 
+    def params_in_loop(self, params: Any, cast: Cast) -> Any:
+        """Return the shapes of all parameters of the state, which are LoRA's adapters, in the compute dtype."""
+        return jax.eval_shape(cast, params)
+
     def for_decoding(self, tree: Any) -> Any:
         """Return the tree as it is: it goes with the frozen parameters, which no device holds alone."""
         return tree
 
-    def where_it_lies(self, tree: Any) -> Any:
+    def to_inspect(self, tree: Any) -> Any:
         """Return the tree as it is."""
         return tree
 
