@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,20 +54,34 @@ def redact(text: str) -> str:
     >>> redact("GET https://me:my-password@host/path: Authorization: Bearer abcdefgh12345678")
     'GET https://[hidden]@host/path: Authorization: Bearer [hidden]'
     """
+    return redactor()(text)
+
+
+def redactor() -> Callable[[str], str]:
+    """Return `redact` for many texts: it looks once, now, for the secrets in the environment and in files."""
     spelled = {spelling for secret, _ in _secrets() for spelling in _spellings(secret)}
-    for secret in sorted(spelled, key=len, reverse=True):  # one may be a part of another
-        text = text.replace(secret, HIDDEN)
-    text = NAMED.sub(lambda found: found[1] + (HIDDEN if looks_random(found[2]) else found[2]), text)
-    return KNOWN_FORMS.sub(HIDDEN, text)
+    secrets = sorted(spelled, key=len, reverse=True)  # one may be a part of another
+
+    def redact_with_them(text: str) -> str:
+        for secret in secrets:
+            text = text.replace(secret, HIDDEN)
+        text = NAMED.sub(lambda found: found[1] + (HIDDEN if looks_random(found[2]) else found[2]), text)
+        return KNOWN_FORMS.sub(HIDDEN, text)
+
+    return redact_with_them
 
 
 def redact_values(value: Any) -> Any:
     """Redact every string in a value that will become JSON, before anything is escaped."""
+    return _redact_values(value, redactor())
+
+
+def _redact_values(value: Any, redact_text: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return redact(value)
+        return redact_text(value)
     if isinstance(value, dict):
-        return {key: redact_values(item) for key, item in value.items()}
-    return [redact_values(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _redact_values(item, redact_text) for key, item in value.items()}
+    return [_redact_values(item, redact_text) for item in value] if isinstance(value, list | tuple) else value
 
 
 def find_secret(text: str) -> str:

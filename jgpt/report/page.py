@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from jgpt.atomic_write import write_file
-from jgpt.redaction import redact, redact_values
+from jgpt.redaction import redact_values, redactor
 from jgpt.report.chart import Panel, panels
 from jgpt.report.warn_on_error import warn_on_error
 from jgpt.run_dir.metrics_file import best_validation, read_metrics
@@ -81,10 +81,11 @@ def write_report(run_dir: Path) -> None:
 
 def render(report: Report) -> str:
     """Return the page as HTML, every value escaped, and no secret in it."""
+    hide = redactor()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        finalize=lambda value: redact(value) if type(value) is str else value,  # Markup is escaped, and was redacted
+        finalize=lambda value: hide(value) if type(value) is str else value,  # Markup is escaped, and was redacted
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

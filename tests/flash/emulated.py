@@ -1,6 +1,8 @@
 """The kernels of jgpt/model/attention/flash on an emulated GPU: compiled by g++, called with NumPy arrays."""
 
 import ctypes
+import hashlib
+import os
 import subprocess
 import threading
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from jgpt.file_lock import hold
 from jgpt.model.attention.flash.shapes import KERNELS, SHAPES, grid, layout
 
 HERE = Path(__file__).parent
@@ -17,13 +20,13 @@ Array = NDArray
 
 
 class Emulator:
-    """Run kernels. Those of a width are compiled into `folder` when they are first run, from the files in `source`.
+    """Run kernels. Those of a width are compiled from the files in `source`, once for all processes of the tests.
 
     Raises RuntimeError with what the emulated GPU found wrong.
     """
 
-    def __init__(self, folder: Path, source: Path = SOURCE):
-        self._folder, self._source = folder, source
+    def __init__(self, source: Path = SOURCE):
+        self._source = source
         self._libraries: dict[int, ctypes.CDLL] = {}
         self._alone = threading.Lock()  # there is one emulated GPU
 
@@ -31,18 +34,7 @@ class Emulator:
         if width not in self._libraries:
             chosen = {(k, w): s for (k, w), s in SHAPES.items() if w == width}
             shapes = " ".join(f"SHAPE({k}, {w}, {s.row_tiles}, {s.warps}, {s.columns})" for (k, w), s in chosen.items())
-            target = self._folder / f"emulated_{width}.so"
-            command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-DFLASH_EMULATED"]
-            command += [
-                f"-DSHAPES={shapes}",
-                f"-I{HERE}",
-                f"-I{self._source}",
-                str(HERE / "emulate.cpp"),
-                "-o",
-                str(target),
-            ]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            self._libraries[width] = ctypes.CDLL(str(target))
+            self._libraries[width] = ctypes.CDLL(str(_compiled(shapes, self._source)))
             self._libraries[width].error.restype = ctypes.c_char_p
         return self._libraries[width]
 
@@ -117,6 +109,22 @@ class Emulator:
         packed = segments is not None
         self.run(KERNELS[1], [*qkv, out, d_out, log_sums, seg, d_q, dots], 2, dims, packed, seed)
         self.run(KERNELS[2], [*qkv, d_out, log_sums, dots, seg, *d_kv], 2, dims, packed, seed)
+
+
+def _compiled(shapes: str, source: Path) -> Path:
+    """Return the library of these kernels, which one process compiles while others wait for it."""
+    files = sorted([*HERE.glob("emulate.*"), *source.glob("*.cu*")])
+    digest = hashlib.sha256(b"".join([shapes.encode(), *(file.read_bytes() for file in files)])).hexdigest()
+    target = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / f"emulated-{digest}" / "kernels.so"
+    with hold(target.parent, wait_for="compiling"):
+        if not target.exists():
+            options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-DFLASH_EMULATED"]
+            options += [f"-DSHAPES={shapes}", f"-I{HERE}", f"-I{source}"]
+            made = target.with_suffix(".new")
+            command = ["g++", *options, str(HERE / "emulate.cpp"), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            made.replace(target)
+    return target
 
 
 def _fused_dims(qkv: Array) -> tuple[int, ...]:

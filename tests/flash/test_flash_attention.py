@@ -23,11 +23,12 @@ from jgpt.parallel.tensor_parallel import TensorParallel
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("traced_alone")  # with other kernels than elsewhere
 
 
 @pytest.fixture(scope="module")
-def gpu(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("emulated"))
+def gpu() -> Emulator:
+    return Emulator()
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,8 @@ if shutil.which("g++") is None:
 
 
 @pytest.fixture(scope="module")
-def gpu(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("emulated"))
+def gpu() -> Emulator:
+    return Emulator()
 
 
 def random_inputs(shape: tuple[int, ...], seed: int = 0) -> tuple[Array, Array, Array, Array]:
@@ -233,7 +233,7 @@ def test_a_missing_barrier_is_found(tmp_path: Path):
         text = (source / f"{kernel}.cu").read_text()
         before, first, second = text.split("barrier();")
         (source / f"{kernel}.cu").write_text(f"{before}barrier();{first}{second}")
-    gpu = Emulator(tmp_path, source)
+    gpu = Emulator(source)
     q, k, v, d_out = random_inputs((1, 300, 1, 1, 32))
     dims, numbers = (1, 300, 1, 1, 32, False), [np.zeros((1, 1, 300), np.float32) for _ in range(2)]
     segments, results = np.zeros((1, 300), np.int32), [np.zeros_like(x) for x in (q, k, v)]

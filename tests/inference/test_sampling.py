@@ -8,6 +8,7 @@ import pytest
 from jgpt.errors import UserError
 from jgpt.inference.sampling import EXCLUDED, Rules, Sampling, keep_min_p, keep_top_k, keep_top_p, penalize, sample
 
+compiled_sample = jax.jit(sample)  # as decoding has it; op by op each call compiles its branches again
 LOGITS = np.random.default_rng(0).normal(0, 3, (7, 50)).astype(np.float32)
 
 
@@ -25,7 +26,7 @@ def kept(filtered) -> np.ndarray:
 def draw(n: int, logits, sampling: Sampling, seed: int = 0) -> np.ndarray:
     """Draw n ids from one row of logits."""
     keys = jax.random.split(jax.random.key(seed), n)
-    return np.asarray(jax.jit(sample)(keys, jnp.tile(jnp.asarray(logits), (n, 1)), sampling.rules(n)))
+    return np.asarray(compiled_sample(keys, jnp.tile(jnp.asarray(logits), (n, 1)), sampling.rules(n)))
 
 
 @pytest.mark.parametrize("k", [1, 2, 17, 50, 1000])
@@ -92,9 +93,10 @@ def test_each_row_has_its_own_rules():
     for seed in range(20):
         keys = jax.random.split(jax.random.key(seed), len(rules))
         alone = [
-            sample(keys[b : b + 1], logits[b : b + 1], one.rules(1), seen[b : b + 1])[0] for b, one in enumerate(rules)
+            compiled_sample(keys[b : b + 1], logits[b : b + 1], one.rules(1), seen[b : b + 1])[0]
+            for b, one in enumerate(rules)
         ]
-        assert sample(keys, logits, together, seen).tolist() == [int(token) for token in alone]
+        assert compiled_sample(keys, logits, together, seen).tolist() == [int(token) for token in alone]
 
 
 def test_extreme_temperatures_stay_finite():
