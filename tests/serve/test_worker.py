@@ -1,5 +1,6 @@
 """What holds a text back, the batch's thread when something breaks, and the files of the page."""
 
+import asyncio
 import queue
 import random
 import re
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from small_chat import CHATML, parts
+from starlette.requests import Request
+from starlette.types import Message
 
 from jgpt.inference.batch import Batch, Row
 from jgpt.inference.chat_prompt import ChatPrompts
@@ -14,10 +17,22 @@ from jgpt.inference.sampling import Sampling
 from jgpt.inference.stop_strings import StopStrings
 from jgpt.inference.text_stream import TextStream
 from jgpt.serve import app
+from jgpt.serve.app import _read
 from jgpt.serve.refusal import Refusal
 from jgpt.serve.worker import Event, Job, Worker
 
 PAGE = Path(app.__file__).parent / "page"
+
+
+def test_a_client_that_goes_away_within_its_body_is_refused():
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+    with pytest.raises(Refusal, match="went away before it had sent all of the body"):
+        asyncio.run(_read(Request(scope, receive)))
 
 
 def test_stop_strings_find_what_a_search_finds():
