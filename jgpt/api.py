@@ -10,18 +10,22 @@ was given, what is allowed, and what to do.
 Beside the data path: above all rooms; the commands call it.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jgpt.cli.run import set_up_logging
-from jgpt.config.named import changed, config_named
+from jgpt.config.named import changed, check_arguments, config_named, plain
 from jgpt.data.chat_template import Message, read_template
 from jgpt.data.tokenizer import Tokenizer
+from jgpt.data.unknown import name_unknown, unknown_characters
 from jgpt.errors import UserError
 from jgpt.hardware.process import set_up_process
+from jgpt.inference.arguments import seed_of, stop_strings, string, whole
 from jgpt.inference.chat_prompt import ChatPrompts, chat_sampling, conversation
 from jgpt.inference.rounds import STREAM_STEPS, UNLIMITED
 from jgpt.inference.sampling import Sampling
@@ -35,10 +39,15 @@ from jgpt.loading.measure import (
     measure_messages,
     measure_string,
     measure_validation_split,
+    text_or_conversations,
 )
+from jgpt.loading.source import local_directory
+from jgpt.model.precision import DTYPES
+from jgpt.run_dir.metrics_file import MOST_STEPS
 from jgpt.training.result import TrainResult, train_result
 from jgpt.training.start import train as start_training
 
+log = logging.getLogger("jgpt")
 SEED = 1337
 TEXT_TOKENS, ANSWER_TOKENS = 200, 1024  # at most, where the caller does not say
 
@@ -49,7 +58,7 @@ def load(
     step: int | None = None,
     base: str | Path = "",
     compute: str = "auto",
-    devices: str = "auto",
+    devices: str | int = "auto",
     context_length: int = 0,
     rows: int = 1,
     chat_template: str | Path = "",
@@ -60,7 +69,7 @@ def load(
         step: the checkpoint of a run to take; without it the newest whole one.
         base: where the base model of LoRA adapters is now, if it has moved.
         compute: the dtype of matrix products: "fp32", "fp16", "bf16", or "auto", which is what suits the device.
-        devices: how many devices share the model: "1", "2", "all", or "auto", which is one if the model fits there.
+        devices: how many devices share the model: 1, 2, "all", or "auto", which is one if the model fits there.
         context_length: the most tokens in view for which there must be memory; 0: the model's own.
         rows: the most texts at a time for which there must be memory.
         chat_template: a file with a Jinja template, instead of the model's own.
@@ -68,10 +77,16 @@ def load(
     Raises:
         UserError: there is no such model, it is damaged, or it does not fit.
     """
+    if not isinstance(name, str | PathLike) or not str(name):
+        raise UserError(f"the model is {name!r}. Allowed: a run directory, a model directory, or a name on the Hub.")
+    if not isinstance(compute, str) or compute not in ("auto", *DTYPES):
+        raise UserError(f"compute={compute!r}. Allowed: auto, {', '.join(DTYPES)}. Take auto.")
+    step = None if step is None else whole("step", step, 0, MOST_STEPS)
+    context_length, rows = whole("context_length", context_length, 0), whole("rows", rows, 1)
     template = read_template(str(chat_template)) if chat_template else ""
     provide_hub_token(str(name))
     set_up_process()
-    loaded = load_model(str(name), step, compute, devices, context_length, rows, str(base))
+    loaded = load_model(str(name), step, compute, str(devices), context_length, rows, str(base or ""))
     return Model(str(name), loaded, template or loaded.tokenizer.settings.get("chat_template") or "")
 
 
@@ -83,13 +98,14 @@ class Model:
     from the fewest likeliest that add up to this probability (1: all); `min_p` from those at least this share as likely
     as the likeliest (0: all); `repetition_penalty` above 1 makes tokens less likely that the text already holds. For a
     text, what is not given is 0.8, 50, 1, 0 and 1. For a chat it is what the model's publisher advises, else 0.7, 50,
-    0.95, 0 and 1. A text ends before any of the strings of `stop`. The same `seed` gives the same text. Values that are
-    out of range raise UserError.
+    0.95, 0 and 1. A text ends before any of the strings of `stop`. The same `seed` gives the same text, None another
+    one each time. Values that are out of range raise UserError.
     """
 
     def __init__(self, name: str, loaded: LoadedModel, chat_template: str) -> None:
         """Prepare a loaded model; `chat_template` is a Jinja template, or "" for a model that answers no messages."""
         self.name, self.loaded, self.chat_template = name, loaded, chat_template
+        self._directory = local_directory(name)  # found again where the program goes to another folder
         self._prompts: ChatPrompts | None = None
 
     def __repr__(self) -> str:
@@ -120,8 +136,8 @@ class Model:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        stop: str | Sequence[str] = (),
-        seed: int = SEED,
+        stop: str | Sequence[str] | None = (),
+        seed: int | None = SEED,
     ) -> str:
         """Continue a text; return what follows it, 200 tokens at most. Without a text the model begins a document."""
         rules = _given(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -137,8 +153,8 @@ class Model:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        stop: str | Sequence[str] = (),
-        seed: int = SEED,
+        stop: str | Sequence[str] | None = (),
+        seed: int | None = SEED,
     ) -> str:
         """Answer a conversation, or one question; return the answer, 1024 tokens at most.
 
@@ -158,8 +174,8 @@ class Model:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        stop: str | Sequence[str] = (),
-        seed: int = SEED,
+        stop: str | Sequence[str] | None = (),
+        seed: int | None = SEED,
     ) -> Iterator[str]:
         """Return an iterator over what `generate` returns for a text, or `chat` for messages, in pieces."""
         rules = _given(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -177,12 +193,13 @@ class Model:
         text is measured in blocks of `sequence_length` tokens (0: as in training, or up to 2048). Raises UserError for
         a text that is too short, for what is no conversation, and for a model of others without a text.
         """
-        length = block_length(self.loaded, sequence_length)
+        length = block_length(self.loaded, whole("sequence_length", sequence_length, 0))
         if text is None:
-            return measure_validation_split(self.loaded, self.name, length)
-        if isinstance(text, str):
-            return measure_string(self.loaded, text, length)
-        return measure_messages(self.loaded, text, self.require_template(), length)
+            return measure_validation_split(self.loaded, str(self._directory or self.name), length)
+        given = text_or_conversations(text)
+        if isinstance(given, str):
+            return measure_string(self.loaded, given, length)
+        return measure_messages(self.loaded, given, self.require_template(), length)
 
     def require_template(self) -> str:
         """Return the chat template; raise UserError for a model without one."""
@@ -231,25 +248,36 @@ class Model:
         prompt: str,
         max_new_tokens: int | None,
         rules: dict[str, Any],
-        stop: str | Sequence[str],
-        seed: int,
+        stop: str | Sequence[str] | None,
+        seed: int | None,
         steps: int,
     ) -> Iterator[Piece]:
-        most = TEXT_TOKENS if max_new_tokens is None else max_new_tokens
-        prompts = [text_prompt(self.tokenizer, prompt)]
-        return self.pieces(prompts, Sampling(**rules), max_new_tokens=most, seed=seed, stop=_strings(stop), steps=steps)
+        prompt = string("the prompt", prompt, "Several texts are several calls.")
+        self._warn_of_unknown(prompt, "the prompt")
+        return self.pieces(
+            [text_prompt(self.tokenizer, prompt)],
+            Sampling(**rules),
+            max_new_tokens=whole("max_new_tokens", TEXT_TOKENS if max_new_tokens is None else max_new_tokens, 0),
+            seed=seed_of(seed),
+            stop=stop_strings(stop),
+            steps=steps,
+        )
 
     def _answer(
         self,
         messages: str | Sequence[Message],
         max_new_tokens: int | None,
         rules: dict[str, Any],
-        stop: str | Sequence[str],
-        seed: int,
+        stop: str | Sequence[str] | None,
+        seed: int | None,
         steps: int,
     ) -> Iterator[Piece]:
+        most = whole("max_new_tokens", ANSWER_TOKENS if max_new_tokens is None else max_new_tokens, 0)
+        messages = conversation(messages)
         self._prompts = self._prompts or self.chat_prompts()
-        ids = self._prompts.ids(self._prompts.text(conversation(messages)))
+        shown = self._prompts.text(messages)
+        self._warn_of_unknown(shown, "the conversation")
+        ids = self._prompts.ids(shown)
         room = self.context_length - len(ids)
         if room < 1:
             raise UserError(
@@ -259,12 +287,16 @@ class Model:
         return self.pieces(
             [Prompt(ids, ids)],
             chat_sampling(self.loaded.sampling, rules),
-            max_new_tokens=min(ANSWER_TOKENS if max_new_tokens is None else max_new_tokens, room),
-            seed=seed,
+            max_new_tokens=min(most, room),
+            seed=seed_of(seed),
             stop_ids=self._prompts.stop_ids,
-            stop=[*_strings(stop), *self._prompts.stop],
+            stop=[*stop_strings(stop), *self._prompts.stop],
             steps=steps,
         )
+
+    def _warn_of_unknown(self, text: str, what: str) -> None:
+        if note := name_unknown(unknown_characters(self.tokenizer, text), what):
+            log.warning("%s", note)
 
 
 def _given(
@@ -277,13 +309,6 @@ def _given(
     """Return the rules that were given."""
     given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _strings(stop: str | Sequence[str]) -> list[str]:
-    strings = [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(string, str) and string for string in strings):
-        raise UserError(f"stop={stop!r}. Allowed: a text, or several in a list; none of them empty.")
-    return strings
 
 
 def train(
@@ -305,8 +330,9 @@ def train(
         UserError: what the user can fix, before the first step wherever it can be known.
         OutOfMemory, TrainingDiverged: see jgpt.errors.
     """
+    check_arguments(config, changes, on_record)
     given = "config" if isinstance(config, ConfigDict) else repr(str(config))
-    again = f"jgpt.train({given}, {dict(changes)!r})" if changes else f"jgpt.train({given})"
+    again = f"jgpt.train({given}, {plain(changes)!r})" if changes else f"jgpt.train({given})"
     config = config if isinstance(config, ConfigDict) else config_named(str(config))
     config = changed(config, changes or {})
     set_up_logging()

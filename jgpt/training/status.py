@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jgpt.errors import OutOfMemory
+from jgpt.errors import OutOfMemory, UserError, is_disk_full, storage_trouble
 from jgpt.hardware.memory import shortage
 from jgpt.parallel.build import Parts
 from jgpt.parallel.hosts import is_first, own_devices
@@ -55,6 +55,13 @@ def failures_explained(status: Status, config: ConfigDict, parts: Parts) -> Iter
     except BaseException as error:
         message = explain_shortage(error, status, status.activity, config, parts)
         shown = OutOfMemory(message) if message else error
+        if is_disk_full(error):
+            shown = UserError(storage_trouble(error))
+        if isinstance(error, OSError | UserError) and not status.run_dir.is_dir():
+            shown = UserError(
+                f"{status.run_dir} is gone: it was removed or renamed while this run wrote to it (step {status.step})."
+                " Put it back, then run the same command again; without it that begins from step 0."
+            )
         first_line = (str(shown).splitlines() or [""])[0]
         with suppress(OSError):  # on a full disk: what went wrong first is what the user must see
             status.write("failed", f"{type(shown).__name__}: {first_line}")
