@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -208,15 +209,27 @@ def test_an_error_in_the_callback_ends_the_run(small, tmp_path):
     assert status["state"] == "failed" and "enough" in status["reason"]
 
 
-@pytest.mark.parametrize("samples", [0, 1])  # a sample is written into the directory, a checkpoint as well
-def test_a_run_directory_that_is_removed_while_the_run_writes(small, tmp_path, samples):
-    def remove(record: dict) -> None:
-        if record["step"] == 1:
-            shutil.rmtree(tmp_path / "run")
+@pytest.mark.parametrize("how", ["removed", "renamed", "made again"])
+def test_a_run_directory_that_is_lost_while_the_run_writes(small, tmp_path, how):
+    """Orbax makes what is missing: a checkpoint without its config, or among those of another run, helps nobody."""
+    run = tmp_path / "run"
 
-    changes = small | {"sample.num_samples": samples, "sample.every_steps": 2, "sample.max_new_tokens": 2}
-    with pytest.raises(jgpt.UserError, match="run is gone: it was removed or renamed .*then run the same"):
-        jgpt.train("base", changes, on_record=remove)
+    def lose(record: dict) -> None:
+        if record["step"] != 1:
+            return
+        if how == "renamed":
+            run.rename(tmp_path / "other")
+        else:
+            shutil.rmtree(run)
+        if how == "made again":
+            run.mkdir()
+            (run / "config.json").write_text("{}")
+            (run / ".lock").write_text("1 elsewhere\n")
+
+    part = "another process (pid 1 on elsewhere) has made it again" if how == "made again" else "was removed or renamed"
+    with pytest.raises(jgpt.UserError, match=re.escape(part)):
+        jgpt.train("base", small, on_record=lose)
+    assert not run.exists() or {path.name for path in run.iterdir()} <= {"config.json", ".lock"}
 
 
 @pytest.mark.parametrize(

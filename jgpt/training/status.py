@@ -14,7 +14,7 @@ from jgpt.hardware.memory import shortage
 from jgpt.parallel.build import Parts
 from jgpt.parallel.hosts import is_first, own_devices
 from jgpt.planning.remedies import PLACING, TRAINING, explain
-from jgpt.run_dir.identity import write_status
+from jgpt.run_dir.identity import why_lost, write_status
 
 
 class Status:
@@ -25,12 +25,18 @@ class Status:
         self.run_dir, self.total_steps, self.command, self.try_command = run_dir, total_steps, command, try_command
         self.step = 0
         self.activity = PLACING  # for the message when memory runs out
+        self._began = False  # the run directory is this run's
 
     def write(self, state: str, reason: str = "") -> None:
         """Write status.json, in process 0; `state` is running, finished, stopped or failed."""
         if not is_first():
             return
+        self._began = True
         write_status(self.run_dir, state, self.step, self.total_steps, reason, self.command, self.try_command)
+
+    def why_lost(self) -> str:
+        """Say why nothing may be written into the run directory any more, in process 0 of a run that trains; or ""."""
+        return why_lost(self.run_dir) if self._began else ""
 
     @contextmanager
     def during(self, activity: str) -> Iterator[None]:
@@ -57,11 +63,8 @@ def failures_explained(status: Status, config: ConfigDict, parts: Parts) -> Iter
         shown = OutOfMemory(message) if message else error
         if is_disk_full(error):
             shown = UserError(storage_trouble(error))
-        if isinstance(error, OSError | UserError) and not status.run_dir.is_dir():
-            shown = UserError(
-                f"{status.run_dir} is gone: it was removed or renamed while this run wrote to it (step {status.step})."
-                " Put it back, then run the same command again; without it that begins from step 0."
-            )
+        if isinstance(error, OSError | UserError) and (lost := status.why_lost()):
+            raise UserError(lost) from error  # and no word into what may be another run's
         first_line = (str(shown).splitlines() or [""])[0]
         with suppress(OSError):  # on a full disk: what went wrong first is what the user must see
             status.write("failed", f"{type(shown).__name__}: {first_line}")
