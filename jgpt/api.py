@@ -11,19 +11,24 @@ Beside the data path: above all rooms; the commands call it.
 """
 
 from collections.abc import Callable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jgpt.cli.run import set_up_logging
-from jgpt.config.named import changed, config_named
+from jgpt.config.named import changed, check_arguments, config_named, plain
 from jgpt.data.chat_template import read_template
+from jgpt.errors import UserError
 from jgpt.hardware.process import set_up_process
+from jgpt.inference.arguments import whole
 from jgpt.kaggle.session.open import open_session
 from jgpt.kaggle.session.secrets import provide_hub_token
 from jgpt.loading.load import load_model
 from jgpt.loading.model import Model
+from jgpt.model.precision import DTYPES
+from jgpt.run_dir.metrics_file import MOST_STEPS
 from jgpt.training.result import TrainResult, train_result
 from jgpt.training.start import train as start_training
 
@@ -34,7 +39,7 @@ def load(
     step: int | None = None,
     base: str | Path = "",
     compute: str = "auto",
-    devices: str = "auto",
+    devices: str | int = "auto",
     context_length: int = 0,
     rows: int = 1,
     chat_template: str | Path = "",
@@ -45,7 +50,7 @@ def load(
         step: the checkpoint of a run to take; without it the newest whole one.
         base: where the base model of LoRA adapters is now, if it has moved.
         compute: the dtype of matrix products: "fp32", "fp16", "bf16", or "auto", which is what suits the device.
-        devices: how many devices share the model: "1", "2", "all", or "auto", which is one if the model fits there.
+        devices: how many devices share the model: 1, 2, "all", or "auto", which is one if the model fits there.
         context_length: the most tokens in view for which there must be memory; 0: the model's own.
         rows: the most texts at a time for which there must be memory.
         chat_template: a file with a Jinja template, instead of the model's own.
@@ -53,15 +58,21 @@ def load(
     Raises:
         UserError: there is no such model, it is damaged, or it does not fit.
     """
+    if not isinstance(name, str | PathLike) or not str(name):
+        raise UserError(f"the model is {name!r}. Allowed: a run directory, a model directory, or a name on the Hub.")
+    if not isinstance(compute, str) or compute not in ("auto", *DTYPES):
+        raise UserError(f"compute={compute!r}. Allowed: auto, {', '.join(DTYPES)}. Take auto.")
+    step = None if step is None else whole("step", step, 0, MOST_STEPS)
+    context_length, rows = whole("context_length", context_length, 0), whole("rows", rows, 1)
     template = read_template(str(chat_template)) if chat_template else ""
     provide_hub_token(str(name))
     set_up_process()
     loaded = load_model(
         str(name),
         step=step,
-        base=str(base),
+        base=str(base or ""),
         compute=compute,
-        devices=devices,
+        devices=str(devices),
         context_length=context_length,
         rows=rows,
     )
@@ -87,8 +98,9 @@ def train(
         UserError: what the user can fix, before the first step wherever it can be known.
         OutOfMemory, TrainingDiverged: see jgpt.errors.
     """
+    check_arguments(config, changes, on_record)
     given = "config" if isinstance(config, ConfigDict) else repr(str(config))
-    again = f"jgpt.train({given}, {dict(changes)!r})" if changes else f"jgpt.train({given})"
+    again = f"jgpt.train({given}, {plain(changes)!r})" if changes else f"jgpt.train({given})"
     config = config if isinstance(config, ConfigDict) else config_named(str(config))
     config = changed(config, changes or {})
     set_up_logging()

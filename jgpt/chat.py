@@ -17,6 +17,7 @@ from absl import flags
 
 from jgpt.cli import model_flags
 from jgpt.cli.run import run
+from jgpt.config.defaults import MOST_TOKENS
 
 
 def define_flags() -> None:
@@ -26,7 +27,7 @@ def define_flags() -> None:
     flags.DEFINE_string("prompt", None, "one question, instead of a chat")
     flags.DEFINE_string("chat_template", None, "a file with a Jinja template, instead of the model's own")
     model_flags.define_sampling()
-    flags.DEFINE_integer("max_new_tokens", 1024, "tokens of an answer, at most", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 1024, "tokens of an answer, at most", 1, MOST_TOKENS)
     flags.DEFINE_integer(
         "context_length", 4096, "tokens of question, history and answer together; 0: the model's own", lower_bound=0
     )

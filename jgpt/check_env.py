@@ -9,7 +9,6 @@ Beside the data path: run it first on a new machine.
 """
 
 import sys
-from pathlib import Path
 
 from jgpt.checks.software import cannot_import
 from jgpt.checks.verdict import report
@@ -37,11 +36,12 @@ def main() -> int:
     try:
         # Here, as all that loads JAX: --help must not wait for it.
         from jgpt.checks.machine import check_all
+        from jgpt.config.files import user_path
         from jgpt.kaggle.session import checks as kaggle
         from jgpt.kaggle.session.paths import on_kaggle
     except (ImportError, RuntimeError) as error:  # RuntimeError: jax beside a jaxlib that does not fit it
         return report(cannot_import(error), args.json)
-    return report(check_all(Path(args.run_dir), args.quick, kaggle if on_kaggle() else None), args.json)
+    return report(check_all(user_path(args.run_dir), args.quick, kaggle if on_kaggle() else None), args.json)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ byte. The picture needs matplotlib: pip install "jgpt[plot]". Only the runs' own
 
 import importlib.util
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from jgpt.cli.run import run
+from jgpt.config.files import user_path
 
 
 def define_flags() -> None:
@@ -32,7 +32,7 @@ def main(*runs: str) -> None:
     from jgpt.report.comparison import compare
     from jgpt.wording import json_text
 
-    args, out = flags.FLAGS, Path(flags.FLAGS.out)
+    args, out = flags.FLAGS, user_path(flags.FLAGS.out)
     if args.out:
         check_picture(out)
     found = compare(runs)

@@ -46,8 +46,35 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
+_LOST = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO)
+
+
+def storage_trouble(error: BaseException) -> str:
+    """Say what the system refused a command that reads and writes files, and what to do; "" for any other error.
+
+    >>> storage_trouble(OSError(errno.EIO, "Input/output error", "runs/mine/metrics.jsonl"))
+    'runs/mine/metrics.jsonl: Input/output error. The disk, or the connection to it, has failed. Bring it back, then run
+    the same command again.'
+    """
+    if is_disk_full(error):
+        return f"the disk is full: {error}. Free some space, then run the same command again: it continues."
+    if not isinstance(error, OSError):
+        return ""
+    what = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    if error.errno in _REFUSED and error.filename is not None:
+        advice = "jgpt may not read or write there. Change the permissions or the owner (ls -l shows them), or name"
+        return f"{what}. {advice} another place."
+    if error.errno in _TOO_MANY:
+        return f"{what}. Allow more (ulimit -n 4096), then run the same command again."
+    if error.errno in _LOST:
+        return f"{what}. The disk, or the connection to it, has failed. Bring it back, then run the same command again."
+    return ""
+
+
 def exit_code(error: BaseException) -> int:
-    """Return the exit code of a command that ends by an error; that of a full disk is the user's.
+    """Return the exit code of a command that ends by an error; what the system refuses is the user's.
 
     >>> exit_code(UserError("")), exit_code(OSError(errno.ENOSPC, "full")), exit_code(KeyError())
     (2, 2, 1)
@@ -56,4 +83,4 @@ def exit_code(error: BaseException) -> int:
         return EXIT_INTERRUPTED
     if isinstance(error, _Plain):
         return error.exit_code
-    return EXIT_USER if is_disk_full(error) else EXIT_BUG
+    return EXIT_USER if storage_trouble(error) else EXIT_BUG

@@ -107,6 +107,19 @@ def _signed(file: IO[bytes], ours: bool) -> Iterator[None]:
                 file.truncate(0)
 
 
+def other_holder(directory: Path) -> str:
+    """Return which other process has signed the lock of a directory that this one holds; "" where none has.
+
+    The directory was removed then, and made again by that process.
+    """
+    try:
+        with (directory / LOCK).open("rb") as file:
+            words = file.read(300).decode(errors="replace").split()
+            return "" if not words or words == [str(os.getpid()), platform.node()] else _holder(file)
+    except OSError:  # no file: nobody holds it
+        return ""
+
+
 def _holder(file: IO[bytes]) -> str:
     file.seek(0)
     match file.read(300).decode(errors="replace").split():

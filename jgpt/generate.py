@@ -19,6 +19,7 @@ from absl import flags
 
 from jgpt.cli import model_flags
 from jgpt.cli.run import run
+from jgpt.config.defaults import MOST_TOKENS
 
 SEPARATOR = "-" * 80
 
@@ -30,7 +31,7 @@ def define_flags() -> None:
     flags.DEFINE_string("prompt_file", None, "a UTF-8 file with the text to continue")
     model_flags.define_sampling(temperature=0.8, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
     flags.DEFINE_integer("num_samples", 1, "texts to write, all at the same time", lower_bound=1)
-    flags.DEFINE_integer("max_new_tokens", 200, "tokens after the prompt, at most", lower_bound=0)
+    flags.DEFINE_integer("max_new_tokens", 200, "tokens after the prompt, at most", 0, MOST_TOKENS)
     flags.DEFINE_integer("context_length", 0, "tokens in view at a time, at most; 0: the model's own", lower_bound=0)
     model_flags.define_device()
     flags.DEFINE_bool("stream", None, "write a single text while it is made, also where stdout is no terminal")

@@ -1,17 +1,21 @@
 """The Python API: what a notebook calls, what it returns, and what it shows of a mistake."""
 
+import contextlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TEXT, own_process_state
 
 import jgpt
 from jgpt.config.check import problems
 from jgpt.config.files import find_config
-from jgpt.config.named import changed, config_named
+from jgpt.config.named import changed, config_named, plain
 from jgpt.loading import load as load_module
 from jgpt.run_dir.metrics_file import read_metrics
 from jgpt.step.eval_step import make_eval_step
@@ -92,6 +96,79 @@ def test_a_text_is_measured_as_a_file_is(command, trained, model, tmp_path):
     assert model.evaluate().loss == pytest.approx(read_metrics(trained / "metrics.jsonl")[-1]["val_loss"], rel=1e-5)
     with pytest.raises(jgpt.UserError, match="At least 2 tokens"):
         model.evaluate("")
+    with contextlib.chdir(trained.parent):
+        again = jgpt.load("run")
+    assert again.evaluate().loss == model.evaluate().loss  # wherever the program is now
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"prompt": None}, "the prompt=None, of the type NoneType. Allowed: a text"),
+        ({"prompt": ["a", "b"]}, "the prompt=.'a', 'b'., of the type list"),
+        ({"max_new_tokens": "5"}, "max_new_tokens='5', of the type str. Allowed: a whole number from 0"),
+        ({"max_new_tokens": 5.5}, "max_new_tokens=5.5, of the type float"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1. Allowed: a whole number from 0"),
+        ({"max_new_tokens": 10**20}, "max_new_tokens=1000.*Allowed: a whole number from 0 to 16,777,216"),
+        ({"temperature": "0.5"}, "temperature='0.5', of the type str. Allowed: a number"),
+        ({"top_k": 2.5}, "top_k=2.5, of the type float. Allowed: a whole number"),
+        ({"top_p": [0.5]}, "top_p=.0.5., of the type list"),
+        ({"seed": "a"}, "seed='a', of the type str. Allowed: a whole number, or None"),
+        ({"stop": 5}, "stop='5'. Allowed: a text, or several"),
+        ({"stop": ["a", ""]}, "none of them empty"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type_are_named(model, arguments, part):
+    """Without this, numpy or JAX fail inside, or a value is cut without a word."""
+    given = {"prompt": "7"} | arguments
+    with pytest.raises(jgpt.UserError, match=part):
+        model.generate(**given)
+    with pytest.raises(jgpt.UserError):
+        list(model.stream(**given))
+
+
+def test_values_of_other_libraries_are_taken(model):
+    text = model.generate("7", max_new_tokens=5, top_k=3, seed=3)
+    numpy = dict(max_new_tokens=np.int64(5), top_k=np.int32(3), temperature=np.float32(0.8), seed=np.int64(3))
+    assert model.generate(np.str_("7"), **numpy, stop=None) == text
+    assert model.generate("7", max_new_tokens=5, top_k=3, seed=3 - 2**32) == text  # as the server counts seeds
+    assert len({model.generate("7", max_new_tokens=8, temperature=9.0, top_k=0, seed=None) for _ in range(9)}) > 1
+
+
+def test_what_the_vocabulary_lacks_is_named(model, caplog):
+    model.generate("7 \N{SNOWMAN}", max_new_tokens=1)
+    assert "1 character of the prompt is not in the model's vocabulary" in caplog.text
+
+
+def test_what_is_measured_is_a_text_and_not_the_name_of_one(model, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    with pytest.raises(jgpt.UserError, match="with texts in it. Allowed: one text, or conversations"):
+        model.evaluate([TEXT, TEXT])
+    for wrong in (path, str(path), TEXT.encode(), 7):
+        with pytest.raises(jgpt.UserError, match="Allowed: the text itself, as .*--text_glob=NAME"):
+            model.evaluate(wrong)
+    with pytest.raises(jgpt.UserError, match="sequence_length=-1. Allowed: a whole number"):
+        model.evaluate(TEXT, sequence_length=-1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"name": None}, "the model is None. Allowed: a run directory"),
+        ({"name": ""}, "the model is ''"),
+        ({"step": "4"}, "step='4', of the type str"),
+        ({"devices": 3}, "devices=3, and this machine has 2"),
+        ({"compute": "float16"}, "compute='float16'.*Allowed: .*fp16"),
+        ({"context_length": -1}, "context_length=-1. Allowed: a whole number from 0"),
+        ({"rows": 0}, "rows=0. Allowed: a whole number from 1"),
+    ],
+    ids=str,
+)
+def test_a_model_is_loaded_with_what_is_allowed(trained, arguments, part):
+    with pytest.raises(jgpt.UserError, match=part):
+        jgpt.load(**{"name": trained} | arguments)
 
 
 def test_measuring_again_compiles_nothing(trained, monkeypatch):
@@ -141,6 +218,29 @@ def test_an_error_in_the_callback_ends_the_run(small, tmp_path):
     assert status["state"] == "failed" and "enough" in status["reason"]
 
 
+@pytest.mark.parametrize("how", ["removed", "renamed", "made again"])
+def test_a_run_directory_that_is_lost_while_the_run_writes(small, tmp_path, how):
+    """Orbax makes what is missing: a checkpoint without its config, or among those of another run, helps nobody."""
+    run = tmp_path / "run"
+
+    def lose(record: dict) -> None:
+        if record["step"] != 1:
+            return
+        if how == "renamed":
+            run.rename(tmp_path / "other")
+        else:
+            shutil.rmtree(run)
+        if how == "made again":
+            run.mkdir()
+            (run / "config.json").write_text("{}")
+            (run / ".lock").write_text("1 elsewhere\n")
+
+    part = "another process (pid 1 on elsewhere) has made it again" if how == "made again" else "was removed or renamed"
+    with pytest.raises(jgpt.UserError, match=re.escape(part)):
+        jgpt.train("base", small, on_record=lose)
+    assert not run.exists() or {path.name for path in run.iterdir()} <= {"config.json", ".lock"}
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "parts"),
     [
@@ -150,6 +250,7 @@ def test_an_error_in_the_callback_ends_the_run(small, tmp_path):
         ("base", {"optimizer.total_step": 5, "seed": "x"}, ["Did you mean optimizer.total_steps?", "seed='x'"]),
         ("base", {"remat": "block"}, ["config.remat is now config.execution.remat"]),
         ("base", {"model.d_model": -1}, ["model.d_model"]),
+        ("base", {"optimizer.learning_rate": 10**400}, ["optimizer.learning_rate=1000"]),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_config(config, changes, parts, tmp_path):
@@ -158,6 +259,29 @@ def test_mistakes_in_a_config(config, changes, parts, tmp_path):
         jgpt.train(config.format(own=tmp_path / "own.py"), changes)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (({"out_dir": "runs/mine"},), "the config is of the type dict.*Settings come second"),
+        ((None,), "the config is of the type NoneType"),
+        (("base", ["optimizer.total_steps=5"]), "the changes are .*, of the type list. Allowed: a dict"),
+        (("base", {}, "print"), "on_record='print'. Allowed: a function"),
+    ],
+)
+def test_training_takes_a_config_then_changes(arguments, part):
+    with pytest.raises(jgpt.UserError, match=part):
+        jgpt.train(*arguments[:2], on_record=arguments[2] if len(arguments) > 2 else None)
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = {"optimizer.total_steps": np.int64(9), "optimizer.beta1": np.float32(0.5)}
+    o = changed(config_named("base"), given).optimizer
+    assert (o.total_steps, type(o.total_steps), o.beta1, type(o.beta1)) == (9, int, 0.5, float)
+    assert repr(plain(given | {"out_dir": Path("a")})) == (  # a command that can be typed again
+        "{'optimizer.total_steps': 9, 'optimizer.beta1': 0.5, 'out_dir': 'a'}"
+    )
 
 
 def test_every_config_of_ours_is_found_by_its_name():

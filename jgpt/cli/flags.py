@@ -6,6 +6,7 @@ Beside the data path: `run.py` calls it before the command.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import sys
 import traceback
@@ -87,6 +88,9 @@ def parse_flags(positional: int = 0) -> list[str]:
         raise UserError(place or _wrong_value(str(error))) from None
     finally:
         logging.disable(logging.NOTSET)
+    for flag in own_flags():  # absl's bounds let NaN through; the config's keys have ranges of their own
+        if isinstance(flag.value, float) and not (math.isfinite(flag.value) or flag.name.startswith("config.")):
+            raise UserError(f"--{flag.name}={flag.value}: it must be a finite number. All flags are in --help.")
     if len(rest) > positional:
         others = "Everything else" if positional else "Everything"
         raise UserError(

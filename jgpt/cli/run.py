@@ -29,7 +29,7 @@ from jgpt.errors import (
     TrainingDiverged,
     UserError,
     exit_code,
-    is_disk_full,
+    storage_trouble,
 )
 from jgpt.redaction import redact
 from jgpt.training.stop import recorded_interrupt
@@ -62,11 +62,10 @@ def run(main: Callable[..., int | None], doc: str | None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         sys.exit(EXIT_DONE)
     except OSError as error:
-        if not is_disk_full(error):
+        code, message = exit_code(error), storage_trouble(error)
+        if not message:
             _print_error(traceback.format_exc())
             _leave(EXIT_BUG)
-        code = exit_code(error)
-        message = f"the disk is full: {error}. Free some space, then run the same command again: it continues."
     except Exception as error:
         from jgpt.hardware.memory import shortage  # here: it loads JAX, which --help does without
 

@@ -11,11 +11,11 @@ import io
 import logging
 import re
 import sys
-from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
+from jgpt.config.files import user_path
 from jgpt.errors import UserError
 from jgpt.redaction import redact
 
@@ -112,7 +112,7 @@ def read_prompt(given: str | None, file: str | None) -> str:
         raise UserError("both --prompt and --prompt_file were given. Allowed: one of them. Leave one out.")
     if file is not None:
         try:
-            return _decode(Path(file).read_bytes(), file)
+            return _decode(user_path(file).read_bytes(), file)
         except OSError as error:
             raise UserError(
                 f"--prompt_file={file}: {error.strerror}. Allowed: a file that can be read. Correct the path."

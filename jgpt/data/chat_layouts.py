@@ -20,27 +20,30 @@ MEANING = {  # what the names do not say
     "prompt/completion": "the user says the prompt, the assistant the completion",
 }
 THEIR_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+THEIR_ROLES |= {"developer": "system"}  # OpenAI's newer name
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
 
 
 def find_layout(record: Any, place: str) -> tuple[str, list[Any], dict[str, Any]]:
-    """Return the layout of a line (a key of LAYOUTS), its messages, and all its other fields.
+    """Return the layout of a line (a key of LAYOUTS), its messages, and all its other fields that are not null.
 
     The messages are not checked yet. Raises UserError, with `place`, for a line in no layout, and for a field of one
     that is not what the layout says.
     """
-    fields = dict(record) if isinstance(record, dict) else {}
+    given = record if isinstance(record, dict) else {}
+    fields = {name: value for name, value in given.items() if value is not None}
     for key, name in (("messages", "messages"), ("conversations", "ShareGPT")):
         if isinstance(fields.get(key), list) and fields[key]:
             messages = [_turn(turn, f"{place}, message {i}") for i, turn in enumerate(fields.pop(key), 1)]
             return name, messages if name == "messages" else _after_system(messages, fields), fields
-    if fields.keys() >= {"instruction", "output"}:
-        return "Alpaca", _after_system(_alpaca(fields, place), fields), fields
-    for prompt, completion in PAIRS:
-        if fields.keys() >= {prompt, completion}:
-            messages = _part(fields, prompt, "user", place) + _part(fields, completion, "assistant", place)
-            return "prompt/completion", _after_system(messages, fields), fields
-    have = f"has the fields {sorted(record)}" if isinstance(record, dict) else f"is {str(record)[:40]!r}"
+    for answers in (fields, given):  # an answer that is null is an empty one, unless the line has another layout
+        if "instruction" in fields and "output" in answers:
+            return "Alpaca", _after_system(_alpaca(fields, place), fields), fields
+        for prompt, completion in PAIRS:
+            if prompt in fields and completion in answers:
+                messages = _part(fields, prompt, "user", place) + _part(fields, completion, "assistant", place)
+                return "prompt/completion", _after_system(messages, fields), fields
+    have = f"has the fields {sorted(fields)}" if isinstance(record, dict) else f"is {str(record)[:40]!r}"
     empty = next((key for key in ("messages", "conversations") if key in fields), "")
     have = f"has {empty}: {str(fields[empty])[:40]!r}, not a list with a message" if empty else have
     raise UserError(

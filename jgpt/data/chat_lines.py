@@ -28,7 +28,14 @@ def read_chat_line(record: Any, place: str, well_formed: Callable[[str, str], st
 
     Raises UserError, with `place`, for a line that is not a conversation.
     """
-    layout, given, rest = find_layout(_without_nulls(record), place)
+    try:
+        return _read_chat_line(record, place, well_formed)
+    except RecursionError:
+        raise UserError(f"{place} is nested too deeply. Messages are not. Correct the line, or remove it.") from None
+
+
+def _read_chat_line(record: Any, place: str, well_formed: Callable[[str, str], str]) -> ChatLine:
+    layout, given, rest = find_layout(record, place)
     messages, learned = [], []
     for i, message in enumerate(given, 1):
         where = f"{place}, message {i}"

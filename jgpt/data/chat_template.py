@@ -21,6 +21,7 @@ from jgpt.errors import UserError
 Message = Mapping[str, Any]  # {"role": "system", "user", "assistant" or "tool", "content": TEXT, ...}
 _OURS = {"messages", "add_generation_prompt"}  # variables that no line can set
 CPU_SECONDS = 10  # that a template may take for one conversation
+MANY_MESSAGES = 500  # that take a usual template a second: with more, the time is theirs
 _OTHER_TEMPLATE = "Change the messages, or set tokenizer.chat_template to another file."
 
 
@@ -87,7 +88,7 @@ def read_template(name: str) -> str:
     """Read the template that tokenizer.chat_template names; raise UserError when it cannot be read."""
     try:
         return user_path(name).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"tokenizer.chat_template: {name!r} cannot be read ({error}). It must be a file with a Jinja template. "
             "Correct the name, or leave it empty for the pretrained tokenizer's own."
@@ -100,7 +101,12 @@ def _ask(template: str, variables: Mapping[str, Any], request: Mapping[str, Any]
         line = json.dumps({"template": template, "variables": variables, "cpu_seconds": CPU_SECONDS, **request})
     except RecursionError:
         raise UserError(f"the messages are nested too deeply to be rendered. {_OTHER_TEMPLATE}") from None
-    reply = _process.ask(line)
+    except (TypeError, ValueError) as error:  # a message of a program may hold anything
+        raise UserError(
+            f"the messages hold what JSON has not ({error}). Allowed: texts, numbers, true, false, None, lists and"
+            " objects with texts as names. Convert it, or leave it out."
+        ) from None
+    reply = _process.ask(line, len(request["messages"]))
     if "refused" in reply:
         raise UserError(reply["refused"])
     if "error" in reply:
@@ -118,8 +124,8 @@ class _Process:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
-    def ask(self, line: str) -> dict[str, Any]:
-        """Return the reply to one request; raise UserError where the process ended instead."""
+    def ask(self, line: str, n_messages: int) -> dict[str, Any]:
+        """Return the reply to one request, of so many messages; raise UserError where the process ended instead."""
         with self._lock:
             process = self._process or self._start()
             assert process.stdin and process.stdout
@@ -138,7 +144,11 @@ class _Process:
         code = process.returncode
         end = signal.Signals(-code).name if code < 0 else ""
         if end == "SIGXCPU":
-            why = f"it took more than {CPU_SECONDS} seconds for these messages, and may hold a loop without end"
+            why = f"it took more than {CPU_SECONDS} seconds for {n_messages:,} messages, and " + (
+                "each answer is rendered with all before it: cut this conversation into several shorter ones"
+                if n_messages > MANY_MESSAGES
+                else "may hold a loop without end"
+            )
         elif end == "SIGKILL":
             why = "the system ended its process, as it does when memory is short"
         else:

@@ -23,7 +23,9 @@ from jgpt.data.chat_layouts import MEANING
 from jgpt.data.chat_lines import ChatLine, read_chat_line
 from jgpt.data.chat_template import answers
 from jgpt.data.corpus import Corpus
+from jgpt.data.not_text import lines_hint
 from jgpt.data.pieces import Piece, batched_by_characters
+from jgpt.data.remote import TextFile
 from jgpt.data.tokenizer import Tokenizer
 from jgpt.data.words import IDS, LEARNED, to_words
 from jgpt.data.write_shards import ShardWriter
@@ -88,6 +90,15 @@ class ChatCorpus(Corpus):
     def records(self, progress: str = "") -> Iterator[tuple[str, Any]]:
         """Yield the place and the JSON value of each line."""
         return self._read(self._jsonl_records, progress)
+
+    def _jsonl_records(self, file: TextFile) -> Iterator[tuple[str, Any]]:
+        for place, record in super()._jsonl_records(file):
+            if isinstance(record, list):
+                raise UserError(
+                    f"{place} is a list, {str(record)[:40]}. Each line must be one conversation, an object."
+                    f"{lines_hint('[', file)}"
+                )
+            yield place, record
 
 
 @dataclass

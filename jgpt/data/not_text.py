@@ -95,6 +95,8 @@ def lines_hint(text: str, file: TextFile) -> str:
     name, new = shlex.quote(str(file)), shlex.quote(str(file.with_name(f"{file.stem}.lines.jsonl")))
     if text.lstrip().startswith("["):
         return f" If the file is one JSON array, convert it: jq -c '.[]' {name} > {new}"
+    if text.strip() == "{":
+        return f" If its objects go over several lines, convert it: jq -c . {name} > {new}"
     if "\r" in text.strip():
         return f" Its lines end with a carriage return alone. Convert it: tr '\\r' '\\n' < {name} > {new}"
     return ""

@@ -24,6 +24,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from jgpt.data.call_arguments import as_objects, items, with_arguments
 from jgpt.errors import UserError
 
 MEMORY_BYTES = 1 << 30
@@ -40,6 +41,8 @@ class Message(dict):
         thought = next((fields[name] for name in REASONING if fields.get(name) is not None), None)
         if thought is not None:  # as transformers does, since a dataset and a template may use different names
             fields = {"thinking": thought, **fields, "reasoning_content": thought}
+        if "tool_calls" in fields:
+            fields = fields | {"tool_calls": with_arguments(fields["tool_calls"])}
         super().__init__(fields)
         self._read = read
 
@@ -169,6 +172,7 @@ def compile_template(template: str) -> tuple[jinja2.Template, list[str], bool]:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
+    environment.filters["items"] = items
     environment.globals |= {
         "raise_exception": _raise,
         "strftime_now": lambda form: datetime.now().strftime(form),
@@ -222,6 +226,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
+    value = as_objects(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -4,6 +4,7 @@ In the data path: around `decode.py`; the model's own template (`data/chat_templ
 """
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -112,8 +113,11 @@ class Chat:
         if not self.turns:
             raise UserError("there is nothing to save yet. Needed: a question and its answer. Ask something first.")
         try:
-            with user_path(str(path)).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": self.prompts.system + self.turns}, ensure_ascii=False) + "\n")
+            with user_path(str(path)).open("a+b") as file:
+                if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":  # as some editors leave it
+                    file.write(b"\n")
+                line = json.dumps({"messages": self.prompts.system + self.turns}, ensure_ascii=False)
+                file.write(line.encode("utf-8", "replace") + b"\n")
         except OSError as error:
             raise UserError(
                 f"{path} cannot be written: {error.strerror}. Allowed: a file in a directory that is there. Name one."

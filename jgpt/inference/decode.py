@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jgpt.errors import UserError
+from jgpt.inference.arguments import whole
 from jgpt.inference.rounds import (
     STREAM_STEPS,
     UNLIMITED,
@@ -150,8 +151,7 @@ def _stream(
 
 def _checked(prompts: Sequence[Sequence[int]], n_ids: int, max_new_tokens: int) -> list[list[int]]:
     """Return the prompts as lists of Python's integers; raise UserError where something is out of range."""
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens={max_new_tokens}. Allowed: 0 and above. Take 200.")
+    whole("max_new_tokens", max_new_tokens, 0)
     texts = [[int(i) for i in prompt] for prompt in prompts]
     if not all(texts):
         raise UserError("a prompt is empty. Allowed: one id and more. Begin a text with the id that begins documents.")

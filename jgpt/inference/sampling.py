@@ -6,6 +6,7 @@ logits [B, V] and returns them with the excluded ids at finfo.min. Ids with equa
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import jax
@@ -46,7 +47,13 @@ class Sampling:
 
     def validate(self) -> None:
         """Raise one UserError that names every field out of its range."""
-        problems = []
+        problems = [
+            f"{name}={value!r}, of the type {type(value).__name__}. Allowed: a {'whole ' * (name == 'top_k')}number."
+            for name, value in vars(self).items()
+            if not isinstance(value, Integral if name == "top_k" else Real)
+        ]
+        if problems:
+            raise UserError("\n".join(problems))
         # A temperature that fp32 rounds to 0 would divide by it.
         if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
             allowed = "0, or 0.000001 and above"

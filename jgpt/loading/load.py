@@ -3,6 +3,7 @@
 Beside the data path: between a finished run, or a model of others, and what uses it.
 """
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from jgpt.exchange.pretrained import Pretrained
 from jgpt.hardware.devices import all_devices, choose_device_policy, local_devices
 from jgpt.hardware.process import keep_compiled_programs
 from jgpt.inference.placement import Placement, choose_placement
-from jgpt.loading.source import is_run, load_params, open_source, source_of
+from jgpt.loading.source import is_run, load_params, local_directory, open_source, source_of
 from jgpt.model.gpt import GPT
 from jgpt.model.precision import DTYPES, Policy
 from jgpt.parallel.hosts import connect
@@ -27,6 +28,9 @@ from jgpt.run_dir.identity import open_run_dir, write_identity
 from jgpt.run_dir.manifest import whole_steps
 from jgpt.run_dir.params import save_params
 from jgpt.step.eval_step import EvalStep, make_eval_step
+
+RETRIES = 3  # of a run whose checkpoint was deleted while it was read
+log = logging.getLogger("jgpt")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,26 @@ def load_model(
     at a time) say what must fit: see `inference/placement.py`. Raises UserError when there is no such model, or a
     damaged one.
     """
+    for _ in range(RETRIES):
+        before = _newest(name)
+        try:
+            return _load_once(name, step, compute, devices, context_length, rows, base)
+        except (UserError, OSError, ValueError):  # Orbax's errors about files that vanish are ValueErrors, too
+            if step is not None or _newest(name) <= before:
+                raise
+        log.info("the run has saved a newer checkpoint while this one was read: taking that")
+    return _load_once(name, step, compute, devices, context_length, rows, base)
+
+
+def _newest(name: str) -> int:
+    """Return the newest step of a run, which deletes older ones while it trains; -1 for anything else."""
+    directory = local_directory(name)
+    return max(whole_steps(directory / "checkpoints"), default=-1) if directory else -1
+
+
+def _load_once(
+    name: str, step: int | None, compute: str, devices: str, context_length: int, rows: int, base: str
+) -> LoadedModel:
     source = open_source(name, step, base=base)
     keep_compiled_programs()
     # What a run computed in need not exist here: a model trained in bf16 runs in fp16 on a T4.

@@ -3,7 +3,9 @@
 After training, in the data path: `jgpt.evaluate` prints it.
 """
 
+import io
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from jgpt.errors import UserError
 from jgpt.loading.load import LoadedModel
 from jgpt.parallel.evaluation import bits_per_byte, evaluate
 
+LONGEST_NAME = 4096  # characters of a path
 LONGEST = 2048  # tokens of a block, where neither the user nor a run says how many
 
 
@@ -46,8 +49,11 @@ class Measured:
 
     @property
     def perplexity(self) -> float:
-        """Return e to the loss."""
-        return math.exp(self.loss)
+        """Return e to the loss; infinity where that is larger than a float."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
 
 def block_length(loaded: LoadedModel, given: int) -> int:
@@ -90,14 +96,35 @@ def measure_chat_files(
     return measure_chat(loaded, corpus, length)
 
 
+def text_or_conversations(given: Any) -> str | list[Any]:
+    """Return what a program gave as the text that it is, or as a list of conversations; raise UserError.
+
+    The name of a file is refused: measured as a text it would give a number that says nothing.
+    """
+    if isinstance(given, str) and not (len(given) < LONGEST_NAME and os.path.isfile(given)):
+        return given
+    if isinstance(given, Mapping):
+        return [given]
+    if isinstance(given, list | tuple) and any(isinstance(part, str) for part in given):
+        raise UserError(
+            f"given was the list {str(given)[:60]}, with texts in it. Allowed: one text, or conversations in a list."
+            " Measure several texts one after the other, or joined."
+        )
+    if isinstance(given, str | bytes | bytearray | os.PathLike | io.IOBase) or not isinstance(given, Iterable):
+        kind = "the name of a file" if isinstance(given, str) else type(given).__name__
+        raise UserError(
+            f"given was {str(given)[:60]!r}, {kind}. Allowed: the text itself, as Path(NAME).read_text() returns it,"
+            " or conversations in a list. Files are measured by jgpt evaluate --text_glob=NAME."
+        )
+    return list(given)
+
+
 def measure_messages(loaded: LoadedModel, given: Sequence[Any], template: str, length: int) -> Measured:
     """Measure a model on the answers in conversations, as `measure_chat`.
 
     `given` is one conversation, as its messages, or several: each a list of messages, or what a line of a file would
     hold. Raises UserError for what is no conversation.
     """
-    if not isinstance(given, list | tuple):
-        raise UserError(f"given was {str(given)[:40]!r}. Allowed: a text, or conversations in a list.")
     is_one = bool(given) and all(isinstance(x, Mapping) and ("role" in x or "from" in x) for x in given)
     records = [_line(x) for x in ([given] if is_one else given)]
     corpus = GivenConversations([], template=template, settings=loaded.tokenizer.settings, given=records)

@@ -3,12 +3,15 @@
 After training, in the data path: around `inference/` and `measure.py`. `jgpt.load` makes one; the commands use it, too.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jgpt.data.chat_template import Message
 from jgpt.data.tokenizer import Tokenizer
+from jgpt.data.unknown import name_unknown, unknown_characters
 from jgpt.errors import UserError
+from jgpt.inference.arguments import seed_of, stop_strings, string, whole
 from jgpt.inference.chat_prompt import ChatPrompts, chat_sampling, conversation
 from jgpt.inference.rounds import STREAM_STEPS, UNLIMITED
 from jgpt.inference.sampling import Sampling
@@ -20,8 +23,11 @@ from jgpt.loading.measure import (
     measure_messages,
     measure_string,
     measure_validation_split,
+    text_or_conversations,
 )
+from jgpt.loading.source import local_directory
 
+log = logging.getLogger("jgpt")
 SEED = 1337
 TEXT_TOKENS, ANSWER_TOKENS = 200, 1024  # at most, where the caller does not say
 
@@ -34,13 +40,14 @@ class Model:
     from the fewest likeliest that add up to this probability (1: all); `min_p` from those at least this share as likely
     as the likeliest (0: all); `repetition_penalty` above 1 makes tokens less likely that the text already holds. For a
     text, what is not given is 0.8, 50, 1, 0 and 1. For a chat it is what the model's publisher advises, else 0.7, 50,
-    0.95, 0 and 1. A text ends before any of the strings of `stop`. The same `seed` gives the same text. Values that are
-    out of range raise UserError.
+    0.95, 0 and 1. A text ends before any of the strings of `stop`. The same `seed` gives the same text, None another
+    one each time. Values that are out of range raise UserError.
     """
 
     def __init__(self, name: str, loaded: LoadedModel, chat_template: str) -> None:
         """Prepare a loaded model; `chat_template` is a Jinja template, or "" for a model that answers no messages."""
         self.name, self.loaded, self.chat_template = name, loaded, chat_template
+        self._directory = local_directory(name)  # found again where the program goes to another folder
         self._prompts: ChatPrompts | None = None
 
     def __repr__(self) -> str:
@@ -71,8 +78,8 @@ class Model:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        stop: str | Sequence[str] = (),
-        seed: int = SEED,
+        stop: str | Sequence[str] | None = (),
+        seed: int | None = SEED,
     ) -> str:
         """Continue a text; return what follows it, 200 tokens at most. Without a text the model begins a document."""
         rules = _given(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -89,8 +96,8 @@ class Model:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        stop: str | Sequence[str] = (),
-        seed: int = SEED,
+        stop: str | Sequence[str] | None = (),
+        seed: int | None = SEED,
     ) -> str:
         """Answer a conversation, or one question; return the answer, 1024 tokens at most.
 
@@ -111,8 +118,8 @@ class Model:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        stop: str | Sequence[str] = (),
-        seed: int = SEED,
+        stop: str | Sequence[str] | None = (),
+        seed: int | None = SEED,
     ) -> Iterator[str]:
         """Return an iterator over what `generate` returns for a text, or `chat` for messages, in pieces."""
         rules = _given(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -130,12 +137,13 @@ class Model:
         text is measured in blocks of `sequence_length` tokens (0: as in training, or up to 2048). Raises UserError for
         a text that is too short, for what is no conversation, and for a model of others without a text.
         """
-        length = block_length(self.loaded, sequence_length)
+        length = block_length(self.loaded, whole("sequence_length", sequence_length, 0))
         if text is None:
-            return measure_validation_split(self.loaded, self.name, length)
-        if isinstance(text, str):
-            return measure_string(self.loaded, text, length)
-        return measure_messages(self.loaded, text, self.require_template(), length)
+            return measure_validation_split(self.loaded, str(self._directory or self.name), length)
+        given = text_or_conversations(text)
+        if isinstance(given, str):
+            return measure_string(self.loaded, given, length)
+        return measure_messages(self.loaded, given, self.require_template(), length)
 
     def require_template(self) -> str:
         """Return the chat template; raise UserError for a model without one."""
@@ -180,18 +188,23 @@ class Model:
         )
 
     def _continue(self, prompt: str, how: "_How") -> Iterator[Piece]:
+        prompt = string("the prompt", prompt, "Several texts are several calls.")
+        self._warn_of_unknown(prompt, "the prompt")
         return self.pieces(
             [text_prompt(self.tokenizer, prompt)],
             Sampling(**how.rules),
-            max_new_tokens=TEXT_TOKENS if how.max_new_tokens is None else how.max_new_tokens,
-            seed=how.seed,
-            stop=_strings(how.stop),
+            max_new_tokens=how.most(TEXT_TOKENS),
+            seed=seed_of(how.seed),
+            stop=stop_strings(how.stop),
             steps=how.steps,
         )
 
     def _answer(self, messages: str | Sequence[Message], how: "_How") -> Iterator[Piece]:
+        most, messages = how.most(ANSWER_TOKENS), conversation(messages)
         self._prompts = self._prompts or self.chat_prompts()
-        ids = self._prompts.ids(self._prompts.text(conversation(messages)))
+        shown = self._prompts.text(messages)
+        self._warn_of_unknown(shown, "the conversation")
+        ids = self._prompts.ids(shown)
         room = self.context_length - len(ids)
         if room < 1:
             raise UserError(
@@ -201,12 +214,16 @@ class Model:
         return self.pieces(
             [Prompt(ids, ids)],
             chat_sampling(self.loaded.sampling, how.rules),
-            max_new_tokens=min(ANSWER_TOKENS if how.max_new_tokens is None else how.max_new_tokens, room),
-            seed=how.seed,
+            max_new_tokens=min(most, room),
+            seed=seed_of(how.seed),
             stop_ids=self._prompts.stop_ids,
-            stop=[*_strings(how.stop), *self._prompts.stop],
+            stop=[*stop_strings(how.stop), *self._prompts.stop],
             steps=how.steps,
         )
+
+    def _warn_of_unknown(self, text: str, what: str) -> None:
+        if note := name_unknown(unknown_characters(self.tokenizer, text), what):
+            log.warning("%s", note)
 
 
 class _How(NamedTuple):
@@ -214,9 +231,13 @@ class _How(NamedTuple):
 
     max_new_tokens: int | None
     rules: dict[str, Any]  # of sampling, as far as they were given
-    stop: str | Sequence[str]
-    seed: int
+    stop: str | Sequence[str] | None
+    seed: int | None
     steps: int
+
+    def most(self, default: int) -> int:
+        """Return the most tokens to write; raise UserError where what was given is no such number."""
+        return whole("max_new_tokens", default if self.max_new_tokens is None else self.max_new_tokens, 0)
 
 
 def _given(
@@ -229,10 +250,3 @@ def _given(
     """Return the rules that were given."""
     given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _strings(stop: str | Sequence[str]) -> list[str]:
-    strings = [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(string, str) and string for string in strings):
-        raise UserError(f"stop={stop!r}. Allowed: a text, or several in a list; none of them empty.")
-    return strings

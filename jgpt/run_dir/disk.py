@@ -33,6 +33,8 @@ def room(run_dir: Path, disk_gb: float) -> int:
 
 def cannot_write(directory: Path, error: BaseException) -> str:
     """Say that a checkpoint could not be written to `directory`, why, and how much of its disk is free."""
+    if not directory.parent.is_dir():
+        return f"{directory.parent} is gone, which held the checkpoints."
     free = shutil.disk_usage(directory.parent).free / 1e9
     reason = (str(error) or type(error).__name__).splitlines()[0][:300].removesuffix(".")
     full = os.strerror(errno.ENOSPC)

@@ -23,7 +23,7 @@ from jgpt.config.check import problems
 from jgpt.config.defaults import default_config, flatten
 from jgpt.config.files import user_path
 from jgpt.errors import UserError
-from jgpt.file_lock import HeldElsewhere, hold
+from jgpt.file_lock import HeldElsewhere, hold, other_holder
 from jgpt.hardware.devices import all_devices
 from jgpt.parallel.hosts import barrier, first_decides, gather_texts, is_first
 from jgpt.run_dir.manifest import is_imported, newest_meta, steps_without_manifest, whole_steps
@@ -62,6 +62,25 @@ def open_run_dir(out_dir: str) -> Iterator[Path]:
             ) from None
         _check_shared(run_dir)
         yield run_dir
+
+
+def why_lost(run_dir: Path) -> str:
+    """Say why this process, which trains in a run directory, must not write there any more; "" where it may.
+
+    Orbax makes directories that are missing: without this, checkpoints would land in a directory without the config
+    and the tokenizer, or in that of another run.
+    """
+    if not (run_dir / "config.json").is_file():
+        return (
+            f"{run_dir / 'config.json'} is gone: {run_dir} was removed or renamed while this run wrote to it. Put it"
+            " back, then run the same command again: it continues from the last checkpoint there."
+        )
+    if other := other_holder(run_dir):
+        return (
+            f"{run_dir} was removed while this run wrote to it, and {other} has made it again. This run ends, and"
+            " leaves it alone. Take another --config.out_dir for one of them."
+        )
+    return ""
 
 
 def _check_shared(run_dir: Path) -> None:

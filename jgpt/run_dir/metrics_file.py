@@ -52,6 +52,12 @@ class MetricsLog:
         self._file.close()
 
 
+def drop_all(path: Path) -> None:
+    """Forget the records of a run that was killed before its first checkpoint, and begins again."""
+    if path.exists():
+        write_file(path, "")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the records of metrics.jsonl, without damaged lines; no file is an empty list.
 

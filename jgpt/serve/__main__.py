@@ -19,6 +19,7 @@ from absl import flags
 
 from jgpt.cli import model_flags
 from jgpt.cli.run import run
+from jgpt.config.defaults import MOST_TOKENS
 from jgpt.errors import UserError
 
 TOKEN, SHORTEST_TOKEN = "JGPT_SERVE_TOKEN", 8
@@ -33,7 +34,7 @@ def define_flags() -> None:
     flags.DEFINE_string("chat_template", None, "a file with a Jinja template, instead of the model's own")
     flags.DEFINE_integer("rows", 8, "texts that are written at the same time, at most", lower_bound=1, upper_bound=256)
     flags.DEFINE_integer("queue", 32, "texts that wait for their turn, at most; more are refused (429)", lower_bound=0)
-    flags.DEFINE_integer("max_new_tokens", 4096, "tokens of an answer, at most", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 4096, "tokens of an answer, at most", 1, MOST_TOKENS)
     flags.DEFINE_integer(
         "context_length", 4096, "tokens of question, history and answer together; 0: the model's own", lower_bound=0
     )

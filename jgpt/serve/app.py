@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -87,9 +87,7 @@ class Endpoints:
             asked = await run_in_threadpool(read_completion, body, self.model, self.limits)
         reply = Reply(self.model, self.worker, asked, is_chat, self.name)
         if asked.stream:
-            return StreamingResponse(
-                reply.events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
-            )
+            return Stream(reply)
         return _json(await reply.whole(request.is_disconnected))
 
     def _check_name(self, name: Any) -> None:
@@ -100,6 +98,24 @@ class Endpoints:
                 "model_not_found",
                 "model",
             )
+
+
+class Stream(StreamingResponse):
+    """The events of a reply. However it ends, nothing is written any more that nobody reads.
+
+    A client may have gone before the first event is asked for: then the generator of events never began, and cannot
+    clean up.
+    """
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._reply.cancel()
 
 
 class Guard:
@@ -133,7 +149,7 @@ class Guard:
         if not self._token and name not in self._hosts:
             raise Refusal(403, f"the host {host[:60]!r}. Allowed: {', '.join(sorted(self._hosts))}.", "host")
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and (not host or _place(origin) != host):
             raise Refusal(403, f"the origin {origin[:60]!r}. Allowed: the page of this server.", "origin")
         if self._token and request.url.path.startswith("/v1/"):
             given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
@@ -146,6 +162,14 @@ class Guard:
 def _host_name(url: str) -> str:
     try:
         return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _place(url: str) -> str:
+    """Return host and port of an address; "" where it is none."""
+    try:
+        return urlsplit(url).netloc
     except ValueError:
         return ""
 
@@ -204,6 +228,8 @@ async def _read(request: Request) -> dict[str, Any]:
                     break
     except TimeoutError:
         raise Refusal(408, f"the body did not come within {BODY_SECONDS:.0f} s. Send it again.", "timeout") from None
+    except ClientDisconnect:  # nobody reads this
+        raise Refusal(400, "the client went away before it had sent all of the body.", "disconnected") from None
     if n_bytes > MOST_BYTES:
         raise Refusal(413, f"the body is too large. Allowed: {MOST_BYTES:,} bytes. Send less.", "body_too_large")
     try:

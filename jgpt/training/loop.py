@@ -9,6 +9,7 @@ import time
 import jax
 
 from jgpt.data.prefetch import Prefetcher
+from jgpt.errors import UserError
 from jgpt.parallel.hosts import Agreement, is_first
 from jgpt.report.curves import LivePicture, write_curves
 from jgpt.report.page import write_report
@@ -67,6 +68,8 @@ def loop(run: Run, metrics: Log, save: Save, health: Health, stop: Stop) -> None
 
             reports, saves = metrics.due(run) or evaluation_due(run), bool(asked) or save.due(run)
             if reports or saves:
+                if lost := run.status.why_lost():
+                    raise UserError(lost)
                 _check_health(run, save, health, *unread)
                 unread = None
             if reports:

@@ -24,6 +24,8 @@ from jgpt.parallel.watch import together
 from jgpt.planning.auto import choose_execution, with_execution_of_run
 from jgpt.run_dir.checkpoint import Checkpoints
 from jgpt.run_dir.identity import comparable, look_for_run, open_run_dir, write_identity
+from jgpt.run_dir.manifest import whole_steps
+from jgpt.run_dir.metrics_file import drop_all
 from jgpt.run_dir.samples import drop_samples_after
 from jgpt.run_dir.status_file import write_lost
 from jgpt.training.extend import decay_step
@@ -106,6 +108,8 @@ def _train(
             config, setup = settle_steps(config, setup, started)
         status.total_steps = config.optimizer.total_steps
         if is_first():
+            if not whole_steps(run_dir / "checkpoints"):  # before the config says how often this start saves
+                drop_all(run_dir / "metrics.jsonl")
             write_identity(run_dir, config)
         c, kept = config.checkpoint, decay_step(config.optimizer)
         saved = Checkpoints(

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jgpt.errors import OutOfMemory
+from jgpt.errors import OutOfMemory, UserError, is_disk_full, storage_trouble
 from jgpt.hardware.memory import shortage
 from jgpt.parallel.build import Parts
 from jgpt.parallel.hosts import is_first, own_devices
 from jgpt.planning.remedies import PLACING, TRAINING, explain
+from jgpt.run_dir.identity import why_lost
 from jgpt.run_dir.status_file import write_status
 
 
@@ -25,11 +26,13 @@ class Status:
         self.run_dir, self.total_steps, self.command, self.try_command = run_dir, total_steps, command, try_command
         self.step = 0
         self.activity = PLACING  # for the message when memory runs out
+        self._began = False  # the run directory is this run's
 
     def write(self, state: str, reason: str = "") -> None:
         """Write status.json, in process 0; `state` is running, finished, stopped or failed."""
         if not is_first():
             return
+        self._began = True
         write_status(
             self.run_dir,
             state,
@@ -39,6 +42,10 @@ class Status:
             command=self.command,
             try_command=self.try_command,
         )
+
+    def why_lost(self) -> str:
+        """Say why nothing may be written into the run directory any more, in process 0 of a run that trains; or ""."""
+        return why_lost(self.run_dir) if self._began else ""
 
     @contextmanager
     def during(self, activity: str) -> Iterator[None]:
@@ -63,6 +70,10 @@ def failures_explained(status: Status, config: ConfigDict, parts: Parts) -> Iter
     except BaseException as error:
         message = explain_shortage(error, status, status.activity, config, parts)
         shown = OutOfMemory(message) if message else error
+        if is_disk_full(error):
+            shown = UserError(storage_trouble(error))
+        if isinstance(error, OSError | UserError) and (lost := status.why_lost()):
+            raise UserError(lost) from error  # and no word into what may be another run's
         first_line = (str(shown).splitlines() or [""])[0]
         with suppress(OSError):  # on a full disk: what went wrong first is what the user must see
             status.write("failed", f"{type(shown).__name__}: {first_line}")

@@ -162,7 +162,8 @@ def test_what_is_pasted_into_a_terminal_is_one_message():
 
 def test_the_command_holds_a_conversation(command, directory, tmp_path):
     lines = ["one", "", "two", f"/save {tmp_path}/a.jsonl", "/save", "/reset", "one", f"/save {tmp_path}/a.jsonl"]
-    lines += [f"/save {tmp_path}/none/a.jsonl", "/quit", "two"]
+    lines += [f"/save {tmp_path}/none/a.jsonl", f"/save {tmp_path}/b.jsonl", "/quit", "two"]
+    (tmp_path / "b.jsonl").write_text("{}")  # without a newline at its end
     flags = [f"--model={directory}", "--temperature=0", "--max_new_tokens=8", "--system=one two"]
     result = command("chat", *flags, stdin="\n".join(lines))
     system, one, two = said("system", "one two"), said("user", "one"), said("user", "two")
@@ -173,6 +174,7 @@ def test_the_command_holds_a_conversation(command, directory, tmp_path):
     saved = [json.loads(line)["messages"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     first, second = said("assistant", first.strip()), said("assistant", second.strip())
     assert saved == [[system, one, first, two, second], [system, one, first]]
+    assert (tmp_path / "b.jsonl").read_text().splitlines()[0] == "{}"
 
 
 def test_one_question(command, directory):

@@ -1,6 +1,7 @@
 """What the commands have in common: flags in; help, one clear message and an exit code out."""
 
 import contextlib
+import errno
 import importlib
 import inspect
 import os
@@ -260,6 +261,12 @@ def ending(error):
         (RuntimeError("RESOURCE_EXHAUSTED, says who"), 1, ["Traceback"]),
         (TrainingDiverged("too fast"), 4, ["error: too fast\n"]),
         (KeyboardInterrupt(), 130, ["error: interrupted\n"]),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, ["the disk is full", "it continues"]),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), 2, ["error: a/b: Permission denied", "owner"]),
+        (OSError(errno.EMFILE, "Too many open files", "a"), 2, ["a: Too many open files", "ulimit -n"]),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), 2, ["the connection to it, has failed"]),
+        (PermissionError(errno.EPERM, "Operation not permitted"), 1, ["Traceback"]),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a"), 1, ["Traceback"]),
     ],
     ids=repr,
 )

@@ -131,6 +131,7 @@ def test_a_text_begins_as_the_tokenizer_has_it(command, exported):
         (["--run_dir={run}", "--step=3"], "", ["step 3 is not among the checkpoints", "Allowed: 2, 4"]),
         (["--run_dir={run}", "--prompt=a", "--prompt_file=b"], "", ["both --prompt and --prompt_file"]),
         (["--run_dir={run}", "--prompt_file={tmp}/none.txt"], "", ["none.txt", "No such file"]),
+        (["--run_dir={run}", "--max_new_tokens=99999999999"], "", ["--max_new_tokens='99999999999'"]),
         (["--run_dir={run}"], b"caf\xe9", ["not UTF-8", "offset 3"]),
         (["--run_dir={run}", "--temperature=-1"], "", ["temperature=-1"]),
         (["--run_dir={run}", "--top_k=-1", "--min_p=2"], "", ["top_k=-1", "min_p=2"]),

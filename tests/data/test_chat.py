@@ -1,5 +1,6 @@
 """Chat templates render as transformers renders them, and answers are separated from prompts."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,32 @@ def test_the_template_gets_all_that_a_line_has_and_what_it_does_not_read_is_know
     assert "name" in answers("{% for m in messages %}{{ m | tojson }}{% endfor %}", {}, messages).read
 
 
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("c.function.arguments | tojson", '{"a": 2}'),
+        ("c.function | tojson", '{"name": "add", "arguments": {"a": 2}}'),
+        ("m.tool_calls | tojson", '[{"function": {"name": "add", "arguments": {"a": 2}}}]'),
+        ("c.function.arguments.items() | list", "[('a', 2)]"),
+        ("c.function.arguments | items | list", "[('a', 2)]"),
+        ("'```' + c.function.arguments", '```{"a":2}'),  # DeepSeek's way
+        ("c.function.arguments if c.function.arguments is string else 'an object'", '{"a":2}'),  # Qwen3's
+    ],
+)
+def test_arguments_of_a_call_in_a_text_are_an_object_where_a_template_wants_one(written: str, found: str) -> None:
+    """OpenAI's files have a text; written as JSON once more it would be learned in quotes, with backslashes."""
+    messages = [{"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a":2}'}}]}]
+    template = "{% for m in messages %}{% for c in m.tool_calls %}{{ " + written + " }}{% endfor %}{% endfor %}"
+    assert render(template, {}, messages, False) == found
+
+
+@pytest.mark.parametrize("arguments", ["add(2)", "[2]", "", 7, None, {"a": 2}])
+def test_other_arguments_of_a_call_stay_as_they_are(arguments: object) -> None:
+    messages = [{"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": arguments}}, "x"]}]
+    template = "{{ messages[0].tool_calls[0].function.arguments | tojson }}"
+    assert render(template, {}, messages, False) == ("{}" if arguments == "" else json.dumps(arguments))
+
+
 def test_what_is_not_to_be_learned_is_seen() -> None:
     messages = chat("one", "two", "three", "four", "five", "six")
     (parts,) = answers(TEMPLATES["chatml"], SETTINGS, messages, [True, False, True, True, True, True]).texts
@@ -277,6 +304,14 @@ def test_a_template_without_end_is_stopped_and_the_next_one_renders(monkeypatch:
     with pytest.raises(UserError, match="was stopped: it took more than 0 seconds .*loop without end.*set tokenizer"):
         render(endless, SETTINGS, CHATS[0], False)
     assert render("{{ messages[0].content }}", SETTINGS, CHATS[0], False) == "Hi"
+    with pytest.raises(UserError, match="more than 0 seconds for 1,200 messages, and each answer .*cut this conversat"):
+        render(endless, SETTINGS, 1200 * CHATS[0], False)
+
+
+@pytest.mark.parametrize("extra", [{1, 2}, Path("a"), b"a"])
+def test_what_json_has_not_is_one_message(extra: object) -> None:
+    with pytest.raises(UserError, match="the messages hold what JSON has not .*Convert it, or leave it out"):
+        render("{{ messages[0].content }}", SETTINGS, [{"role": "user", "content": "Hi", "extra": extra}], False)
 
 
 def test_a_reply_that_was_not_read_does_not_answer_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,10 +204,18 @@ def test_other_spellings_of_a_layout(other: Any, question: str) -> None:
     assert (read.messages, read.learned, read.variables) == (line(question, "Ho")["messages"], [True, True], {})
 
 
+def test_the_developer_is_the_system() -> None:
+    """OpenAI's newer name, which the server takes as well."""
+    given = line("Be short.", "Hi", "Ho", roles=("developer", "user", "assistant"))
+    read = read_chat_line(given | {"system": "not this one"}, "a.jsonl, line 1", lambda text, _: text)
+    assert [message["role"] for message in read.messages] == ["system", "user", "assistant"]
+
+
 def test_lines_without_an_answer_are_counted_in_every_layout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     unanswered = [{"instruction": "Hi", "output": " "}, {"prompt": "Hi", "completion": ""}, line("nobody answers")]
+    unanswered += [{"instruction": "Hi", "input": None, "output": None}, {"question": "Hi", "answer": None}]
     data = prepare(make_config(tmp_path, [*LINES[:2], *unanswered]))
-    assert data.meta["n_documents"] == 2 and "3 conversations are left out: they hold no answer" in caplog.text
+    assert data.meta["n_documents"] == 2 and "5 conversations are left out: they hold no answer" in caplog.text
 
 
 def test_the_template_goes_with_the_tokenizer_and_another_template_makes_new_tokens(tmp_path: Path) -> None:
@@ -282,7 +290,8 @@ def test_bounded_memory_gives_the_same_words(tmp_path: Path, monkeypatch: pytest
     "bad, problem",
     [
         ("{", "is not JSON"),
-        ("[1]", r"is no conversation: it is '\[1\]'. Allowed: {.messages.*{.conversations.*{.instruction.*{.prompt"),
+        ("1", "is no conversation: it is '1'. Allowed: {.messages.*{.conversations.*{.instruction.*{.prompt"),
+        (f"[{json.dumps(line('Hi', 'Ho'))}]", r"is a list, .*one conversation, an object.*array, convert it: jq -c '"),
         ('{"text": "Hi"}', r"is no conversation: it has the fields \['text'\]"),
         ('{"instruction": "Hi"}', r"is no conversation: it has the fields \['instruction'\]"),
         ('{"conversations": []}', r"is no conversation: it has conversations: '\[\]', not a list with a message"),
@@ -310,6 +319,10 @@ def test_bounded_memory_gives_the_same_words(tmp_path: Path, monkeypatch: pytest
         ('{"messages": [{"role": "assistant", "content": null}]}', "message 1 has the content 'None'"),
         (json.dumps(line("Hi", " \n")), "message 2 is an empty answer"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "message 1 holds half a surrogate pair"),
+        (
+            '{"messages": [{"role": "user", "content": "Hi"}], "x": ' + "[" * 1200 + "]" * 1200 + "}",
+            "(is nested too deeply|is not JSON: maximum recursion depth)",  # Python 3.11 reads less
+        ),
         (json.dumps(line("refuse", "me")), "the chat template does not render these messages .TemplateError: no"),
     ],
 )

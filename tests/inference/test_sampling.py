@@ -126,7 +126,10 @@ def test_seed_decides():
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(-1), Sampling(1e-40), Sampling(float("nan")), Sampling(top_k=-1), Sampling(top_p=0), Sampling(min_p=1.1)],
+    [
+        *(Sampling(-1), Sampling(1e-40), Sampling(float("nan")), Sampling(top_k=-1), Sampling(top_p=0)),
+        *(Sampling(min_p=1.1), Sampling("hot"), Sampling(top_k=2.5), Sampling(top_p=[0.5]), Sampling(min_p=None)),
+    ],
 )
 def test_out_of_range(sampling: Sampling):
     with pytest.raises(UserError, match="Allowed: "):

@@ -53,6 +53,30 @@ def test_help(verb):
         assert "Exit codes:" in one.out and "a run there failed" in one.out
 
 
+@pytest.mark.parametrize("folder", ["taken", "taken/x", "a" * 300])
+def test_a_folder_that_cannot_be_written(verb, tmp_path, folder):
+    (tmp_path / "taken").write_text("mine")
+    for name in ("push", "resume", "chain"):
+        result = verb(
+            name, CONFIG, f"--slug={SLUG}", f"--folder={folder}", "--dry_run", *["--hours=5"] * (name == "chain")
+        )
+        assert result.code == 2 and "cannot be written" in result.err and "--folder=DIR" in result.err, result.err
+
+
+def test_a_tilde_is_the_home_also_behind_an_equals_sign(verb, tmp_path, monkeypatch):
+    """A shell leaves it there."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert verb("push", CONFIG, f"--slug={SLUG}", "--folder=~/kernel", "--dry_run").code == 0
+    assert (tmp_path / "home" / "kernel" / "kernel.py").is_file() and not Path("~").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_hours_and_seconds_are_finite(verb, value):
+    for flag in ("hours", "poll_seconds"):
+        result = verb("chain", CONFIG, f"--slug={SLUG}", f"--{flag}={value}", "--dry_run")
+        assert result.code == 2 and f"--{flag}={value}: it must be a finite number" in result.err
+
+
 def test_what_is_no_verb(verb):
     result = verb("pul")
     assert result.code == 2 and "'pul' is not a verb. Did you mean pull? Allowed: push, status" in result.err

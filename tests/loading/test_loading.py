@@ -1,5 +1,6 @@
 """Models by name: what is loaded is what was trained."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jgpt.errors import UserError
+from jgpt.loading import load
 from jgpt.loading.load import LoadedModel, load_model
 from jgpt.model.parameters import count_parameters
 
@@ -34,6 +36,27 @@ def test_two_devices_share_what_one_holds(trained: Path):
 
     assert not two.params["h_0"]["attn"]["qkv"]["kernel"].is_fully_replicated
     np.testing.assert_allclose(hidden(one), hidden(two), atol=1e-5)
+
+
+@pytest.mark.parametrize("when", ["open_source", "load_params"])
+def test_a_run_that_deletes_the_checkpoint_that_is_read(own_run: Path, monkeypatch: pytest.MonkeyPatch, when: str):
+    """As training does, when it has saved the next one: the model is that one, and nothing is called damaged."""
+    checkpoints, real = own_run / "checkpoints", getattr(load, when)
+    newest = [path.rename(own_run / path.name) for path in (checkpoints / "4", checkpoints / "4.sha256")]
+
+    def read(*arguments: Any, **options: Any) -> Any:
+        if newest:
+            found = real(*arguments, **options) if when == "open_source" else None
+            for path in (newest.pop(), newest.pop()):
+                path.rename(checkpoints / path.name)
+            shutil.rmtree(checkpoints / "2")
+            (checkpoints / "2.sha256").unlink()
+            if found:
+                return found
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(load, when, read)
+    assert load_model(str(own_run)).step == 4
 
 
 def test_load_model_refuses(own_run: Path, tmp_path: Path):

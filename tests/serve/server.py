@@ -88,7 +88,7 @@ def serving(model: Path, *flags: str, **environment: str) -> Iterator[Server]:
         yield Server(process, found[1])
         process.send_signal(signal.SIGINT)
         _, rest = process.communicate(timeout=60)
-        assert process.returncode == 0 and rest.endswith("stopped\n"), rest
+        assert process.returncode == 0 and rest.endswith("stopped\n") and "Traceback" not in rest, rest
     finally:
         process.kill()
         process.wait()

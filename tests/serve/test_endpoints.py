@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -274,8 +275,9 @@ def test_a_body_of_10_megabytes(client: openai.OpenAI):
         (b"{}", {"Content_Type": "text/plain"}, 415, "Allowed: application/json"),
         (b"{}", {"Host": "evil.example"}, 403, "the host 'evil.example'"),
         (b"{}", {"Origin": "https://evil.example"}, 403, "the origin"),
+        (b"{}", {"Origin": "http://["}, 403, "the origin"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_is_no_request(server: Server, body: bytes, headers: dict, status: int, part: str):
     found, error = post(server, "/v1/completions", body, **headers)
@@ -285,6 +287,16 @@ def test_what_is_no_request(server: Server, body: bytes, headers: dict, status: 
 def test_other_paths_and_methods(server: Server):
     assert post(server, "/v1/embeddings", b"{}")[0] == 404
     assert post(server, "/v1/models", b"{}")[0] == 405
+
+
+def test_half_a_body_is_no_bug_of_the_server(server: Server):
+    """`serving` reads at the end that the server has logged no traceback."""
+    host, _, port = urlsplit(server.address).netloc.partition(":")
+    for sent in (b"", b'{"prompt": "on'):
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: 100\r\n\r\n".encode() + sent)
+    server.wait_until_idle()
 
 
 def test_half_a_character_in_a_prompt(server: Server):

@@ -1,23 +1,42 @@
 """What holds a text back, the batch's thread when something breaks, and the files of the page."""
 
+import asyncio
 import queue
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_chat import CHATML, parts
+from starlette.requests import Request
+from starlette.types import Message
 
 from jgpt.inference.batch import Batch, Row
 from jgpt.inference.chat_prompt import ChatPrompts
 from jgpt.inference.sampling import Sampling
 from jgpt.inference.stop_strings import StopStrings
 from jgpt.inference.text_stream import TextStream
+from jgpt.inference.write import Prompt
 from jgpt.serve import app
+from jgpt.serve.answer import Reply
+from jgpt.serve.app import _read
+from jgpt.serve.ask import Asked
 from jgpt.serve.refusal import Refusal
 from jgpt.serve.worker import Event, Job, Worker
 
 PAGE = Path(app.__file__).parent / "page"
+
+
+def test_a_client_that_goes_away_within_its_body_is_refused():
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+    with pytest.raises(Refusal, match="went away before it had sent all of the body"):
+        asyncio.run(_read(Request(scope, receive)))
 
 
 def test_stop_strings_find_what_a_search_finds():
@@ -98,6 +117,34 @@ def test_a_server_that_stops_refuses_and_says_so(worker: Worker):
     with pytest.raises(Refusal) as stopping:
         worker.submit([job(waiting)])
     assert stopping.value.status == 503 and stopping.value.body()["error"]["type"] == "server_error"
+
+
+def test_a_stream_whose_client_has_gone_before_it_begins_is_not_written(worker: Worker):
+    """Also where the chat template took its time: the response then hears of the client's end first."""
+    ids = [1, 2, 3]
+    asked = Asked(
+        prompts=[Prompt(ids, ids)], n=1, sampling=Sampling(0), max_new_tokens=100, seed=0, stop_ids=(), stop=(),
+        slides=False, stream=True, include_usage=False, note="",
+    )  # fmt: skip
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def answer() -> Reply:
+        reply = Reply(SimpleNamespace(tokenizer=parts()[2]), worker, asked, False, "small")  # type: ignore[arg-type]
+        await app.Stream(reply)({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+        return reply
+
+    (gone,) = asyncio.run(answer())._jobs
+    worker.start()
+    events: queue.Queue[Event] = queue.Queue()
+    worker.submit([job(events)])
+    assert end_of(events).end == "length" and gone.n_tokens == 0 and sent == []
+    assert worker.counts() == {"active": 0, "waiting": 0}
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_makes_no_html():

@@ -15,6 +15,7 @@ import pytest
 from conftest import TEXT
 
 from jgpt.parallel import build
+from jgpt.training import start
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
@@ -144,6 +145,21 @@ def test_a_directory_with_another_run_is_left_alone(command, own_run, tiny, argu
 
 def test_there_must_be_a_run_to_resume(command, tiny, tmp_path):
     refused(command("train", *tiny, "--config.checkpoint.resume=must"), "checkpoint.resume='must'", "holds no run")
+
+
+def test_a_run_that_was_lost_before_its_first_checkpoint_may_save_more_often(command, own_run, tiny, monkeypatch):
+    """Also where the next start is interrupted: the old steps are not taken for those of a run that saved so often."""
+    shutil.rmtree(own_run / "checkpoints")
+    often = "--config.checkpoint.every_steps=1"
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "begin", interrupt)
+        assert command("train", *tiny, often).code == 130
+    result = command("train", *tiny, often)
+    assert result.code == 0, result.err
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_two_processes_cannot_write_in_one_run(command, own_run, tiny):

@@ -80,17 +80,23 @@ def write_folder(kernel: Kernel, folder: Path) -> Path:
             f"the script would be {len(code.encode()):,} bytes, and Kaggle takes {MOST_BYTES:,}. It carries jgpt/ and "
             f"configs/ of {PROJECT}, and the config. Take large files out of them, and mount data as a dataset."
         )
-    folder.mkdir(parents=True, exist_ok=True)
     files = {  # JSON in ASCII: Kaggle's own tool reads it in the encoding of the locale
         CODE_FILE: code,
         KERNEL_FILE: json.dumps(asdict(kernel), indent=2) + "\n",
         METADATA_FILE: json.dumps(metadata(kernel), indent=2) + "\n",
     }
-    with ExitStack() as together:  # each gets its name when all are written
-        for name, text in files.items():
-            file = together.enter_context(atomic_file(folder / name, "w"))
-            file.write(text)
-            file.flush()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as together:  # each gets its name when all are written
+            for name, text in files.items():
+                file = together.enter_context(atomic_file(folder / name, "w"))
+                file.write(text)
+                file.flush()
+    except OSError as error:
+        raise UserError(
+            f"the kernel's folder {folder} cannot be written: {error.strerror}. It must be a folder that you may write"
+            " in. Name one: --folder=DIR."
+        ) from None
     return folder / CODE_FILE
 
 

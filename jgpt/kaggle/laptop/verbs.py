@@ -3,6 +3,7 @@
 Beside the data path: `verbs_run.py` and `verbs_look.py` hold the verbs, `__main__.py` lists them.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jgpt.cli.flags import define_config, load_config
 from jgpt.config.check import check
+from jgpt.config.files import user_path
 from jgpt.errors import UserError
 from jgpt.exchange.hub import is_hub_name
 from jgpt.kaggle.laptop.kernel import KERNEL_FILE, METADATA_FILE, Kernel, read_folder
@@ -83,7 +85,7 @@ def slug_of_flags() -> str:
 
 def folder_of_flags() -> Path:
     """Return the folder of the kernel on this machine."""
-    return Path(flags.FLAGS.folder or FOLDERS / slug_of_flags().replace("/", "-"))
+    return user_path(flags.FLAGS.folder) if flags.FLAGS.folder else FOLDERS / slug_of_flags().replace("/", "-")
 
 
 def kernel_of_flags(earlier: Kernel | None = None) -> Kernel:
@@ -136,7 +138,7 @@ def _needs_internet(config: ConfigDict) -> Iterator[str]:
 def kernel_again() -> Kernel:
     """Return the kernel that was pushed before, changed by the flags; or a new one, where the flags name a config."""
     folder = folder_of_flags()
-    if (folder / KERNEL_FILE).exists():
+    if os.path.isfile(folder / KERNEL_FILE):  # unlike Path.exists, it takes a name of any length
         return kernel_of_flags(read_folder(folder))
     if "config" not in flags.FLAGS:
         raise UserError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from jgpt.cli.terminal import write
+from jgpt.config.files import user_path
 from jgpt.errors import UserError
 from jgpt.kaggle.laptop.download import check_replaceable, download_run
 from jgpt.kaggle.laptop.progress import last_progress
@@ -96,7 +97,7 @@ def pull() -> None:
     continues the download.
     """
     slug, wanted = slug_of_flags(), flags.FLAGS.version
-    target = Path(flags.FLAGS.to) if flags.FLAGS.to else folder_of_flags() / "run"
+    target = user_path(flags.FLAGS.to) if flags.FLAGS.to else folder_of_flags() / "run"
     if flags.FLAGS.dry_run:
         print(f"Would download the last output of {slug} and make the run directory {target} of it.")
         return
