@@ -124,7 +124,8 @@ class Layer(nn.Module):
     def __call__(self, x: Array, positions: Array, mask: Array) -> tuple[Array, None]:
         block = nn.remat(Block, static_argnums=4) if self.remat else Block
         context, mode = Context(positions, mask), Mode(prefill=True, deterministic=False)
-        return block(self.shapes, jnp.float16, attention=self.attention)(x, context, None, mode)[0], None
+        layer = block(self.shapes, jnp.float16, jnp.float16, attention=self.attention)
+        return layer(x, context, None, mode)[0], None
 
 
 class ScannedGPT(nn.Module):
@@ -253,12 +254,17 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(STEPS), help="of " + ", ".join(STEPS))
     parser.add_argument("--json", type=Path, help="where to write the table")
     flags = parser.parse_args()
+    names = flags.rows.split(",")
+    if unknown := [name for name in names if name not in STEPS]:
+        parser.error(f"--rows: {', '.join(unknown)}. Allowed: {', '.join(STEPS)}")
     target = compile_only("t4x2")
     what = f"predicted for two T4s at {target.rates}, A={A}, T={T}, V={V}, jax {jax.__version__}; tokens/s of each"
     print(f"{what}\n{heading()}")
-    rows = [row(name, STEPS[name], target) for name in flags.rows.split(",")]
-    if flags.json:
-        flags.json.write_text(json.dumps({"what": what, "rows": rows}, indent=1) + "\n")
+    rows = []
+    for name in names:
+        rows.append(row(name, STEPS[name], target))
+        if flags.json:  # what is there so far
+            flags.json.write_text(json.dumps({"what": what, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
