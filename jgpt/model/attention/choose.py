@@ -44,7 +44,8 @@ def choose_attention(
     >>> choose_attention("auto", jnp.float16, "gpu", (7, 5)), choose_attention("auto", jnp.float32, "cpu", None)
     ('chunked_vjp', 'chunked_vjp')
     """
-    capability = compute_capability or (0, 0)
+    major, minor = compute_capability or (0, 0)
+    capability = (major, minor)
     if attention not in ("auto", "flash"):
         return attention
     if attention == "auto" and not (flash_tpu.fills_unit(d_head) if platform == "tpu" else capability >= (8, 0)):
