@@ -13,7 +13,7 @@ import pytest
 from jgpt.config.defaults import default_config
 from jgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_char
 from jgpt.errors import UserError
-from jgpt.exchange import pretrained
+from jgpt.exchange.new_directory import new_directory
 from jgpt.exchange.pretrained import open_pretrained
 from jgpt.exchange.write_model import check_export, export_model
 from jgpt.loading.source import is_run
@@ -229,7 +229,7 @@ def test_a_tokenizer_of_another_model(tokenizer, tmp_path):
 def test_two_exports_to_one_place_leave_one_that_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "export"
     with pytest.raises(UserError, match="export cannot be made: .*Another process wrote there"):
-        with pretrained.new_directory(out, 0) as first, pretrained.new_directory(out, 0) as second:
+        with new_directory(out, 0) as first, new_directory(out, 0) as second:
             (first / "config.json").write_text("first")
             (second / "config.json").write_text("second")
     assert list(tmp_path.iterdir()) == [out] and (out / "config.json").read_text() == "second"
@@ -237,9 +237,9 @@ def test_two_exports_to_one_place_leave_one_that_is_whole(tmp_path: Path) -> Non
 
 def test_an_error_about_another_file_is_not_blamed_on_the_new_directory(tmp_path: Path) -> None:
     weights = str(tmp_path / "weights")
-    with pytest.raises(PermissionError, match="weights"), pretrained.new_directory(tmp_path / "export", 0):
+    with pytest.raises(PermissionError, match="weights"), new_directory(tmp_path / "export", 0):
         raise PermissionError(errno.EACCES, "Permission denied", weights)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="export cannot be made: File exists"):
-        with pretrained.new_directory(tmp_path / "file" / "export", 0):
+        with new_directory(tmp_path / "file" / "export", 0):
             pass

@@ -126,7 +126,7 @@ def test_processes_choose_by_the_smallest_device_of_all(cache: Path, monkeypatch
     here = machine(training_devices(config))
     step = choose_execution(config, model_config(config.model, 50), here.devices)
     assert execution_of(step).gather == "step"
-    monkeypatch.setattr(auto, "share", lambda memory: [memory, "1000"])  # another process has a smaller device
+    monkeypatch.setattr(auto, "gather_texts", lambda memory: [memory, "1000"])  # another process has a smaller device
     assert execution_of(choose_execution(config, model_config(config.model, 50), here.devices)).gather == "layer"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import TEXT
 
-from jgpt.parallel import build
+from jgpt.hardware import devices
 from jgpt.training import start
 
 
@@ -213,7 +213,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers(command, tiny, tmp_path):
 
 
 def test_bf16_on_a_t4(command, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "compute_capability", lambda device: (7, 5))
+    monkeypatch.setattr(devices, "compute_capability", lambda device: (7, 5))
     result = command("train", *tiny, "--config.precision.compute=bf16")
     refused(result, "precision.compute='bf16' on a GPU of compute capability 7.5", "--config.precision.compute=auto")
     assert not (tmp_path / "run" / "config.json").exists()
