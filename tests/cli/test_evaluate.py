@@ -185,7 +185,7 @@ def test_the_api_measures_conversations_too(chat_run):
         ([], "no answer of the assistant to measure: 0"),
         ([one[:1]], "no answer of the assistant to measure: 1"),
         ([{"text": "x"}], "conversation 1 is no conversation: it has the fields"),
-        (["x"], "conversation 1 is no conversation: it is 'x'"),
+        (["x"], "with texts in it. Allowed: one text, or conversations"),
         (5, "given was '5'"),
     ):
         with pytest.raises(jgpt.UserError, match=part):
