@@ -87,7 +87,9 @@ class Endpoints:
             asked = await run_in_threadpool(read_completion, body, self.model, self.limits)
         reply = Reply(self.model, self.worker, asked, is_chat, self.name)
         if asked.stream:
-            return Stream(reply)
+            return StreamingResponse(
+                reply.events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+            )
         return _json(await reply.whole(request.is_disconnected))
 
     def _check_name(self, name: Any) -> None:
@@ -98,24 +100,6 @@ class Endpoints:
                 "model_not_found",
                 "model",
             )
-
-
-class Stream(StreamingResponse):
-    """The events of a reply. However it ends, nothing is written any more that nobody reads.
-
-    A client may have gone before the first event is asked for: then the generator of events never began, and cannot
-    clean up.
-    """
-
-    def __init__(self, reply: Reply) -> None:
-        super().__init__(reply.events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
-        self._reply = reply
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._reply.cancel()
 
 
 class Guard:

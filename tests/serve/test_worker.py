@@ -5,7 +5,6 @@ import queue
 import random
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from small_chat import CHATML, parts
@@ -17,11 +16,8 @@ from jgpt.inference.chat_prompt import ChatPrompts
 from jgpt.inference.sampling import Sampling
 from jgpt.inference.stop_strings import StopStrings
 from jgpt.inference.text_stream import TextStream
-from jgpt.inference.write import Prompt
 from jgpt.serve import app
-from jgpt.serve.answer import Reply
 from jgpt.serve.app import _read
-from jgpt.serve.ask import Asked
 from jgpt.serve.refusal import Refusal
 from jgpt.serve.worker import Event, Job, Worker
 
@@ -117,34 +113,6 @@ def test_a_server_that_stops_refuses_and_says_so(worker: Worker):
     with pytest.raises(Refusal) as stopping:
         worker.submit([job(waiting)])
     assert stopping.value.status == 503 and stopping.value.body()["error"]["type"] == "server_error"
-
-
-def test_a_stream_whose_client_has_gone_before_it_begins_is_not_written(worker: Worker):
-    """Also where the chat template took its time: the response then hears of the client's end first."""
-    ids = [1, 2, 3]
-    asked = Asked(
-        prompts=[Prompt(ids, ids)], n=1, sampling=Sampling(0), max_new_tokens=100, seed=0, stop_ids=(), stop=(),
-        slides=False, stream=True, include_usage=False, note="",
-    )  # fmt: skip
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        return {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    async def answer() -> Reply:
-        reply = Reply(SimpleNamespace(tokenizer=parts()[2]), worker, asked, False, "small")  # type: ignore[arg-type]
-        await app.Stream(reply)({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
-        return reply
-
-    (gone,) = asyncio.run(answer())._jobs
-    worker.start()
-    events: queue.Queue[Event] = queue.Queue()
-    worker.submit([job(events)])
-    assert end_of(events).end == "length" and gone.n_tokens == 0 and sent == []
-    assert worker.counts() == {"active": 0, "waiting": 0}
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_makes_no_html():
