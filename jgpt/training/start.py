@@ -5,7 +5,6 @@ In the data path: it calls everything else, in order.
 
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +120,8 @@ def _train_together(
             write_identity(run_dir, config)
         c, kept = config.checkpoint, decay_step(config.optimizer)
         with (
-            closing(
-                Checkpoints(run_dir, c.keep_last, c.keep_best, c.disk_gb, on_saved, () if kept is None else (kept,))
+            Checkpoints(
+                run_dir, c.keep_last, c.keep_best, c.disk_gb, on_saved, () if kept is None else (kept,)
             ) as checkpoints,
             failures_explained(status, config, setup.parts),
             stop,  # not before: preparing the text may be interrupted at any time
