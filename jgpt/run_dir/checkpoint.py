@@ -158,6 +158,18 @@ class Checkpoints:
             if self._failed:  # what its threads still wrote
                 remove_unfinished(self.directory)
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Close. Where the block ended by an error, a save that failed as well is a warning: the first one counts."""
+        try:
+            self.close()
+        except Exception as second:
+            if error is None:
+                raise
+            log.warning("%s", second)
+
     def manifest(self, step: int) -> Path:
         """Return where a step's manifest is."""
         return self.directory / f"{step}.sha256"

@@ -5,7 +5,6 @@ In the data path: it calls everything else, in order.
 
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,7 @@ def _train(
                 drop_all(run_dir / "metrics.jsonl")
             write_identity(run_dir, config)
         c, kept = config.checkpoint, decay_step(config.optimizer)
-        saved = Checkpoints(
+        checkpoints = Checkpoints(
             run_dir,
             keep_last=c.keep_last,
             keep_best=c.keep_best,
@@ -121,7 +120,7 @@ def _train(
             on_saved=on_saved,
         )
         with (
-            closing(saved) as checkpoints,
+            checkpoints,
             failures_explained(status, config, setup.parts),
             stop,  # not before: preparing the text may be interrupted at any time
         ):

@@ -26,7 +26,7 @@ def archive(code: str) -> str:
         member = tarfile.TarInfo("tiny.py")
         member.size = len(code.encode())
         tar.addfile(member, io.BytesIO(code.encode()))
-    return base64.b64encode(lzma.compress(buffer.getvalue())).decode()
+    return base64.b85encode(lzma.compress(buffer.getvalue())).decode()
 
 
 def start(code: str, *arguments: str, trains: bool = False, internet: bool = False) -> None:

@@ -43,7 +43,7 @@ def kernel():
 def carried(code: str) -> dict[str, bytes]:
     text = re.search(r'^ARCHIVE = """\n(.*?)"""', code, re.DOTALL | re.MULTILINE)
     assert text
-    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(base64.b64decode(text[1])))) as tar:
+    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(base64.b85decode("".join(text[1].split()))))) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar.getmembers()}  # type: ignore[union-attr]
 
 

@@ -389,6 +389,15 @@ def test_the_next_save_tells_of_the_failed_one(opened: Opened, monkeypatch: pyte
     assert checkpoints.steps() == [3] and restored_step(checkpoints) == 3
 
 
+def test_a_save_that_failed_does_not_hide_why_the_run_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with pytest.raises(KeyError, match="first"), Checkpoints(tmp_path, 1, False) as checkpoints:
+        checkpoints._error = OSError(28, "No space left on device")
+        raise KeyError("first")
+    assert "No space left on device" in caplog.text
+    with pytest.raises(UserError, match="No space left"), Checkpoints(tmp_path, 1, False) as checkpoints:
+        checkpoints._error = OSError(28, "No space left on device")
+
+
 def test_parameters_alone(copied: Path):
     paths = []
     params = restore_params(copied, 3, ABSTRACT.params, lambda path, x: paths.append(path) or x)

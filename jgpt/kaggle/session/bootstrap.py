@@ -52,7 +52,7 @@ def start(
     internet: bool,
     trains: bool,
 ) -> None:
-    """Run `python -m MODULE ARGUMENTS` from `archive` (base64 of a .tar.xz) and return, however that ends.
+    """Run `python -m MODULE ARGUMENTS` from `archive` (base85 of a .tar.xz) and return, however that ends.
 
     `inputs` must be mounted, each is "KIND NAME"; jgpt.train does not start without them. `accelerator` is what was
     asked for, in Kaggle's words. `trains` says that the arguments name a config: its run directory is then
@@ -88,7 +88,7 @@ def start(
 def unpack_code(archive: str, code: Path) -> None:
     """Unpack the archive into the folder `code`, and delete what was in it before."""
     shutil.rmtree(code, ignore_errors=True)
-    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(archive)), mode="r:xz") as tar:
+    with tarfile.open(fileobj=io.BytesIO(base64.b85decode("".join(archive.split()))), mode="r:xz") as tar:
         tar.extractall(code, filter="data")
 
 
