@@ -205,7 +205,7 @@ def test_a_folder_is_never_half_written(kernel, tmp_path):
     write_folder(kernel, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with mock.patch.object(os, "fsync", side_effect=OSError("No space left on device")):
-        with pytest.raises(UserError, match="cannot be written: No space left on device. It must be a folder that"):
+        with pytest.raises(UserError, match="cannot be written: No space left on device. It must be a folder"):
             write_folder(replace(kernel, internet=True), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -93,8 +93,8 @@ def write_folder(kernel: Kernel, folder: Path) -> Path:
                 file.flush()
     except OSError as error:
         raise UserError(
-            f"the kernel's folder {folder} cannot be written: {error.strerror or error}. It must be a folder that you may"
-            " write in, with room for the script. Name one: --folder=DIR."
+            f"the kernel's folder {folder} cannot be written: {error.strerror or error}. It must be a folder that you"
+            " may write in, with room for the script. Name one: --folder=DIR."
         ) from None
     return folder / CODE_FILE
 
