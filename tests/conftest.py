@@ -24,6 +24,8 @@ from fake_kaggle import FakeKaggle, reach
 from fake_machine import python_without
 from server import Server, learn_by_heart, serving
 
+from jgpt.file_lock import hold
+
 # A shell starts what runs in the background (nohup, &) with these ignored, and so would be what the tests start.
 for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) == signal.SIG_IGN:
@@ -70,15 +72,29 @@ class Result:
 Command = Callable[..., Result]
 
 
+# Every program on CPU maps memory, and a process may have 65,530 maps (vm.max_map_count).
+MOST_MAPS = 20_000
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_are_let_go() -> Iterator[None]:
-    """After each file: every program on CPU maps memory, and a process may have 65,530 maps (vm.max_map_count)."""
+    """After a file, where there are many of them: what later files compile again costs a tenth of the whole time."""
+    yield
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def traced_alone() -> Iterator[None]:
+    """Share nothing that JAX has traced or compiled with other files, where a file changes what would be the same."""
+    jax.clear_caches()
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
-def optimized() -> Iterator[None]:
+def optimized(traced_alone: None) -> Iterator[None]:
     """Compile as a user's process does, where a test judges what was compiled."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -179,9 +195,18 @@ def adapted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the run directory of a chat model that knows a few conversations by heart (tests/serve/server.py)."""
-    with own_process_state():
-        return learn_by_heart(tmp_path_factory.mktemp("parrot"))
+    """Return the run directory of a chat model that knows a few conversations by heart (tests/serve/server.py).
+
+    One worker trains it, and another that needs it waits; the tests only read it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "parrot"
+    with hold(root, wait_for="training"):
+        if not (root / "is_whole").exists():
+            with own_process_state():
+                learn_by_heart(root)
+            (root / "is_whole").touch()
+    return root / "parrot"
 
 
 @pytest.fixture(scope="session")

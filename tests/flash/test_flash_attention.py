@@ -134,7 +134,7 @@ def test_a_model_whose_devices_share_the_heads():
     config = ModelConfig(64, 40, 1, 4, 2, 128, 32, 64)
     strategy, tokens = TensorParallel(jax.local_devices(), for_devices(config, 2), 2), jnp.zeros((2, 40), jnp.int32)
     alone = GPT(config, jnp.float16, attention="flash")
-    params = alone.init(jax.random.key(0), tokens)
+    params = jax.jit(alone.init)(jax.random.key(0), tokens)
     split = alone.clone(split=strategy.split_attention)
     for model, calls in ((alone, 0), (split, 1)):
         assert str(jax.make_jaxpr(model.apply)(params, tokens)).count("shard_map") == calls

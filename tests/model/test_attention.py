@@ -15,6 +15,11 @@ from jgpt.model.rope import rope
 
 B, T, K, G, H = 2, 11, 2, 3, 8
 
+# As the model runs them. Op by op, each of their operations is compiled by itself.
+compiled_attend = jax.jit(attend, static_argnames="drop")
+compiled_causally = jax.jit(attend_causally, static_argnames=("attention", "drop", "scores_dtype"))
+compiled_rope = jax.jit(rope, static_argnums=2)
+
 
 def inputs(length: int = T, dtype=jnp.float32):
     random = np.random.default_rng(0)
@@ -41,7 +46,7 @@ def test_attend_is_softmax_attention_for_each_head():
     q, k, v = inputs()
     random = np.random.default_rng(1).random((B, T, T)) < 0.5
     mask = jnp.asarray(random | np.eye(T, dtype=bool))
-    np.testing.assert_allclose(attend(q, k, v, mask), plain(q, k, v, mask), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(compiled_attend(q, k, v, mask), plain(q, k, v, mask), rtol=1e-4, atol=1e-5)
 
 
 def summed(form, mask, dtype=jnp.float32):
@@ -187,11 +192,11 @@ def test_a_jaxlib_that_cannot_launch_is_named(monkeypatch: pytest.MonkeyPatch, c
 def test_dropout_and_fp32_scores_take_another_form():
     """No kernel is launched for them, so this runs on a CPU."""
     q, k, v = inputs()
-    expected = attend_causally(q, k, v, causal(T), "chunked", lambda weights: 2 * weights)
-    found = attend_causally(q, k, v, causal(T), "flash", lambda weights: 2 * weights)
+    expected = compiled_causally(q, k, v, causal(T), "chunked", lambda weights: 2 * weights)
+    found = compiled_causally(q, k, v, causal(T), "flash", lambda weights: 2 * weights)
     np.testing.assert_array_equal(found, expected)
-    found = attend_causally(q, k, v, causal(T), "flash", scores_dtype=jnp.float32)
-    np.testing.assert_array_equal(found, attend_causally(q, k, v, causal(T), scores_dtype=jnp.float32))
+    found = compiled_causally(q, k, v, causal(T), "flash", scores_dtype=jnp.float32)
+    np.testing.assert_array_equal(found, compiled_causally(q, k, v, causal(T), scores_dtype=jnp.float32))
 
 
 def test_causal_pieces_compute_five_eighths_of_the_products():
@@ -211,14 +216,14 @@ def test_the_newest_token_beside_its_cache_is_the_last_query_of_the_whole():
     lengths, rows = np.array([T - 1, 4]), np.arange(B)
     seen = jnp.asarray(np.arange(T)[None, None, :] < lengths[:, None, None])
     newest = (x[rows, lengths][:, None] for x in (q, k, v))
-    mixed = attend_newest(*newest, k.swapaxes(1, 2), v.swapaxes(1, 2), seen)
+    mixed = jax.jit(attend_newest)(*newest, k.swapaxes(1, 2), v.swapaxes(1, 2), seen)
     expected = plain(q, k, v, causal(T))[rows, lengths]
     np.testing.assert_allclose(mixed[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_query_that_may_look_nowhere_is_still_finite():
     q, k, v = inputs()
-    assert np.isfinite(attend(q, k, v, jnp.zeros((1, T, T), bool))).all()
+    assert np.isfinite(compiled_attend(q, k, v, jnp.zeros((1, T, T), bool))).all()
 
 
 def test_fp16_products_past_the_range_of_fp16_are_scaled_before():
@@ -232,8 +237,8 @@ def test_fp16_products_past_the_range_of_fp16_are_scaled_before():
 
 def test_drop_acts_on_the_normalised_weights():
     q, k, v = inputs()
-    doubled = attend(q, k, v, causal(T), lambda weights: 2 * weights)
-    np.testing.assert_allclose(doubled, 2 * attend(q, k, v, causal(T)), rtol=1e-5)
+    doubled = compiled_attend(q, k, v, causal(T), lambda weights: 2 * weights)
+    np.testing.assert_allclose(doubled, 2 * compiled_attend(q, k, v, causal(T)), rtol=1e-5)
 
 
 def test_rope_is_the_rotation_of_the_paper():
@@ -243,13 +248,16 @@ def test_rope_is_the_rotation_of_the_paper():
     angles = positions[0][:, None] * 10_000.0 ** (-np.arange(H // 2) / (H // 2))
     turned = pairs * np.exp(1j * angles)[None, :, None]
     expected = np.concatenate([turned.real, turned.imag], -1)
-    np.testing.assert_allclose(rope(jnp.asarray(x), jnp.asarray(positions), 10_000.0), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        compiled_rope(jnp.asarray(x), jnp.asarray(positions), 10_000.0), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_rope_makes_scores_depend_on_distance_alone():
     q, k, _ = inputs()
     here = jnp.arange(T)[None]
 
+    @jax.jit
     def scores(shift: int):
         return jnp.einsum("BTKGH,BSKH->BKGTS", rope(q, here + shift, 10_000.0), rope(k, here + shift, 10_000.0))
 
@@ -259,7 +267,7 @@ def test_rope_makes_scores_depend_on_distance_alone():
 def test_rope_keeps_the_dtype_and_takes_positions_of_each_row():
     q, _, _ = inputs(dtype=jnp.float16)
     rows = jnp.stack([jnp.arange(T), jnp.arange(T) + 5])
-    out = rope(q, rows, 10_000.0)
+    out = compiled_rope(q, rows, 10_000.0)
     assert out.dtype == jnp.float16
-    np.testing.assert_array_equal(out[1:], rope(q[1:], rows[1:], 10_000.0))
-    np.testing.assert_array_equal(out[:1], rope(q[:1], rows[:1], 10_000.0))
+    np.testing.assert_array_equal(out[1:], compiled_rope(q[1:], rows[1:], 10_000.0))
+    np.testing.assert_array_equal(out[:1], compiled_rope(q[:1], rows[:1], 10_000.0))
