@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import fsspec
 import jax
 import pytest
 from absl import flags
 from fake_kaggle import FakeKaggle, reach
 from fake_machine import python_without
+from fsspec.implementations.memory import MemoryFileSystem
 from server import Server, learn_by_heart, serving
 
 from jgpt.file_lock import hold
@@ -74,6 +76,16 @@ Command = Callable[..., Result]
 
 # Every program on CPU maps memory, and a process may have 65,530 maps (vm.max_map_count).
 MOST_MAPS = 20_000
+
+
+@pytest.fixture
+def memory() -> Iterator[MemoryFileSystem]:
+    """An empty bucket, at memory://."""
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+    yield files
+    files.store.clear()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,10 +2,8 @@
 
 import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -19,16 +17,7 @@ from jgpt.data.write_tokens import prepare
 from jgpt.errors import UserError
 
 URL = "memory://bucket/texts"
-
-
-@pytest.fixture(autouse=True)
-def memory() -> Iterator[MemoryFileSystem]:
-    """An empty bucket."""
-    files = fsspec.filesystem("memory")
-    files.store.clear()
-    files.pseudo_dirs[:] = [""]
-    yield files
-    files.store.clear()
+pytestmark = pytest.mark.usefixtures("memory")
 
 
 def names(text_glob: str, format: str = "text") -> list[str]:

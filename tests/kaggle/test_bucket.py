@@ -2,10 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 from conftest import Command
 from fsspec.implementations.memory import MemoryFileSystem
@@ -13,16 +11,6 @@ from fsspec.implementations.memory import MemoryFileSystem
 from jgpt.errors import UserError
 from jgpt.kaggle.session import bucket
 from jgpt.kaggle.session.publish import check_target, fetch, publish
-
-
-@pytest.fixture
-def memory() -> Iterator[MemoryFileSystem]:
-    """An empty bucket."""
-    files = fsspec.filesystem("memory")
-    files.store.clear()
-    files.pseudo_dirs[:] = [""]
-    yield files
-    files.store.clear()
 
 
 def losses(run_dir: Path) -> dict[int, float]:
