@@ -3,6 +3,8 @@
     pip install -e '.[plan-tpu]'
     python scripts/bench/tpu_what_fits.py                  # parameters and moments alone: a minute
     python scripts/bench/tpu_what_fits.py --compile 124m   # the step, with activations and speed: 2 to 6 minutes of CPU
+    python scripts/bench/tpu_what_fits.py --compile 7b --way "fsdp, gather=layer, Muon" \\
+        --set batch.global_batch_size=16 execution.micro_batch_size=2
 
 Without --compile nothing of a step is counted but what it holds all the time: what is more than 15.75 GiB cannot fit,
 and what is less may not. Times are those of `jgpt/planning/roofline.py`, none measured. No TPU is needed.
@@ -13,6 +15,7 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: libtpu only compiles here
@@ -69,14 +72,15 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(shape: str, way: str) -> ConfigDict:
-    """Return the config of a model and of a way to share it over the chips."""
+def config_of(shape: str, way: str, changes: Sequence[str] = ()) -> ConfigDict:
+    """Return the config of a model and of a way to share it over the chips; `changes` are KEY=NUMBER."""
     config = default_config()
     config.model.update({"context_length": 1024, "vocab_multiple_of": 128} | SHAPES[shape])
     config.batch.global_batch_size = 64
     config.execution.update({"micro_batch_size": 8, "attention": "flash", "loss_chunk_tokens": 2048})
     config.execution.update(EXECUTION.get(shape, {}))
     config.update_from_flattened_dict(WAYS[way])
+    config.update_from_flattened_dict({key: int(value) for key, _, value in (x.partition("=") for x in changes)})
     if config.execution.parallel == "tensor":
         config.execution.attention = "auto"
     return config
@@ -87,9 +91,9 @@ def shapes_of(config: ConfigDict) -> ModelConfig:
     return model_config(config.model, config.model.vocab_size or VOCABULARY)
 
 
-def print_compiled(shape: str, way: str, target: Target) -> None:
+def print_compiled(shape: str, way: str, changes: Sequence[str], target: Target) -> None:
     """Compile the step of a model, and print what it takes of a chip, and how fast it is."""
-    config, began = config_of(shape, way), time.process_time()
+    config, began = config_of(shape, way, changes), time.process_time()
     shapes = shapes_of(config)
     found = estimate(config, shapes, target)
     cpu = time.process_time() - began
@@ -109,10 +113,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", default="", choices=["", *SHAPES], help="compile the step of this model")
     parser.add_argument("--way", default="data", choices=WAYS, help="with --compile: how the chips share it")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=NUMBER", help="further keys of the config")
     options = parser.parse_args()
     target = compile_only("v5e8")
     if options.compile:
-        print_compiled(options.compile, options.way, target)
+        print_compiled(options.compile, options.way, options.set, target)
     else:
         print_state_alone(target)
 
