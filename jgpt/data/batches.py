@@ -136,7 +136,7 @@ def chat_row(rows: Rows, index: int) -> Batch:
 
 
 def _check_ids(tokens: np.ndarray, vocab_size: int) -> None:
-    if (highest := int(tokens.max())) >= vocab_size:  # a device would clamp it without an error
+    if (highest := int(tokens.max())) >= vocab_size:  # a device would read NaN there, without an error
         raise UserError(
             f"the training tokens hold the id {highest}. Allowed: 0 to {vocab_size - 1}. They are damaged, or of "
             "another tokenizer. Delete the token directory; the next run makes a new one."
