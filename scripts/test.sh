@@ -2,7 +2,7 @@
 # From a fresh machine to passed tests: bash scripts/test.sh [pytest's arguments]
 #
 # Environment: PYTHON (the interpreter), VENV (the folder, .venv), EXTRAS (test), CONSTRAINTS (a pip constraints file).
-# A worker for each core, four at most, as each takes 1.5 GB; -n 0 runs everything in one process.
+# A worker for each core, four at most, as each takes 2 to 3 GB; -n 0 runs everything in one process.
 # Without arguments the long tests (marked slow) are left out; .ci/run runs those as well, and asks for coverage.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -74,10 +74,6 @@ class Result:
 Command = Callable[..., Result]
 
 
-# Every program on CPU maps memory, and a process may have 65,530 maps (vm.max_map_count).
-MOST_MAPS = 20_000
-
-
 @pytest.fixture
 def memory() -> Iterator[MemoryFileSystem]:
     """An empty bucket, at memory://."""
@@ -86,6 +82,10 @@ def memory() -> Iterator[MemoryFileSystem]:
     files.pseudo_dirs[:] = [""]
     yield files
     files.store.clear()
+
+
+# Every program on CPU maps memory, and a process may have 65,530 maps (vm.max_map_count).
+MOST_MAPS = 10_000
 
 
 @pytest.fixture(autouse=True, scope="module")
