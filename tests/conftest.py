@@ -85,7 +85,7 @@ def memory() -> Iterator[MemoryFileSystem]:
 
 
 # Every program on CPU maps memory, and a process may have 65,530 maps (vm.max_map_count).
-MOST_MAPS = 10_000
+MOST_MAPS = 20_000
 
 
 @pytest.fixture(autouse=True, scope="module")
