@@ -21,7 +21,7 @@ from jgpt.errors import UserError
 Message = Mapping[str, Any]  # {"role": "system", "user", "assistant" or "tool", "content": TEXT, ...}
 _OURS = {"messages", "add_generation_prompt"}  # variables that no line can set
 CPU_SECONDS = 10  # that a template may take for one conversation
-MANY_MESSAGES = 500  # that take a usual template a second: with more, the time is theirs
+MANY_MESSAGES = 500  # a usual template takes a second for them; with more, the messages are why it takes long
 _OTHER_TEMPLATE = "Change the messages, or set tokenizer.chat_template to another file."
 
 

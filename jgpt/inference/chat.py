@@ -114,8 +114,10 @@ class Chat:
             raise UserError("there is nothing to save yet. Needed: a question and its answer. Ask something first.")
         try:
             with user_path(str(path)).open("a+b") as file:
-                if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":  # as some editors leave it
-                    file.write(b"\n")
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read() != b"\n":  # some editors leave the last line without its end
+                        file.write(b"\n")
                 line = json.dumps({"messages": self.prompts.system + self.turns}, ensure_ascii=False)
                 file.write(line.encode("utf-8", "replace") + b"\n")
         except OSError as error:

@@ -5,17 +5,15 @@ user's: gcsfs for gs://, s3fs for s3://, with credentials where those look for t
 each of its checkpoints is one object.
 """
 
-import logging
 import uuid
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jgpt.data.remote import said
 from jgpt.errors import UserError
+from jgpt.kaggle.session.pack import packed_steps
 
 CHECKPOINTS = "checkpoint-*.tar"  # of which only the newest is needed to resume
-
-log = logging.getLogger("jgpt")
 
 
 def check(address: str) -> None:
@@ -23,7 +21,9 @@ def check(address: str) -> None:
     files, root = _open(address)
     mark = f"{root}/.writable-{uuid.uuid4().hex}"
     try:
-        if files.exists(root.partition("/")[0] or "/"):  # it makes a bucket, too, where its name is not one yet
+        if files.exists(
+            root.partition("/")[0] or "/"
+        ):  # else makedirs would make the bucket: its name may be misspelled
             files.makedirs(root, exist_ok=True)
         files.pipe_file(mark, b"jgpt was here")
         files.rm_file(mark)
@@ -71,9 +71,7 @@ def fetch(address: str, folder: Path, *wanted: str) -> Path | None:
 
 def newest_step(address: str) -> int:
     """Return the step of the newest checkpoint of a run at the address, -1 where there is none."""
-    names = (PurePosixPath(name) for name in _names(*_open(address)))
-    steps = (name.stem.rpartition("-")[2] for name in names if name.match(CHECKPOINTS))
-    return max((int(step) for step in steps if step.isdecimal()), default=-1)
+    return max(packed_steps(_names(*_open(address))), default=-1)
 
 
 def _open(address: str) -> tuple[Any, str]:

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,9 +90,18 @@ class Part(NamedTuple):
 
 def checkpoints_in(folder: Path) -> list[int]:
     """List the steps of the checkpoints in a run's folder, packed or not, oldest first; they are not verified."""
-    steps = {path.stem for path in (folder / "checkpoints").glob("*.sha256")}
-    steps |= {match[1] for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)(\.tar)?", path.name))}
-    return sorted(int(step) for step in steps if step.isdecimal())
+    names = [path.stem for path in (folder / "checkpoints").glob("*.sha256")]
+    unpacked = {int(name) for name in names if name.isdecimal()}
+    return sorted(unpacked | packed_steps(path.name for path in folder.iterdir()))
+
+
+def packed_steps(names: Iterable[str]) -> set[int]:
+    """Return the steps of the packed checkpoints among the names of files; Kaggle may have unpacked a tar to a folder.
+
+    >>> packed_steps(["checkpoint-20.tar", "checkpoint-40", "tokenizer.tar"]) == {20, 40}
+    True
+    """
+    return {int(match[1]) for name in names if (match := re.fullmatch(r"checkpoint-(\d+)(\.tar)?", name))}
 
 
 def folders_in(folder: Path) -> list[str]:

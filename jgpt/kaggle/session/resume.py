@@ -68,7 +68,7 @@ def _restore_newest(config: ConfigDict, run_dir: Path, address: str) -> None:
     if holds_run(run_dir):
         pack.unpack(run_dir, run_dir)  # an earlier script of this session may have packed it
     here = whole_steps(run_dir / "checkpoints")
-    # What is at Kaggle and at the Hub is not newer than what is here; at a bucket another machine may have gone on.
+    # A bucket says quickly which step it has: another machine may have gone on. Kaggle and the Hub count as older.
     upload = config.checkpoint.upload if not here or (address and newest_step(address) > here[-1]) else ""
     with tempfile.TemporaryDirectory(dir=scratch_dir(), prefix="fetched-") as fetched:
         folders = find_runs(input_dir())  # of equal checkpoints the first one counts
